@@ -1,0 +1,231 @@
+"""block_sparse_attention() and tile_statistics(): validate, dispatch, return.
+
+    from bsfa_kernels import Gate, block_sparse_attention
+    result = block_sparse_attention(q, k, v, Gate(gap=log_lambda), causal=True, return_counts=True)
+    result.out, result.kept.sum() / result.candidates.sum()
+
+Semantics: reference.py. Registered with torch.library as bsfa::attention and bsfa::tile_statistics, so torch.compile
+and fake tensors see through both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import backends
+from .gates import Gate
+from .request import Request
+from .tiles import TileShape
+
+OPEN = Gate()
+
+
+class Attention(NamedTuple):
+    """`kept` and `candidates` count tiles a gate may drop; forced tiles (diagonal, sink) are in neither."""
+
+    out: torch.Tensor  # [B, Hq, Tq, D], the dtype of q
+    lse: torch.Tensor | None  # float32 [B, Hq, Tq], natural log, -inf where a query saw nothing
+    kept: torch.Tensor | None  # int32 [B, Hq, query tiles]
+    candidates: torch.Tensor | None  # int32 [B, Hq, query tiles]
+
+
+class TileStatistics(NamedTuple):
+    """Per tile of the dense attention, float32 [B, Hq, query tiles, key tiles]."""
+
+    maximum: torch.Tensor  # largest score, natural units; -inf where nothing is visible
+    gap: torch.Tensor  # largest row_max - running_max in visiting order; +inf for forced tiles, -inf if invisible
+    mass_mean: torch.Tensor  # softmax mass in the tile, mean over the query tile's valid rows
+    mass_worst: torch.Tensor  # the same, largest over those rows
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: Gate = OPEN,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    q_offset: int = 0,
+    spans: torch.Tensor | None = None,
+    tile: TileShape = TileShape(),  # noqa: B008 - frozen
+    keep_sink: bool = True,
+    return_lse: bool = False,
+    return_counts: bool = False,
+    backend: str = "auto",
+) -> Attention:
+    """Exact scores, softmax and PV only for the tiles that `gate` keeps (BSFA, arXiv 2512.07011).
+
+    q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], Hq a multiple of Hkv; float16, bfloat16, float32 or float64; any
+    strides with a contiguous last axis. `scale` defaults to D ** -0.5. `q_offset` is the absolute position of query
+    row 0 while key row 0 stands at 0; batches whose sequences differ give `spans` (see `make_spans`) instead.
+    `keep_sink` exempts key tile 0 from the gate. `backend`: "auto" takes the fastest that can serve the call, a name
+    demands that one.
+
+    Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
+    """
+    _check(q, k, v, gate, scale, q_offset, spans)
+    out, lse, kept, candidates = torch.ops.bsfa.attention(
+        q, k, v, gate.absolute, gate.gap, spans, q_offset, _scale(q, scale), causal, tile.rows, tile.keys, keep_sink,
+        return_lse, return_counts, backend,
+    )  # fmt: skip
+    return Attention(
+        out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
+    )
+
+
+def tile_statistics(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    q_offset: int = 0,
+    spans: torch.Tensor | None = None,
+    tile: TileShape = TileShape(),  # noqa: B008 - frozen
+    keep_sink: bool = True,
+    backend: str = "auto",
+) -> TileStatistics:
+    """What each tile of the dense attention holds: all a threshold is ever chosen from.
+
+    `lse` float32 [B, Hq, Tq] comes from `block_sparse_attention(..., return_lse=True)` with an open gate. Memory is
+    the four results; scores are streamed. Other arguments and errors as in `block_sparse_attention`.
+    """
+    _check(q, k, k, OPEN, scale, q_offset, spans)
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
+        raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
+    return TileStatistics(
+        *torch.ops.bsfa.tile_statistics(
+            q, k, lse, spans, q_offset, _scale(q, scale), causal, tile.rows, tile.keys, keep_sink, backend
+        )
+    )
+
+
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
+    """(backend that "auto" takes for this call, {faster backend: why it cannot})."""
+    tile, spans = options.get("tile", TileShape()), options.get("spans")
+    request = Request(
+        q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
+        options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
+    )  # fmt: skip
+    return backends.choose(request)
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _check(q, k, v, gate, scale, q_offset, spans):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} must be contiguous along its last axis, got strides {list(x.stride())}")
+    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch size and head dim")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})")
+    if min(q.shape) < 1 or min(k.shape) < 1:
+        raise ValueError(f"empty input: q {list(q.shape)}, k {list(k.shape)}")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if spans is None and q_offset < 0:
+        raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
+    if spans is not None:
+        if q_offset:
+            raise ValueError("give either q_offset or spans, not both")
+        if spans.shape != (q.shape[0], 4) or spans.dtype != torch.int32 or spans.device != q.device:
+            raise ValueError(
+                f"spans must be int32 [{q.shape[0]}, 4] on {q.device}, "
+                f"got {spans.dtype} {list(spans.shape)} on {spans.device}"
+            )
+    for name, thresholds in (("absolute", gate.absolute), ("gap", gate.gap)):
+        if thresholds is None:
+            continue
+        if thresholds.shape[0] != q.shape[1]:
+            raise ValueError(f"gate '{name}' has {thresholds.shape[0]} heads, but q has {q.shape[1]}")
+        if thresholds.device != q.device:
+            raise ValueError(f"gate '{name}' is on {thresholds.device}, but q is on {q.device}")
+
+
+@torch.library.custom_op("bsfa::attention", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    absolute: torch.Tensor | None,
+    gap: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    q_offset: int,
+    scale: float,
+    causal: bool,
+    tile_rows: int,
+    tile_keys: int,
+    keep_sink: bool,
+    want_lse: bool,
+    want_counts: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    request = Request(
+        q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
+        want_lse, want_counts,
+    )  # fmt: skip
+    name, _ = backends.choose(request, backend)
+    out, lse, kept, candidates = backends.load(name).attention(request)
+    if not want_lse:
+        lse = q.new_empty(0, dtype=torch.float32)
+    if not want_counts:
+        kept, candidates = (q.new_empty(0, dtype=torch.int32) for _ in range(2))
+    return out, lse, kept, candidates
+
+
+@_attention.register_fake
+def _(q, k, v, absolute, gap, spans, q_offset, scale, causal, tile_rows, tile_keys, keep_sink, want_lse, want_counts,
+      backend):  # fmt: skip
+    request = Request(
+        q, k, v, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, want_lse, want_counts
+    )
+    lse = q.new_empty(q.shape[:3] if want_lse else (0,), dtype=torch.float32)
+    tiles = (*q.shape[:2], request.query_tiles) if want_counts else (0,)
+    return torch.empty_like(q), lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
+
+
+@torch.library.custom_op("bsfa::tile_statistics", mutates_args=())
+def _tile_statistics(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    spans: torch.Tensor | None,
+    q_offset: int,
+    scale: float,
+    causal: bool,
+    tile_rows: int,
+    tile_keys: int,
+    keep_sink: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    request = Request(
+        q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False
+    )
+    from . import statistics
+
+    maximum, gap, mass_mean, mass_worst = statistics.tile_statistics(request, lse, backend)
+    return maximum.float(), gap.float(), mass_mean.float(), mass_worst.float()
+
+
+@_tile_statistics.register_fake
+def _(q, k, lse, spans, q_offset, scale, causal, tile_rows, tile_keys, keep_sink, backend):
+    request = Request(
+        q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False
+    )
+    shape = (*q.shape[:2], request.query_tiles, request.key_tiles)
+    return tuple(q.new_empty(shape, dtype=torch.float32) for _ in range(4))

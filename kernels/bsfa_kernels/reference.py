@@ -1,0 +1,164 @@
+"""The specification: gated block-sparse attention in plain PyTorch, any device, float32 or float64.
+
+Every backend is tested against this file. Written for reading, not for speed: one query tile and one key tile at a
+time, nothing fused. For each sequence b, query head h (reading key/value head h // (Hq // Hkv)) and query tile:
+
+    running_max = -inf per row
+    for key_tile in diagonal tiles, sink, then the candidates from right to left:
+        s = scale * q_tile @ k_tile^T                 masked entries (causal, padding) -> -inf
+        if key_tile is a candidate:
+            keep = max(s over valid rows) >= absolute                       absolute gate, if set
+               and any(row_max(s) - running_max >= gap over valid rows)     gap gate, if set
+        if kept: running_max = max(running_max, row_max(s)); s joins the row's softmax, numerator and denominator
+    out = softmax(kept s) @ v;  lse = logsumexp(kept s)
+
+Positions: query row i of sequence b stands at q_offset[b] + i, key row j at k_offset[b] + j. Rows and keys at
+negative positions or at positions >= length[b] are padding: no vote, no share; padding queries give out = 0 and
+lse = -inf. So does every query of a sequence with no valid key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .gates import Gate, column
+from .tiles import TileShape, query_tile_count, visit
+
+
+class Span(NamedTuple):
+    """Where one sequence's rows stand: position of query row 0, of key row 0, and the number of valid positions.
+
+    `q_length` bounds the queries and `length` the keys. They differ only where the caller gave no lengths: then keys
+    end with the tensor and queries are unbounded.
+    """
+
+    q_offset: int
+    k_offset: int
+    length: int
+    q_length: int
+
+
+class ReferenceOutput(NamedTuple):
+    out: torch.Tensor  # [B, Hq, Tq, D] in the compute dtype
+    lse: torch.Tensor  # [B, Hq, Tq], natural log
+    kept: torch.Tensor  # int32 [B, Hq, query tiles]: candidate tiles that passed the gate
+    candidates: torch.Tensor  # int32 [B, Hq, query tiles]: tiles a gate may drop
+
+
+class ReferenceStatistics(NamedTuple):
+    maximum: torch.Tensor  # [B, Hq, query tiles, key tiles]: largest score, -inf where nothing is visible
+    gap: torch.Tensor  # largest row_max - running_max on visiting the tile; +inf for forced tiles, -inf if invisible
+    mass_mean: torch.Tensor  # softmax mass the tile carries, mean over the query tile's valid rows
+    mass_worst: torch.Tensor  # the same, largest over the rows
+
+
+def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scale: float, causal: bool, tile: TileShape):
+    """Scores [..., rows, keys] of one tile with masked entries at -inf, and the slices they were read from.
+
+    q [..., Tq, D], k [..., Tk, D]. Rows of the tile that are padding are left out, so every row has a vote.
+    """
+    rows = slice(
+        max(query_tile * tile.rows, span.q_offset, 0) - span.q_offset,
+        min((query_tile + 1) * tile.rows, span.q_offset + q.shape[-2], span.q_length) - span.q_offset,
+    )
+    keys = slice(
+        max(key_tile * tile.keys, span.k_offset, 0) - span.k_offset,
+        min((key_tile + 1) * tile.keys, span.length) - span.k_offset,
+    )
+    s = scale * (q[..., rows, :] @ k[..., keys, :].transpose(-1, -2))
+    if causal:
+        q_position = torch.arange(rows.start, rows.stop, device=q.device) + span.q_offset
+        k_position = torch.arange(keys.start, keys.stop, device=q.device) + span.k_offset
+        s = s.masked_fill(k_position > q_position[:, None], -torch.inf)
+    return s, rows, keys
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: Gate,
+    *,
+    scale: float,
+    causal: bool,
+    spans: list[Span],
+    tile: TileShape,
+    keep_sink: bool,
+    query_tiles: int,
+    dtype: torch.dtype = torch.float64,
+) -> ReferenceOutput:
+    """The module docstring, literally. q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; computed in `dtype`."""
+    batch, heads, q_rows, _ = q.shape
+    group = heads // k.shape[1]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    out = q.new_zeros(batch, heads, q_rows, v.shape[-1])
+    lse = q.new_full((batch, heads, q_rows), -torch.inf)
+    kept = torch.zeros(batch, heads, query_tiles, dtype=torch.int32, device=q.device)
+    candidates = torch.zeros_like(kept)
+    for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
+        span, kb, vb = spans[b], k[b, h // group], v[b, h // group]
+        plan = visit(query_tile, span.length, causal, keep_sink, tile)
+        running_max, scores, values = None, [], []
+        for key_tile in plan.forced() + plan.candidates():
+            s, rows, keys = tile_scores(q[b, h], kb, span, query_tile, key_tile, scale, causal, tile)
+            row_max = s.amax(-1)
+            if key_tile not in plan.forced():
+                candidates[b, h, t] += 1
+                if not _keep(gate, h, query_tile, row_max, running_max):
+                    continue
+                kept[b, h, t] += 1
+            running_max = row_max if running_max is None else torch.maximum(running_max, row_max)
+            scores.append(s)
+            values.append(vb[keys])
+        s = torch.cat(scores, -1)
+        out[b, h, rows] = s.softmax(-1) @ torch.cat(values, 0)
+        lse[b, h, rows] = s.logsumexp(-1)
+    return ReferenceOutput(out, lse, kept, candidates)
+
+
+def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_tiles, dtype=torch.float64):
+    """What every tile holds, with nothing dropped: see ReferenceStatistics. Shapes as in `attention`."""
+    batch, heads, q_rows, _ = q.shape
+    group = heads // k.shape[1]
+    q, k = q.to(dtype), k.to(dtype)
+    shape = (batch, heads, query_tiles, key_tiles)
+    maximum, gap = q.new_full(shape, -torch.inf), q.new_full(shape, -torch.inf)
+    mass_mean, mass_worst = q.new_zeros(shape), q.new_zeros(shape)
+    for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
+        span = spans[b]
+        plan = visit(query_tile, span.length, causal, keep_sink, tile)
+        order = plan.forced() + plan.candidates()
+        tiles = {j: tile_scores(q[b, h], k[b, h // group], span, query_tile, j, scale, causal, tile)[0] for j in order}
+        lse = torch.cat([tiles[j] for j in order], -1).logsumexp(-1)
+        running_max = torch.full_like(lse, -torch.inf)
+        for j in order:
+            row_max = tiles[j].amax(-1)
+            mass = (tiles[j] - lse[:, None]).exp().sum(-1)
+            maximum[b, h, t, j] = row_max.amax()
+            gap[b, h, t, j] = torch.inf if j in plan.forced() else (row_max - running_max).amax()
+            mass_mean[b, h, t, j], mass_worst[b, h, t, j] = mass.mean(), mass.amax()
+            running_max = torch.maximum(running_max, row_max)
+    return ReferenceStatistics(maximum, gap, mass_mean, mass_worst)
+
+
+def _keep(gate: Gate, head: int, query_tile: int, row_max: torch.Tensor, running_max: torch.Tensor) -> bool:
+    keep = True
+    if gate.absolute is not None:
+        keep = bool(row_max.amax() >= column(gate.absolute, query_tile)[head])
+    if gate.gap is not None:
+        keep = keep and bool(((row_max - running_max) >= column(gate.gap, query_tile)[head]).any())
+    return keep
+
+
+def _query_tiles(spans: list[Span], heads: int, q_rows: int, tile: TileShape):
+    """(sequence, head, index in the output, absolute query tile) of every query tile that holds a valid row."""
+    for b, span in enumerate(spans):
+        if span.length < 1:
+            continue
+        rows = min(q_rows, span.q_length - span.q_offset)
+        first, count = query_tile_count(span.q_offset, rows, tile)
+        for h in range(heads):
+            for t in range(count):
+                yield b, h, t, first + t

@@ -1,0 +1,43 @@
+"""The specification, callable like any backend (float32 or float64 inside, output in the input's dtype)."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+from .request import Request
+
+
+def unsupported(request: Request) -> str | None:
+    return None
+
+
+def attention(request: Request):
+    result = reference.attention(
+        request.q,
+        request.k,
+        request.v,
+        request.gate,
+        scale=request.scale,
+        causal=request.causal,
+        spans=request.host_spans(),
+        tile=request.tile,
+        keep_sink=request.keep_sink,
+        query_tiles=request.query_tiles,
+        dtype=torch.float64,
+    )
+    return result.out.to(request.q.dtype), result.lse.float(), result.kept, result.candidates
+
+
+def tile_statistics(request: Request, lse: torch.Tensor):
+    return reference.statistics(
+        request.q,
+        request.k,
+        scale=request.scale,
+        causal=request.causal,
+        spans=request.host_spans(),
+        tile=request.tile,
+        keep_sink=request.keep_sink,
+        query_tiles=request.query_tiles,
+        key_tiles=request.key_tiles,
+    )

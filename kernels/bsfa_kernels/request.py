@@ -1,0 +1,70 @@
+"""One validated attention call, as every backend receives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .gates import Gate
+from .reference import Span
+from .tiles import TileShape, query_tile_count
+
+UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gate: Gate
+    scale: float
+    causal: bool
+    tile: TileShape
+    keep_sink: bool
+    q_offset: int
+    spans: torch.Tensor | None
+    want_lse: bool
+    want_counts: bool
+
+    @property
+    def query_tiles(self) -> int:
+        """Query tiles in per-tile outputs. With spans, an upper bound: a sequence's first tile comes first."""
+        if self.spans is None:
+            return query_tile_count(self.q_offset, self.q.shape[2], self.tile)[1]
+        return -(-self.q.shape[2] // self.tile.rows) + 1
+
+    @property
+    def key_tiles(self) -> int:
+        return -(-self.k.shape[2] // self.tile.keys)
+
+    def host_spans(self) -> list[Span]:
+        """The spans as Python numbers. Waits for the device when they live on one."""
+        keys = self.k.shape[2]
+        if self.spans is None:
+            return [Span(self.q_offset, 0, keys, UNBOUNDED)] * self.q.shape[0]
+        return [Span(q0, k0, min(n, k0 + keys), nq) for q0, k0, n, nq in self.spans.tolist()]
+
+
+def make_spans(
+    batch: int,
+    q_offset: int | torch.Tensor = 0,
+    k_offset: int | torch.Tensor = 0,
+    lengths: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Spans int32 [B, 4] for `block_sparse_attention`, one row (q_offset, k_offset, key length, query length) each.
+
+    Query row i of a sequence stands at position q_offset + i, key row j at k_offset + j (k_offset <= 0: a negative
+    offset says how many leading rows are left padding). Positions from `lengths` on are padding; without `lengths`
+    keys end with their tensor.
+    """
+
+    def full(value):
+        return torch.as_tensor(value, dtype=torch.int32, device=device).expand(batch)
+
+    limit = UNBOUNDED if lengths is None else lengths
+    return torch.stack([full(q_offset), full(k_offset), full(limit), full(limit)], dim=1).contiguous()
