@@ -1,0 +1,162 @@
+"""The Typer app and the one place where an exception becomes a sentence and an exit code.
+
+Nothing heavy is imported before a command runs: command modules import torch inside their functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from .errors import BsfaError
+
+COMMANDS = ("calibrate", "export", "verify", "profile", "env")
+BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
+EPILOG = (
+    "Every option can also come from --config FILE.yaml or from the environment (BSFA_<COMMAND>_<OPTION>): flags win "
+    "over the environment, the environment over the file. Exit codes: 0 done, 1 a gate failed, 2 usage or "
+    "configuration, 3 this machine cannot do it, 4 bad artifact or input file, 70 a bug."
+)
+
+
+class _Stopped(BaseException):
+    """Carries an exception past Typer, which would turn it into an exit code of its own."""
+
+
+class Command(TyperCommand):
+    """A subcommand whose interruptions reach `run` unchanged."""
+
+    def invoke(self, ctx: typer.Context):
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (KeyboardInterrupt, BrokenPipeError) as stop:
+            raise _Stopped() from stop
+
+
+app = typer.Typer(
+    name="bsfa",
+    help="Block-Sparse FlashAttention: calibrate, export, verify and profile training-free sparse attention.",
+    epilog=EPILOG,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "BSFA", "help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("bsfa"))
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_version, is_eager=True, show_envvar=False
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for _name in COMMANDS:
+    if importlib.util.find_spec(f"{__package__}.commands.{_name}") is None:
+        continue
+    _module = importlib.import_module(f".commands.{_name}", __package__)
+    app.command(_name, cls=Command)(getattr(_module, _name))
+
+
+def run() -> int:
+    """Run the command line in sys.argv; returns the exit code. An error is one sentence on stderr."""
+    try:
+        app(prog_name="bsfa")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except (KeyboardInterrupt, _Stopped) as stop:
+        return _stopped(stop.__cause__ or stop)
+    except Exception as error:
+        message, code = explain(error)
+        if code == BUG or os.environ.get("BSFA_TRACEBACK"):
+            message = _with_traceback(error, message)
+        print(f"bsfa: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(one sentence, exit code) for an exception that ended a command."""
+    if isinstance(error, BsfaError):
+        return str(error), error.exit_code
+    if _is_a(error, "bsfa_kernels.thresholds", "ThresholdsError"):
+        return str(error), 4
+    if _is_a(error, "bsfa_kernels.backends", "BackendUnavailable"):
+        return str(error), 3
+    if _out_of_memory(error):
+        return f"out of memory: lower {_memory_option()} ({_first_line(error)})", 3
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk ({error})", 3
+    if isinstance(error, PermissionError):
+        return f"no permission: {error}", 2
+    return f"this is a bug: {type(error).__name__}: {_first_line(error)}", BUG
+
+
+def _is_a(error: Exception, module: str, name: str) -> bool:
+    """isinstance without importing the module: when it was never imported, it raised nothing."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(error, kind)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or _is_a(error, "torch", "OutOfMemoryError"):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _memory_option() -> str:
+    command = next((argument for argument in sys.argv[1:] if argument in COMMANDS), None)
+    return {"profile": "--lengths or --heads", "export": "the number of operating points in one call"}.get(
+        command, "--length, or choose a 16-bit --dtype"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _stopped(stop: BaseException) -> int:
+    if isinstance(stop, BrokenPipeError):
+        # The reader is gone: keep the interpreter from failing again when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    print("bsfa: interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _with_traceback(error: Exception, message: str) -> str:
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get("BSFA_TRACEBACK"):
+        return f"{text}bsfa: {message}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="bsfa-traceback-", suffix=".txt", delete=False) as file:
+            file.write(text)
+    except OSError:
+        return f"{message} (set BSFA_TRACEBACK=1 to see the traceback)"
+    return f"{message} (traceback in {file.name}; BSFA_TRACEBACK=1 prints it here)"

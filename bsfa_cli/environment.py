@@ -1,0 +1,115 @@
+"""Versions, GPU and backends: what every result carries, and what `bsfa env` prints."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .errors import MachineError
+
+
+def resolve_device(name: str):
+    """torch.device for auto, cpu, cuda or cuda:N. Raises MachineError when CUDA is asked for and not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            build = "is a CPU build" if torch.version.cuda is None else "sees no usable NVIDIA GPU"
+            raise MachineError(f"--device {name}: no CUDA here (PyTorch {torch.__version__} {build}); use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def describe(device=None) -> dict:
+    """Versions, GPU, driver and the source's git commit; JSON-ready, None where there is no such thing.
+
+    Keys: bsfa, commit, python, platform, torch, triton, transformers, cuda, cudnn, gpu, driver, capability,
+    memory_bytes. `device` picks the GPU; the current one by default, none when it is a CPU.
+    """
+    import torch
+
+    facts = {
+        "bsfa": _version("bsfa"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "cuda": torch.version.cuda,
+        "cudnn": None,
+        "gpu": None,
+        "driver": None,
+        "capability": None,
+        "memory_bytes": None,
+    }
+    if torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda"):
+        index = torch.cuda.current_device() if device is None else torch.device(device).index or 0
+        properties = torch.cuda.get_device_properties(index)
+        facts |= {
+            "cudnn": _dotted_cudnn(torch.backends.cudnn.version()),
+            "gpu": properties.name,
+            "driver": _driver(),
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
+    return facts
+
+
+def backends() -> list[dict]:
+    """Every attention backend, fastest first, for a small bf16 call here: {name, available, reason}."""
+    import torch
+    from bsfa_kernels import Gate, TileShape
+    from bsfa_kernels.backends import NAMES, reason_against
+    from bsfa_kernels.request import Request
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q = torch.empty(1, 8, 256, 128, device=device, dtype=dtype)
+    k = torch.empty(1, 2, 256, 128, device=device, dtype=dtype)
+    request = Request(q, k, k, Gate(), 128**-0.5, True, TileShape(), True, 0, None, False, False)
+    reasons = {name: reason_against(name, request) for name in NAMES}
+    return [{"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with `+` when the tree differs from it."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return commit and commit + ("+" if changed else "")
+
+
+@cache
+def _driver() -> str | None:
+    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0].strip() if lines else None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _dotted_cudnn(version: int | None) -> str | None:
+    return None if version is None else f"{version // 10000}.{version // 100 % 100}.{version % 100}"

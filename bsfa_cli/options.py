@@ -1,0 +1,50 @@
+"""Options that several commands share, as Annotated aliases for their signatures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import configuration
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise typer.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _dtype(value: str) -> str:
+    if value not in DTYPES:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(DTYPES)}")
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.yaml",
+        help="Read option values from this file; the environment and flags override it.",
+        callback=configuration.load,
+        is_eager=True,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.", callback=_device),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help=f"{', '.join(DTYPES)}; auto is the checkpoint's on a GPU and float32 on a CPU.",
+        callback=_dtype,
+    ),
+]
