@@ -111,7 +111,8 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
         options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
     )  # fmt: skip
-    return backends.choose(request)
+    name, _, passed_over = backends.choose(request)
+    return name, passed_over
 
 
 def _scale(q: torch.Tensor, scale: float | None) -> float:
@@ -179,8 +180,8 @@ def _attention(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
         want_lse, want_counts,
     )  # fmt: skip
-    name, _ = backends.choose(request, backend)
-    out, lse, kept, candidates = backends.load(name).attention(request)
+    _, module, _ = backends.choose(request, backend)
+    out, lse, kept, candidates = module.attention(request)
     if not want_lse:
         lse = q.new_empty(0, dtype=torch.float32)
     if not want_counts:
@@ -216,9 +217,8 @@ def _tile_statistics(
     request = Request(
         q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False
     )
-    from . import statistics
-
-    maximum, gap, mass_mean, mass_worst = statistics.tile_statistics(request, lse, backend)
+    _, module, _ = backends.choose(request, backend, backends.STATISTICS)
+    maximum, gap, mass_mean, mass_worst = module.tile_statistics(request, lse)
     return maximum.float(), gap.float(), mass_mean.float(), mass_worst.float()
 
 

@@ -2,7 +2,7 @@
 
 Fastest first: hopper (Gluon, sm_90), triton (any NVIDIA GPU, and Triton's interpreter), torch (blocked matmuls, any
 device), reference (the specification). A backend is a module with `unsupported(request) -> reason | None` and
-`attention(request) -> (out, lse, kept, candidates)`.
+`attention(request) -> (out, lse, kept, candidates)` or `tile_statistics(request, lse)`, see api.TileStatistics.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from types import ModuleType
 
 from .request import Request
 
-MODULES = {"hopper": "hopper", "triton": "portable", "torch": "blocked", "reference": "reference_backend"}
-NAMES = tuple(MODULES)
+ATTENTION = {"hopper": "hopper", "triton": "portable", "torch": "blocked", "reference": "reference_backend"}
+STATISTICS = {"triton": "statistics", "torch": "blocked", "reference": "reference_backend"}
+NAMES = tuple(ATTENTION)
 
 
 class BackendUnavailable(RuntimeError):
@@ -22,35 +23,36 @@ class BackendUnavailable(RuntimeError):
 
 
 @cache
-def load(name: str) -> ModuleType | str:
+def load(module: str) -> ModuleType | str:
     """The backend's module, or the reason why it cannot be imported here."""
-    if name in ("hopper", "triton"):
-        try:
-            import triton  # noqa: F401
-        except ImportError as error:
-            return f"Triton cannot be imported ({error})"
-    return importlib.import_module(f".{MODULES[name]}", __package__)
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except ImportError as error:
+        return f"{error.name or 'a module'} cannot be imported ({error})"
 
 
-def reason_against(name: str, request: Request) -> str | None:
-    """Why backend `name` cannot serve `request`, or None when it can."""
-    module = load(name)
-    return module if isinstance(module, str) else module.unsupported(request)
+def reason_against(module: str, request: Request) -> str | None:
+    """Why the backend in `module` cannot serve `request`, or None when it can."""
+    loaded = load(module)
+    return loaded if isinstance(loaded, str) else loaded.unsupported(request)
 
 
-def choose(request: Request, demanded: str = "auto") -> tuple[str, dict[str, str]]:
-    """(backend, {faster backend: why not}). Raises BackendUnavailable when `demanded` cannot serve the call."""
-    if demanded != "auto":
-        if demanded not in MODULES:
-            raise ValueError(f"backend must be 'auto' or one of {', '.join(NAMES)}; got {demanded!r}")
-        reason = reason_against(demanded, request)
-        if reason:
-            raise BackendUnavailable(f"backend '{demanded}' cannot serve this call: {reason}")
-        return demanded, {}
+def choose(
+    request: Request, demanded: str = "auto", table: dict[str, str] = ATTENTION
+) -> tuple[str, ModuleType, dict[str, str]]:
+    """(backend, its module, {faster backend: why not}) among `table`, fastest first.
+
+    Raises BackendUnavailable when `demanded` cannot serve the call, ValueError when there is no such backend.
+    """
+    if demanded != "auto" and demanded not in table:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(table)}; got {demanded!r}")
     passed_over = {}
-    for name in NAMES:
-        reason = reason_against(name, request)
+    for name, module in table.items():
+        if demanded not in ("auto", name):
+            continue
+        reason = reason_against(module, request)
         if reason is None:
-            return name, passed_over
+            return name, load(module), passed_over
         passed_over[name] = reason
-    raise BackendUnavailable("; ".join(f"{name}: {reason}" for name, reason in passed_over.items()))
+    reasons = "; ".join(f"backend '{name}' cannot serve this call: {reason}" for name, reason in passed_over.items())
+    raise BackendUnavailable(reasons)

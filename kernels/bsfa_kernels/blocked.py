@@ -1,0 +1,138 @@
+"""The torch backend: blocked matmuls on any device, with memory linear in the sequence length.
+
+One query tile of all heads at a time: scores against every visible key, the gate, then exp and PV only over the tiles
+that were kept. Keys and values are read once per group of query heads, never repeated. Half precisions are computed
+in float32, float64 in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .gates import column
+from .reference import Span
+from .request import Request
+from .tiles import Visit, query_tile_count, visit
+
+
+def unsupported(request: Request) -> str | None:
+    return None
+
+
+def attention(request: Request):
+    q, k, v = request.q, request.k, request.v
+    batch, heads, q_rows, head_dim = q.shape
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros_like(q)
+    lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
+    kept = torch.zeros(batch, heads, request.query_tiles, dtype=torch.int32, device=q.device)
+    candidates = torch.zeros_like(kept)
+    for b, span in enumerate(request.host_spans()):
+        k_b, v_b = k[b].to(compute), v[b].to(compute)
+        for t, query_tile in valid_query_tiles(request, span):
+            plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
+            scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
+            order = plan.candidates()
+            keep = _gate(request, scores, plan, order, query_tile)
+            kept[b, :, t] = keep[:, order].sum(1, dtype=torch.int32)
+            candidates[b, :, t] = len(order)
+            values = v_b[:, -span.k_offset :][:, : scores.shape[-1]]
+            for h in range(heads):
+                columns = _columns(keep[h], scores.shape[-1], request.tile.keys)
+                s = scores[h] if columns is None else scores[h, :, columns]
+                value = values[h * k.shape[1] // heads]
+                row_lse = s.logsumexp(-1)
+                p = s.sub_(row_lse[:, None]).exp_()
+                out[b, h, rows] = (p @ (value if columns is None else value[columns])).to(q.dtype)
+                lse[b, h, rows] = row_lse.float()
+    return out, lse, kept, candidates
+
+
+def tile_statistics(request: Request, lse: torch.Tensor):
+    """(maximum, gap, mass_mean, mass_worst), each float32 [B, Hq, query tiles, key tiles]; see api.TileStatistics."""
+    q, k = request.q, request.k
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (*q.shape[:2], request.query_tiles, request.key_tiles)
+    maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
+    mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
+    for b, span in enumerate(request.host_spans()):
+        k_b = k[b].to(compute)
+        for t, query_tile in valid_query_tiles(request, span):
+            plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
+            scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
+            tiles = _by_tile(scores, request.tile.keys)
+            row_max = tiles.amax(-1)
+            order = plan.forced() + plan.candidates()
+            running = row_max[..., order].cummax(-1).values
+            before = torch.cat([torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], -1)
+            mass = (tiles - lse[b, :, rows, None, None].to(compute)).exp_().sum(-1)
+            end = row_max.shape[-1]
+            maximum[b, :, t, :end] = row_max.amax(1).float()
+            gap[b, :, t, order] = (row_max[..., order] - before).amax(1).float()
+            gap[b, :, t, plan.forced()] = torch.inf
+            mass_mean[b, :, t, :end], mass_worst[b, :, t, :end] = mass.mean(1).float(), mass.amax(1).float()
+    return maximum, gap, mass_mean, mass_worst
+
+
+def valid_query_tiles(request: Request, span: Span):
+    """(index in per-tile outputs, absolute query tile) of every query tile of the sequence that holds a valid row."""
+    if span.length < 1:
+        return
+    rows = min(request.q.shape[2], span.q_length - span.q_offset)
+    first, count = query_tile_count(span.q_offset, rows, request.tile)
+    for t in range(count):
+        yield t, first + t
+
+
+def _visible_scores(request: Request, q_b, k_b, span: Span, query_tile: int, plan: Visit):
+    """Scores [Hq, rows, visible keys] of one query tile against all it may see, and the slice of query rows."""
+    kv_heads, head_dim = k_b.shape[0], k_b.shape[2]
+    tile, compute = request.tile, k_b.dtype
+    rows = slice(
+        max(query_tile * tile.rows, span.q_offset, 0) - span.q_offset,
+        min((query_tile + 1) * tile.rows, span.q_offset + q_b.shape[1], span.q_length) - span.q_offset,
+    )
+    visible = slice(-span.k_offset, min(plan.end_keys * tile.keys, span.length) - span.k_offset)
+    count = rows.stop - rows.start
+    grouped = q_b[:, rows].to(compute).reshape(kv_heads, -1, head_dim)  # a KV head's query heads share one matmul
+    scores = (grouped @ k_b[:, visible].transpose(1, 2)).view(-1, count, visible.stop - visible.start)
+    scores *= request.scale
+    if request.causal:
+        first_key = plan.first_diagonal * tile.keys
+        q_position = torch.arange(rows.start, rows.stop, device=q_b.device) + span.q_offset
+        k_position = torch.arange(first_key, scores.shape[-1], device=q_b.device)
+        scores[..., first_key:].masked_fill_(k_position > q_position[:, None], -torch.inf)
+    return scores, rows
+
+
+def _by_tile(scores: torch.Tensor, keys: int) -> torch.Tensor:
+    """[Hq, rows, visible keys] as [Hq, rows, key tiles, keys], the tail of the last tile at -inf."""
+    tail = -scores.shape[-1] % keys
+    if tail:
+        scores = torch.nn.functional.pad(scores, (0, tail), value=-torch.inf)
+    return scores.unflatten(-1, (-1, keys))
+
+
+def _gate(request: Request, scores, plan: Visit, order: list[int], query_tile: int) -> torch.Tensor:
+    """bool [Hq, key tiles]: the tiles each head keeps, forced ones included."""
+    row_max = _by_tile(scores, request.tile.keys).amax(-1)
+    keep = torch.ones(row_max.shape[0], row_max.shape[2], dtype=torch.bool, device=scores.device)
+    gate = request.gate
+    if gate.absolute is not None:
+        keep[:, order] = row_max[..., order].amax(1) >= column(gate.absolute, query_tile)[:, None]
+    if gate.gap is not None:
+        running = row_max[..., plan.forced()].amax(-1)  # [Hq, rows]
+        least = column(gate.gap, query_tile)
+        for j in order:
+            keep[:, j] &= (row_max[..., j] - running).amax(1) >= least
+            running = torch.where(keep[:, j, None], torch.maximum(running, row_max[..., j]), running)
+    return keep
+
+
+def _columns(keep: torch.Tensor, keys: int, tile_keys: int) -> torch.Tensor | None:
+    """Indices of the keys in kept tiles, or None when every tile is kept."""
+    if bool(keep.all()):
+        return None
+    tiles = keep.nonzero()[:, 0]
+    columns = (tiles[:, None] * tile_keys + torch.arange(tile_keys, device=keep.device)).flatten()
+    return columns[columns < keys]

@@ -1,0 +1,256 @@
+"""The triton backend: one Triton kernel for any NVIDIA GPU, and for Triton's interpreter on the CPU.
+
+One program computes one query tile of one head. Forced tiles come first (which also keeps the masked code ahead of
+the main loop: ptxas serializes wgmma when it follows), then the candidates from right to left. A dropped tile costs
+its QK product and a vote; its V tile is streamed all the same, because a load inside a branch is not pipelined.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .request import UNBOUNDED, Request
+
+LOG2E = tl.constexpr(1.4426950408889634)
+UNBOUNDED_POSITION = tl.constexpr(UNBOUNDED)
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+TILE_SIZES = (16, 32, 64, 128)
+
+
+def interpreted() -> bool:
+    """True when kernels run in Triton's interpreter (TRITON_INTERPRET=1) and so on CPU tensors."""
+    return triton.knobs.runtime.interpret
+
+
+def unsupported(request: Request) -> str | None:
+    q = request.q
+    dtypes = (torch.float16, torch.float32) if interpreted() else (torch.float16, torch.bfloat16, torch.float32)
+    if interpreted():
+        if q.device.type != "cpu":
+            return "Triton's interpreter is on (TRITON_INTERPRET=1) and the tensors are not on the CPU"
+    elif q.device.type != "cuda":
+        return f"tensors are on {q.device.type}; the Triton kernel needs a CUDA device"
+    if q.dtype not in dtypes:
+        return f"{q.dtype} is not one of {', '.join(str(d) for d in dtypes)}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if request.tile.rows not in TILE_SIZES or request.tile.keys not in TILE_SIZES:
+        return f"tile {request.tile}: both sides must be one of {', '.join(map(str, TILE_SIZES))}"
+    if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
+        return "float32 with head dims above 128 does not fit in shared memory"
+    return None
+
+
+def attention(request: Request):
+    q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
+    batch, heads, q_rows, head_dim = q.shape
+    tiles, padded = request.query_tiles, request.spans is not None
+    new = torch.zeros if padded else torch.empty
+    out = new((batch, heads, q_rows, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
+    kept, candidates = (new((batch, heads, tiles), dtype=torch.int32, device=q.device) for _ in range(2))
+    gate = request.gate
+    absolute = gate.absolute.contiguous() if gate.absolute is not None else None
+    gap = gate.gap.contiguous() if gate.gap is not None else None
+    block_d = triton.next_power_of_2(head_dim)
+    rows, keys = request.tile.rows, request.tile.keys
+    warps, stages = launch_shape(q.dtype, head_dim, rows, keys, q.device)
+    with device_guard(q):
+        _forward[(batch * heads, tiles)](
+            TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
+            TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
+            TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
+            out, lse, kept, candidates, absolute, gap, request.spans,
+            request.scale, request.q_offset, q_rows, k.shape[2], tiles,
+            0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
+            HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
+            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, lse, kept, candidates
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a contiguous copy where its base or strides break the 16-byte rule of tensor descriptors."""
+    size = x.element_size()
+    if x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.contiguous()
+
+
+def device_guard(x: torch.Tensor):
+    """Make the tensor's GPU current while a kernel is launched."""
+    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("bsfa")
+
+
+def launch_shape(dtype: torch.dtype, head_dim: int, rows: int, keys: int, device: torch.device) -> tuple[int, int]:
+    """(warps, pipeline stages): as many K/V stages, up to three, as shared memory holds beside the Q tile."""
+    warps = 8 if rows >= 128 else 4
+    size = dtype.itemsize * triton.next_power_of_2(head_dim)
+    room = shared_memory(device) - rows * size
+    return warps, max(1, min(3, room // (2 * keys * size)))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory one block may use."""
+    if device.type != "cuda":
+        return 96 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
+
+
+@triton.jit
+def load_span(spans_ptr, b, q_offset, k_rows):
+    """(q_offset, k_offset, key length, query length) of sequence b; see reference.Span."""
+    if spans_ptr is None:
+        return q_offset, 0, k_rows, UNBOUNDED_POSITION
+    else:
+        q_first = tl.load(spans_ptr + b * 4)
+        k_first = tl.load(spans_ptr + b * 4 + 1)
+        length = tl.minimum(tl.load(spans_ptr + b * 4 + 2), k_first + k_rows)
+        return q_first, k_first, length, tl.load(spans_ptr + b * 4 + 3)
+
+
+@triton.jit
+def diagonal(query_tile, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """(first, end) of the diagonal key tiles, and the last key tile; see tiles.visit."""
+    last = (length - 1) // KEYS
+    first = tl.minimum(query_tile * ROWS // KEYS, last)
+    end = tl.minimum(((query_tile + 1) * ROWS - 1) // KEYS, last) + 1
+    return first, end, last
+
+
+@triton.jit
+def candidate(i, end_tiles, first_diagonal, end_diagonal):
+    """Index of the i-th candidate key tile, right to left, stepping over the diagonal."""
+    right = end_tiles - end_diagonal
+    return tl.where(i < right, end_tiles - 1 - i, first_diagonal - 1 - (i - right))
+
+
+@triton.jit
+def tile_scores(q, k_desc, b, kv_head, row, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
+    """Unscaled scores of one tile in float32."""
+    k = k_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+    return tl.dot(q, k.T, input_precision="ieee")
+
+
+@triton.jit
+def mask_tile(s, q_position, first_key, length, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
+    """-inf (a large finite number would not survive the fused multiply-add) where a row may not look."""
+    key = first_key + tl.arange(0, KEYS)
+    visible = (key < length)[None, :]
+    if CAUSAL:
+        visible = visible & (key[None, :] <= q_position[:, None])
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
+    """One tile joins the softmax; maxima in log2 units."""
+    new_max = tl.maximum(running_max, row_max * scale_log2)
+    p = tl.exp2(s * scale_log2 - new_max[:, None])
+    alpha = tl.exp2(running_max - new_max)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def _forced(
+    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, running_max, row_sum, acc, scale_log2,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    row = j * KEYS - k_offset
+    s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
+    v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+    # A padding row of V may hold anything, and 0 * NaN is NaN.
+    v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
+    s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
+    return online_softmax_update(s, tl.max(s, 1), v, running_max, row_sum, acc, scale_log2)
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles"])
+def _forward(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
+    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    kv_head = head // GROUP
+    t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
+    q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
+    query_tile = tl.maximum(q_first, 0) // ROWS + t
+    first_row = query_tile * ROWS - q_first
+    if (length <= 0) | (query_tile * ROWS >= tl.minimum(q_length, q_first + q_rows)):
+        return
+
+    rows = first_row + tl.arange(0, ROWS)
+    q_position = query_tile * ROWS + tl.arange(0, ROWS)
+    valid = (rows >= 0) & (rows < q_rows) & (q_position < q_length)
+    scale_log2 = scale * LOG2E
+    q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
+    running_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+
+    # Ascending, so that the first tile already shows every row a key and no maximum stays at -inf.
+    first_diagonal, end_diagonal, last = diagonal(query_tile, length, ROWS, KEYS)
+    for j in range(first_diagonal, end_diagonal):
+        running_max, row_sum, acc = _forced(
+            q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, running_max, row_sum, acc, scale_log2,
+            BLOCK_D, KEYS, CAUSAL,
+        )  # fmt: skip
+    left = first_diagonal
+    if KEEP_SINK:
+        if first_diagonal > 0:
+            left -= 1
+            running_max, row_sum, acc = _forced(
+                q, k_desc, v_desc, b, kv_head, 0, k_offset, length, q_position, running_max, row_sum, acc, scale_log2,
+                BLOCK_D, KEYS, CAUSAL,
+            )  # fmt: skip
+
+    if absolute_ptr is not None:
+        absolute = tl.load(absolute_ptr + head * absolute_tiles + tl.minimum(query_tile, absolute_tiles - 1))
+    if gap_ptr is not None:
+        gap = tl.load(gap_ptr + head * gap_tiles + tl.minimum(query_tile, gap_tiles - 1)) * LOG2E
+    end_tiles = end_diagonal if CAUSAL else last + 1
+    candidates = end_tiles - end_diagonal + left
+    kept = 0
+    for i in tl.range(0, candidates):
+        j = candidate(i, end_tiles, first_diagonal, end_diagonal)
+        row = j * KEYS - k_offset
+        s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
+        v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+        if not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
+            s = mask_tile(s, q_position, j * KEYS, length, KEYS, False)
+            v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
+        row_max = tl.max(s, 1)
+        keep = True
+        if (absolute_ptr is not None) or (gap_ptr is not None):
+            vote = tl.where(valid, row_max, float("-inf"))
+            if absolute_ptr is not None:
+                keep = tl.max(vote, 0) * scale >= absolute
+            if gap_ptr is not None:
+                keep = keep & (tl.max(vote * scale_log2 - running_max, 0) >= gap)
+            if keep:
+                running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+                kept += 1
+        else:
+            running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+            kept += 1
+
+    acc = acc * (1.0 / row_sum)[:, None]
+    plane = tl.program_id(0).to(tl.int64)
+    row_in_plane = plane * q_rows + rows
+    columns = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (columns < D)[None, :]
+    tl.store(out_ptr + row_in_plane[:, None] * D + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + row_in_plane, (running_max + tl.log2(row_sum)) / LOG2E, mask=valid)
+    tl.store(kept_ptr + plane * tiles + t, kept)
+    tl.store(candidates_ptr + plane * tiles + t, candidates)

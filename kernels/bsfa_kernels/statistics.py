@@ -1,0 +1,126 @@
+"""The Triton kernel behind tile_statistics(): every tile's scores, streamed once, leave four numbers a tile."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .portable import (
+    LOG2E,
+    aligned,
+    candidate,
+    device_guard,
+    diagonal,
+    load_span,
+    mask_tile,
+    shared_memory,
+    tile_scores,
+    unsupported,
+)
+from .request import Request
+
+__all__ = ["tile_statistics", "unsupported"]
+
+
+def tile_statistics(request: Request, lse: torch.Tensor):
+    """(maximum, gap, mass_mean, mass_worst), each float32 [B, Hq, query tiles, key tiles]; see api.TileStatistics."""
+    q, k = aligned(request.q), aligned(request.k)
+    batch, heads, q_rows, head_dim = q.shape
+    rows, keys = request.tile.rows, request.tile.keys
+    shape = (batch, heads, request.query_tiles, request.key_tiles)
+    maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
+    mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
+    block_d = triton.next_power_of_2(head_dim)
+    size = q.element_size() * block_d
+    stages = max(1, min(3, (shared_memory(q.device) - rows * size) // (keys * size)))
+    with device_guard(q):
+        _statistics[(batch * heads, request.query_tiles)](
+            TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
+            TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
+            lse.contiguous(), maximum, gap, mass_mean, mass_worst, request.spans,
+            request.scale, request.q_offset, q_rows, k.shape[2], request.query_tiles, request.key_tiles,
+            HEADS=heads, GROUP=heads // k.shape[1], BLOCK_D=block_d, ROWS=rows, KEYS=keys,
+            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, num_warps=8 if rows >= 128 else 4, num_stages=stages,
+        )  # fmt: skip
+    return maximum, gap, mass_mean, mass_worst
+
+
+@triton.jit
+def _visit(
+    q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max, scale_log2,
+    maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr,
+    FORCED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Write one tile's four numbers; returns the running maximum in log2 units."""
+    s = tile_scores(q, k_desc, b, kv_head, j * KEYS - k_offset, BLOCK_D, KEYS)
+    if MASKED:
+        s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
+    row_max = tl.max(s, 1) * scale_log2
+    vote = tl.where(valid, row_max, float("-inf"))
+    mass = tl.sum(tl.exp2(s * scale_log2 - lse_log2[:, None]), 1)
+    tl.store(maximum_ptr + j, tl.max(vote, 0) / LOG2E)
+    if FORCED:
+        tl.store(gap_ptr + j, float("inf"))
+    else:
+        tl.store(gap_ptr + j, tl.max(vote - running_max, 0) / LOG2E)
+    tl.store(mass_mean_ptr + j, tl.sum(mass, 0) / row_count)
+    tl.store(mass_worst_ptr + j, tl.max(mass, 0))
+    return tl.maximum(running_max, row_max)
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles"])
+def _statistics(
+    q_desc, k_desc, lse_ptr, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, spans_ptr,
+    scale, q_offset, q_rows, k_rows, tiles, key_tiles,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    kv_head = head // GROUP
+    t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
+    q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
+    query_tile = tl.maximum(q_first, 0) // ROWS + t
+    first_row = query_tile * ROWS - q_first
+    if (length <= 0) | (query_tile * ROWS >= tl.minimum(q_length, q_first + q_rows)):
+        return
+
+    rows = first_row + tl.arange(0, ROWS)
+    q_position = query_tile * ROWS + tl.arange(0, ROWS)
+    valid = (rows >= 0) & (rows < q_rows) & (q_position < q_length)
+    row_count = tl.sum(valid.to(tl.float32), 0)
+    scale_log2 = scale * LOG2E
+    plane = tl.program_id(0).to(tl.int64)
+    # +inf leaves padding rows without mass
+    lse_log2 = tl.load(lse_ptr + plane * q_rows + rows, mask=valid, other=float("inf")) * LOG2E
+    q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
+    running_max = tl.full([ROWS], float("-inf"), tl.float32)
+    first_tile = (plane * tiles + t) * key_tiles
+    maximum_ptr += first_tile
+    gap_ptr += first_tile
+    mass_mean_ptr += first_tile
+    mass_worst_ptr += first_tile
+
+    first_diagonal, end_diagonal, last = diagonal(query_tile, length, ROWS, KEYS)
+    for j in range(first_diagonal, end_diagonal):
+        running_max = _visit(
+            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
+            scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
+        )  # fmt: skip
+    left = first_diagonal
+    if KEEP_SINK:
+        if first_diagonal > 0:
+            left -= 1
+            running_max = _visit(
+                q, k_desc, b, kv_head, 0, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
+                scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
+            )  # fmt: skip
+    end_tiles = end_diagonal if CAUSAL else last + 1
+    for i in tl.range(0, end_tiles - end_diagonal + left):
+        j = candidate(i, end_tiles, first_diagonal, end_diagonal)
+        running_max = _visit(
+            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
+            scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, False, not CAUSAL, BLOCK_D, KEYS, False,
+        )  # fmt: skip
