@@ -67,7 +67,7 @@ def backends() -> list[dict]:
     """Every attention backend, fastest first, for a small bf16 call here: {name, available, reason}."""
     import torch
     from bsfa_kernels import Gate, TileShape
-    from bsfa_kernels.backends import NAMES, reason_against
+    from bsfa_kernels.backends import ATTENTION, reason_against
     from bsfa_kernels.request import Request
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +75,7 @@ def backends() -> list[dict]:
     q = torch.empty(1, 8, 256, 128, device=device, dtype=dtype)
     k = torch.empty(1, 2, 256, 128, device=device, dtype=dtype)
     request = Request(q, k, k, Gate(), 128**-0.5, True, TileShape(), True, 0, None, False, False)
-    reasons = {name: reason_against(name, request) for name in NAMES}
+    reasons = {name: reason_against(module, request) for name, module in ATTENTION.items()}
     return [{"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()]
 
 

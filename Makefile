@@ -1,0 +1,65 @@
+# make demo        install, then calibrate -> export -> verify -> profile on an embedded model (no GPU, no network)
+# make test        install, then every test that needs no GPU
+# make lint        ruff
+# On a GPU machine that already has torch, with the system's Python and nothing downloaded:
+# make gpu-test    every test that needs a GPU
+# make gpu-bench   the stored profiles, as JSON under OUT
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= profiles/results
+DEMO := demo
+PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
+# Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
+PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \
+            pytest pytest-timeout pytest-xdist ruff kernels
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test lint gpu-install gpu-test gpu-bench
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "bsfa needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt $(PACKAGES)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)
+	rm -rf $(DEMO)
+	$(BIN)/bsfa calibrate -o $(DEMO)/run
+	$(BIN)/bsfa export $(DEMO)/run -o $(DEMO)/thresholds.safetensors --target-skip 0.5
+	$(BIN)/bsfa verify --thresholds $(DEMO)/thresholds.safetensors --json > $(DEMO)/verify.json
+	$(BIN)/bsfa profile --profile tiny --output $(DEMO)/profile.json --plot $(DEMO)/profile.svg
+	@echo
+	@echo "What was written (the model is small; speeds are this CPU's and say nothing about a GPU):"
+	@echo "  $(DEMO)/run/                    tile statistics of every layer and head   (bsfa calibrate)"
+	@echo "  $(DEMO)/thresholds.safetensors  the thresholds a server would load        (bsfa export)"
+	@echo "  $(DEMO)/verify.json             dense against sparse, layer by layer      (bsfa verify)"
+	@echo "  $(DEMO)/profile.json, .svg      time against skip rate on this machine    (bsfa profile)"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-install:
+	@cd / && $(PYTHON) -c 'import bsfa_cli, bsfa_kernels' 2>/dev/null || \
+		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e $(CURDIR)
+
+gpu-test: gpu-install
+	$(PYTHON) -m pytest -m gpu
+
+gpu-bench: gpu-install
+	@gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \
+	for profile in $(PROFILES); do \
+		$(PYTHON) -m bsfa_cli profile --profile $$profile --output $(OUT)/$$profile.$$gpu.json || exit $$?; \
+	done
