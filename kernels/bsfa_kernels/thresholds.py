@@ -1,0 +1,286 @@
+"""The thresholds artifact: one safetensors file of calibrated gates, written canonically and read with suspicion.
+
+    thresholds = Thresholds.read("thresholds.safetensors")
+    thresholds.check_model(identity)
+    gate = thresholds.gate("model.layers.0.self_attn", "skip-50", query_tiles=512, device="cuda")
+
+The file holds one float32 tensor [points, query heads, knots] per attention module, named by the module's path, and
+one metadata key `bsfa` of canonical JSON (keys: METADATA_KEYS). A knot is an absolute query position. A query tile
+takes the value at its centre, position tile * rows + rows // 2: linear in position between knots, flat outside them,
+and -inf (keep every tile) wherever an end that weighs in is -inf. No clock and no machine name goes in: the same
+thresholds give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import container
+from .container import canonical_json, exact_keys, integer, sequence, short
+from .gates import Gate
+from .tiles import TileShape
+
+SCHEMA = 1
+MAX_FILE_BYTES = 256 << 20
+MAX_POINTS, MAX_HEADS, MAX_KNOTS, MAX_POSITION, MAX_TILE = 64, 1024, 1 << 16, 1 << 31, 4096
+GATES = ("gap", "absolute")
+METADATA_KEYS = frozenset({"schema", "model", "tile", "keep_sink", "knots", "points", "provenance"})
+# Compared by check_model in this order, so that the most telling difference is the one that is named.
+MODEL_CHECKED = ("architecture", "layers", "query_heads", "key_value_heads", "head_dim", "scale", "rope", "config_hash")
+MODEL_KEYS = ("id", "revision", *MODEL_CHECKED)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ThresholdsError(container.Malformed):
+    """The artifact is malformed, is for another model, or lacks what was asked of it; the message says which."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What an operating point reaches on a set of samples, over the tiles that a gate may drop."""
+
+    skip: float  # share of candidate tiles dropped, 0 .. 1
+    dropped_mass: float  # softmax mass dropped, mean over rows
+    dropped_mass_bound: float  # upper bound on a row's dropped mass at the point's quantile, over query tiles and heads
+
+    def __post_init__(self):
+        for name in ("skip", "dropped_mass", "dropped_mass_bound"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < float("inf"):
+                raise ThresholdsError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operating point: row i of every tensor belongs to point i."""
+
+    name: str
+    gate: str  # "gap" (thresholds are ln lambda) or "absolute"
+    recipe: str  # how it was chosen, e.g. "target-skip"
+    argument: float  # what was asked of the recipe, e.g. 0.5
+    quantile: float | None = None  # of the per-row bound, where one was stated
+    fitted: Reached | None = None  # on the samples it was fitted to
+    held_out: Reached | None = None  # on samples it never saw
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ThresholdsError(f"a point's name must be letters, digits, '.', '_' and '-', got {short(self.name)}")
+        if not isinstance(self.gate, str) or self.gate not in GATES:
+            raise ThresholdsError(f"point {self.name}: gate must be one of {', '.join(GATES)}, got {short(self.gate)}")
+        if not isinstance(self.recipe, str) or not _NAME.fullmatch(self.recipe):
+            raise ThresholdsError(f"point {self.name}: recipe {self.recipe!r} is not a name")
+        if not _is_number(self.argument):
+            raise ThresholdsError(f"point {self.name}: argument must be a finite number, got {self.argument!r}")
+        if self.quantile is not None and not (_is_number(self.quantile) and 0 < self.quantile <= 1):
+            raise ThresholdsError(f"point {self.name}: quantile must lie in (0, 1], got {self.quantile!r}")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Calibrated gates of one model. Raises ThresholdsError when the parts do not fit together.
+
+    `model` has the keys MODEL_KEYS; a value of None is unknown and is not checked. `provenance` is any JSON object.
+    """
+
+    model: Mapping[str, object]
+    tile: TileShape
+    keep_sink: bool
+    knots: tuple[int, ...]  # absolute query positions, increasing
+    points: tuple[Point, ...]
+    tensors: Mapping[str, torch.Tensor]  # {module path: float32 [points, query heads, knots]}
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        try:
+            self._check()
+        except container.Malformed as error:
+            raise ThresholdsError(str(error)) from None
+
+    def _check(self):
+        exact_keys("model", self.model, MODEL_KEYS)
+        if not isinstance(self.model["id"], str):
+            raise ThresholdsError(f"the model's id must be text, got {short(self.model['id'])}")
+        if not isinstance(self.keep_sink, bool):
+            raise ThresholdsError(f"keep_sink must be true or false, got {self.keep_sink!r}")
+        if max(self.tile.rows, self.tile.keys) > MAX_TILE:
+            raise ThresholdsError(f"tile {self.tile} is larger than {MAX_TILE}")
+        _check_knots(self.knots)
+        names = [point.name for point in self.points]
+        if not 1 <= len(names) <= MAX_POINTS or len(set(names)) != len(names):
+            raise ThresholdsError(f"there must be 1 to {MAX_POINTS} points of different names, got {names}")
+        if not self.tensors:
+            raise ThresholdsError("there is no module")
+        for path, tensor in self.tensors.items():
+            shape = tuple(tensor.shape)
+            if tensor.dtype != torch.float32 or len(shape) != 3:
+                raise ThresholdsError(f"{path} must be float32 [points, heads, knots], got {tensor.dtype} {shape}")
+            if (shape[0], shape[2]) != (len(names), len(self.knots)) or not 1 <= shape[1] <= MAX_HEADS:
+                expected = f"{len(names)} points x 1..{MAX_HEADS} heads x {len(self.knots)} knots"
+                raise ThresholdsError(f"{path} must hold {expected}, got {' x '.join(map(str, shape))}")
+            if bool((torch.isnan(tensor) | (tensor == torch.inf)).any()):
+                raise ThresholdsError(f"{path} holds NaN or +inf; a threshold is a finite number or -inf")
+
+    def index(self, name: str | None = None) -> int:
+        """Row of point `name`; without a name, of the only point. Raises ThresholdsError naming the points."""
+        names = [point.name for point in self.points]
+        if name is None and len(names) == 1:
+            return 0
+        if name not in names:
+            what = "several points; choose one" if name is None else f"no point {name!r}"
+            raise ThresholdsError(f"the thresholds have {what} of: {', '.join(names)}")
+        return names.index(name)
+
+    def gate(self, module_path: str, point: str | None, query_tiles: int, device: torch.device | str = "cpu") -> Gate:
+        """The Gate of one module at one point, its tensor float32 [query heads, query_tiles] on `device`.
+
+        Interpolated on the CPU in float64, so values are the same on every device. Raises ThresholdsError for a
+        module or point that the artifact does not hold.
+        """
+        row = self.index(point)
+        if module_path not in self.tensors:
+            raise ThresholdsError(f"the thresholds hold no module {module_path!r}")
+        values = interpolate(self.tensors[module_path][row], self.knots, tile_positions(query_tiles, self.tile))
+        return Gate(**{self.points[row].gate: values.to(device)})
+
+    def check_model(self, identity: Mapping[str, object], modules: Mapping[str, int] | None = None) -> None:
+        """Raise ThresholdsError, naming the field, unless the thresholds were made for this model.
+
+        `identity` has keys among MODEL_KEYS; id and revision are labels and may differ. `modules` maps the model's
+        attention module paths to their number of query heads.
+        """
+        for key in MODEL_CHECKED:
+            ours, theirs = self.model[key], identity.get(key)
+            if ours is not None and theirs is not None and canonical_json(ours) != canonical_json(theirs):
+                raise ThresholdsError(
+                    f"the thresholds were made for another model ({self.model['id']}): "
+                    f"{key} is {short(ours)} there and {short(theirs)} here"
+                )
+        for path, tensor in self.tensors.items() if modules is not None else ():
+            if path not in modules:
+                raise ThresholdsError(f"the thresholds hold module {path!r}, which this model does not have")
+            if modules[path] != tensor.shape[1]:
+                raise ThresholdsError(
+                    f"{path}: query_heads is {tensor.shape[1]} in the thresholds and {modules[path]} in this model"
+                )
+
+    def check_tile(self, tile: TileShape) -> None:
+        """Raise ThresholdsError unless the thresholds were calibrated with this tile shape."""
+        if tile != self.tile:
+            raise ThresholdsError(f"tile is {self.tile} in the thresholds, and {tile} was asked for")
+
+    def to_bytes(self) -> bytes:
+        """The safetensors file: modules in order of their names, header padded with spaces to 8 bytes."""
+        metadata = {
+            "schema": SCHEMA,
+            "model": dict(self.model),
+            "tile": [self.tile.rows, self.tile.keys],
+            "keep_sink": self.keep_sink,
+            "knots": list(self.knots),
+            "points": [_point_to_json(point) for point in self.points],
+            "provenance": dict(self.provenance),
+        }
+        return container.pack("bsfa", metadata, self.tensors)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write the file whole: beside its place first, then renamed."""
+        part = Path(f"{os.fspath(path)}.part")
+        try:
+            part.write_bytes(self.to_bytes())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Thresholds:
+        """Read an artifact. Raises ThresholdsError with one sentence for anything but a valid one."""
+        try:
+            with open(path, "rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise ThresholdsError(f"cannot read {path}: {error.strerror or error}") from error
+        try:
+            return cls.from_bytes(content)
+        except ThresholdsError as error:
+            raise ThresholdsError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Thresholds:
+        """Parse an artifact. Raises ThresholdsError."""
+        try:
+            metadata, tensors = container.unpack(content, "bsfa", MAX_FILE_BYTES)
+            _check_schema(metadata)
+            exact_keys("the bsfa metadata", metadata, METADATA_KEYS)
+            sizes = (integer("tile", size, 1, MAX_TILE) for size in sequence("tile", metadata["tile"], 2, 2))
+            tile = TileShape(*sizes)
+            knots = tuple(sequence("knots", metadata["knots"], 1, MAX_KNOTS))
+            points = tuple(_point_from_json(point) for point in sequence("points", metadata["points"], 1, MAX_POINTS))
+            if not isinstance(metadata["provenance"], dict):
+                raise ThresholdsError("provenance must be a JSON object")
+            return cls(metadata["model"], tile, metadata["keep_sink"], knots, points, tensors, metadata["provenance"])
+        except container.Pickled as error:
+            raise ThresholdsError(f"{error}; `bsfa export --from-official` converts the authors' file") from None
+        except container.Malformed as error:
+            raise ThresholdsError(str(error)) from None
+
+
+def tile_positions(query_tiles: int, tile: TileShape) -> torch.Tensor:
+    """float64 [query_tiles]: the position at which each query tile's threshold is read, its centre."""
+    return torch.arange(query_tiles, dtype=torch.float64) * tile.rows + tile.rows // 2
+
+
+def interpolate(values: torch.Tensor, knots: tuple[int, ...], positions: torch.Tensor) -> torch.Tensor:
+    """values [..., knots] read at positions [n], as float32 [..., n]; see the module docstring for the rule."""
+    at = torch.tensor(knots, dtype=torch.float64)
+    positions = positions.to(torch.float64).clamp(at[0], at[-1])
+    right = torch.searchsorted(at, positions).clamp(min=1, max=max(len(knots) - 1, 1))
+    left, right = right - 1, right.clamp(max=len(knots) - 1)
+    weight = ((positions - at[left]) / (at[right] - at[left]).clamp(min=1)).expand(*values.shape[:-1], -1)
+    low, high = values[..., left].double(), values[..., right].double()
+    mixed = torch.where((low == -torch.inf) | (high == -torch.inf), -torch.inf, low + weight * (high - low))
+    return torch.where(weight == 0, low, torch.where(weight == 1, high, mixed)).float().contiguous()
+
+
+def _check_schema(bsfa: dict) -> None:
+    schema = bsfa.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise ThresholdsError(f"schema must be a positive whole number, got {short(schema)}")
+    if schema > SCHEMA:
+        raise ThresholdsError(
+            f"the file has schema {schema}, and this version of bsfa reads up to {SCHEMA}; upgrade it"
+        )
+
+
+def _check_knots(knots) -> None:
+    if not 1 <= len(knots) <= MAX_KNOTS:
+        raise ThresholdsError(f"there must be 1 to {MAX_KNOTS} knots, got {len(knots)}")
+    for knot in knots:
+        integer("knots", knot, 0, MAX_POSITION)
+    if any(b <= a for a, b in zip(knots, knots[1:], strict=False)):
+        raise ThresholdsError("knots must increase")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _point_to_json(point: Point) -> dict:
+    result = dict(vars(point))
+    for key in ("fitted", "held_out"):
+        result[key] = None if result[key] is None else dict(vars(result[key]))
+    return result
+
+
+def _point_from_json(value) -> Point:
+    exact_keys("a point", value, Point.__dataclass_fields__)
+    reached = {}
+    for key in ("fitted", "held_out"):
+        if value[key] is not None:
+            exact_keys(f"a point's {key}", value[key], Reached.__dataclass_fields__)
+            reached[key] = Reached(**value[key])
+    return Point(**{**value, **reached})
