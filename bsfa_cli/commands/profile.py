@@ -1,0 +1,163 @@
+"""bsfa profile: is it faster here?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from ..errors import GateFailed, MachineError, UsageError
+from ..options import Config, Device, Dtype, Json
+
+
+def profile(
+    profile: Annotated[
+        str | None, Option(help="Bundled profile or YAML file; llama-3.1-8b on a GPU and tiny on a CPU by default.")
+    ] = None,
+    lengths: Annotated[str | None, Option(help="Sequence lengths, separated by commas.")] = None,
+    skip: Annotated[str | None, Option(help="Skip rates between 0 and 1, separated by commas.")] = None,
+    heads: Annotated[int | None, Option(help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, Option(help="Key/value heads; as many as query heads by default.")] = None,
+    head_dim: Annotated[int | None, Option(help="Head dimension.")] = None,
+    causal: Annotated[bool | None, Option("--causal/--no-causal", help="Causal attention or not.")] = None,
+    gate: Annotated[str | None, Option(help="gap or absolute.")] = None,
+    tile: Annotated[str | None, Option(help="Tile shape, query rows x keys.")] = None,
+    backend: Annotated[str | None, Option(help="Demand this backend; the fastest that can serve by default.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    seed: Annotated[int | None, Option(help="Seed of the synthetic data.")] = None,
+    seconds: Annotated[float, Option(help="Measuring time per cell; each contender runs at least 5 times.")] = 3.0,
+    end_to_end: Annotated[
+        str | None,
+        Option(metavar="MODEL", help="Time this model's prefill; the sweep then runs only if --profile is given."),
+    ] = None,
+    thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
+    point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
+    plot: Annotated[Path | None, Option(help="Write an SVG plot of speedup against length.")] = None,
+    baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,
+    fail_under: Annotated[
+        float | None, Option(help="Exit 1 when old time / new time falls below this anywhere (with --baseline).")
+    ] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Time bsfa against every dense baseline, interleaved, over lengths, skip rates and head shapes."""
+    from ..timing.plan import load
+
+    if fail_under is not None and baseline is None:
+        raise UsageError("--fail-under compares with an earlier result: give it as --baseline FILE.json")
+    if end_to_end is None and (thresholds is not None or point is not None):
+        raise UsageError("--thresholds and --point belong to --end-to-end MODEL; the sweep fits its own thresholds")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--seconds must be positive, got {seconds}")
+    # Everything that can be refused without torch is refused before its import.
+    lengths, skip = _numbers(lengths, int, "--lengths"), _numbers(skip, float, "--skip")
+    plan = load(profile) if profile else None
+
+    from ..environment import resolve_device
+    from ..presentation import profile_table
+    from ..presentation.console import note, print_json
+    from ..timing import compare, run
+
+    device = resolve_device(device)
+    plan = plan or load("llama-3.1-8b" if device.type == "cuda" else "tiny")
+    plan = plan.with_flags(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
+        tile=tile, backend=backend, dtype=None if dtype == "auto" else dtype, seed=seed,
+    )  # fmt: skip
+    if plan.backend != "auto":
+        _known_backend(plan.backend)
+    result = run.empty(plan, device)
+    stored = compare.read(baseline) if baseline else None
+    if stored:
+        compare.refuse_other_machine(stored, result["environment"], result["device"], baseline)
+    for path in filter(None, (output, plot)):
+        _writable(path)
+
+    def save(cell=None):
+        if cell:
+            profile_table.show_cell(cell)
+        if output:
+            _write_json(output, result)
+
+    if end_to_end is None or profile is not None:
+        run.sweep_cells(plan, device, result, seconds, save)
+        note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
+    if end_to_end is not None:
+        from ..timing.prefill import time_prefill
+
+        for length in plan.lengths if lengths is None else lengths:
+            entry = time_prefill(end_to_end, thresholds, point, length, device, dtype, plan.seed, seconds)
+            result["prefill"].append(entry)
+            profile_table.show_prefill(entry)
+            save()
+    result["complete"] = True
+    if stored:
+        result["compared"] = compare.changes(stored, result)
+    save()
+    if plot:
+        from ..files import write_whole
+        from ..presentation.plot import speedup_plot
+
+        write_whole(plot, speedup_plot(result).encode())
+    for path in filter(None, (output, plot)):
+        note(f"written: {path}")
+    if json:
+        print_json(result)
+    _judge(result, run.failures(result), fail_under)
+
+
+def _judge(result: dict, failures: list[str], fail_under: float | None) -> None:
+    for cell in result["cells"]:
+        if not any(row["kind"] == "bsfa" for row in cell["contenders"]):
+            reason = next(absent["reason"] for absent in cell["unavailable"] if absent["name"].startswith("bsfa"))
+            raise MachineError(f"{cell['shape']['name']}, {cell['length']} tokens: no bsfa kernel ran ({reason})")
+    if fail_under is not None:
+        compared = result["compared"]
+        if not compared:
+            raise UsageError("--baseline holds none of the cells that were measured; use the same profile and flags")
+        failures = failures + [
+            f"{row['cell']}, {row['name']}: {row['old_ms']:.3f} ms before, {row['new_ms']:.3f} ms now "
+            f"({row['ratio']:.2f}, asked for {fail_under})"
+            for row in compared
+            if row["ratio"] < fail_under
+        ]
+    if failures:
+        raise GateFailed("; ".join(failures))
+
+
+def _numbers(text: str | None, kind: type, flag: str) -> tuple | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.replace("_", "").split(","))
+    except ValueError:
+        raise UsageError(f"{flag} takes numbers separated by commas, got {text!r}") from None
+
+
+def _known_backend(name: str) -> None:
+    from bsfa_kernels.backends import NAMES
+
+    if name not in NAMES:
+        raise UsageError(f"backend must be auto or one of {', '.join(NAMES)}; got {name!r}")
+
+
+def _writable(path: Path) -> None:
+    """Find out before measuring, not after."""
+    import os
+
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not os.access(folder, os.W_OK) or not folder.is_dir():
+        raise UsageError(f"cannot write {path}")
+
+
+def _write_json(path: Path, result: dict) -> None:
+    import json
+
+    from ..files import write_whole
+
+    write_whole(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())

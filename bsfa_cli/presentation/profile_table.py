@@ -1,0 +1,90 @@
+"""A profile's result as tables on the terminal."""
+
+from __future__ import annotations
+
+HEADINGS = ("", "ms", "p20-p80", "TFLOP/s", "executed", "skipped", "speedup", "bound")
+
+
+def cell_rows(cell: dict) -> list[tuple[str, ...]]:
+    """One row per contender: name, ms, p20-p80, TFLOP/s dense-equivalent and executed, skip, speedup, bound."""
+    rows = []
+    for row in cell["contenders"]:
+        skip = row.get("skip")
+        speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        rows.append(
+            (
+                row["name"],
+                f"{row['ms_median']:.3f}",
+                f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}",
+                f"{row['tflops_dense_equivalent']:.4g}",
+                f"{row['tflops_executed']:.4g}",
+                "-" if skip is None else f"{skip:.1%}",
+                speedup + (" *" if row["suspect"] else ""),
+                f"{row['bound']:.2f}x" if row["kind"] == "bsfa" else "-",
+            )
+        )
+    return rows
+
+
+def show_cell(cell: dict) -> None:
+    """Print one cell to stderr."""
+    from .console import note
+
+    shape = cell["shape"]
+    note(
+        f"\n{shape['name']}: {cell['length']:,} tokens, {shape['heads']}/{shape['kv_heads']} heads of "
+        f"{shape['head_dim']}, {'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, "
+        f"{cell['gate']} gate, {cell['tile']} tiles, backend {cell['backend']}; data {cell['data']}"
+    )
+    for name, reason in cell["passed_over"].items():
+        note(f"  backend {name} not used: {reason}")
+    for line in aligned([HEADINGS, *cell_rows(cell)]):
+        note(f"  {line}")
+    for absent in cell["unavailable"]:
+        note(f"  not timed: {absent['name']} ({absent['reason']})")
+    note(f"  {verdict(cell)}")
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows as lines: first column to the left, the others to the right. Never cut, so that a log keeps every digit."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            field.ljust(width) if i == 0 else field.rjust(width)
+            for i, (field, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def verdict(cell: dict) -> str:
+    """Overhead, break-even and correctness of one cell in one line."""
+    if cell["fastest_dense"] is None:
+        return "no dense baseline ran here"
+    parts = [f"fastest dense: {cell['fastest_dense']}"]
+    if cell["overhead_at_zero"] is not None:
+        parts.append(f"at 0 % skipped bsfa takes {cell['overhead_at_zero']:+.1%} time")
+        even = cell["break_even_skip"]
+        if even is None:
+            parts.append("no measured skip rate breaks even")
+        else:
+            parts.append("never slower" if even == 0 else f"breaks even at {even:.0%} skipped")
+    if cell["error_at_zero"] is not None:
+        parts.append(f"distance to dense {cell['error_at_zero']:.1e}")
+    if any(row["suspect"] for row in cell["contenders"]):
+        parts.append("* exceeds the tensor-pipe bound 2/(1+kept): baseline inefficiency")
+    return "; ".join(parts)
+
+
+def show_prefill(entry: dict) -> None:
+    """Print one end-to-end comparison to stderr."""
+    from .console import note
+
+    note("")
+    note(f"prefill of {entry['model']}, {entry['length']:,} tokens, {entry['dtype']}, point {entry['point']}")
+    for row in entry["contenders"]:
+        skip = "" if row["skip"] is None else f", {row['skip']:.1%} of candidate tiles skipped"
+        speedup = "" if row["speedup"] is None else f", {row['speedup']:.2f}x"
+        note(f"  {row['name']}: {row['ms_median']:.2f} ms ({row['ms_p20']:.2f}-{row['ms_p80']:.2f}){speedup}{skip}")
+    for absent in entry["unavailable"]:
+        note(f"  not timed: {absent['name']} ({absent['reason']})")

@@ -1,0 +1,85 @@
+"""Dense attention to be measured against: every SDPA backend by its name, and FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+SDPA = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+CPU_SDPA = {"PyTorch's CPU flash attention": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+MATH_LIMIT = 2048  # tokens; beyond, its score matrix dwarfs what is measured
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, Callable | str]:
+    """{name: call, or the reason why it is left out}. q [B, Hq, T, D]; k, v [B, Hkv, T, D]; calls return q's shape."""
+    cpu = q.device.type == "cpu"
+    found: dict[str, Callable | str] = {}
+    for name, backend in (CPU_SDPA if cpu else SDPA).items():
+        if name == "math" and q.shape[2] > MATH_LIMIT:
+            found[name] = f"needs the whole score matrix; timed up to {MATH_LIMIT} tokens"
+        elif name == "efficient" and q.shape[1] != k.shape[1]:
+            # It has no grouped-query mode; the copies are made outside the timed call.
+            group = q.shape[1] // k.shape[1]
+            found[name] = _Repeated(q, k, v, causal, group)
+        else:
+            found[name] = _sdpa(q, k, v, causal, backend)
+    found["FlexAttention"] = "timed on CUDA only" if cpu else _Flex(q, k, v, causal)
+    return found
+
+
+def _sdpa(q, k, v, causal: bool, backend: SDPBackend) -> Callable:
+    grouped = q.shape[1] != k.shape[1]
+
+    def call():
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+    return call
+
+
+class _Repeated:
+    """SDPA's memory-efficient backend with K and V repeated once per query head, on the first call."""
+
+    def __init__(self, q, k, v, causal: bool, group: int):
+        self.q, self.shared, self.causal, self.group, self.repeated = q, (k, v), causal, group, None
+
+    def __call__(self):
+        if self.repeated is None:
+            self.repeated = [x.repeat_interleave(self.group, dim=1) for x in self.shared]
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return scaled_dot_product_attention(self.q, *self.repeated, is_causal=self.causal)
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class _Flex:
+    """FlexAttention, compiled, with a causal block mask made (and compiled) on the first call."""
+
+    def __init__(self, q, k, v, causal: bool):
+        self.q, self.k, self.v, self.causal, self.mask = q, k, v, causal, None
+
+    def __call__(self):
+        if self.causal and self.mask is None:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            length = self.q.shape[2]
+            self.mask = create_block_mask(
+                lambda b, h, q_index, k_index: q_index >= k_index, None, None, length, length, device=self.q.device,
+                _compile=True,
+            )  # fmt: skip
+        grouped = self.q.shape[1] != self.k.shape[1]
+        return _compiled_flex()(self.q, self.k, self.v, block_mask=self.mask, enable_gqa=grouped)

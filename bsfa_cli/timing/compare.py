@@ -1,0 +1,61 @@
+"""A new profile against a stored one: only where machine and software are the same, only cell by cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import InputError
+
+SAME = ("gpu", "driver", "capability", "cuda", "cudnn", "torch", "triton", "platform")
+FORMAT = 1
+
+
+def read(path: Path) -> dict:
+    """A stored profile. Raises InputError for anything that is not one."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(stored, dict) or stored.get("kind") != "bsfa profile":
+        raise InputError(f"{path} is not a result of `bsfa profile`")
+    if stored.get("format") != FORMAT:
+        raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {FORMAT}")
+    if not isinstance(stored.get("environment"), dict) or not isinstance(stored.get("cells"), list):
+        raise InputError(f"{path} lacks its environment or its cells")
+    return stored
+
+
+def refuse_other_machine(stored: dict, environment: dict, device: str, path: Path) -> None:
+    """Raises InputError, naming what differs, when times of the two would not mean the same."""
+    pairs = [(name, stored["environment"].get(name), environment.get(name)) for name in SAME]
+    pairs.append(("device", str(stored.get("device")).partition(":")[0], device.partition(":")[0]))
+    different = [f"{name} {old} there, {new} here" for name, old, new in pairs if old != new]
+    if different:
+        raise InputError(f"cannot compare with {path}: {'; '.join(different)}")
+
+
+def changes(stored: dict, result: dict) -> list[dict]:
+    """Our kernel's rows that both hold: {cell, name, old_ms, new_ms, ratio}; ratio > 1 is faster than stored."""
+    old = {_key(cell): {row["name"]: row for row in cell["contenders"]} for cell in stored["cells"]}
+    found = []
+    for cell in result["cells"]:
+        for row in cell["contenders"]:
+            before = old.get(_key(cell), {}).get(row["name"])
+            if row["kind"] == "bsfa" and before:
+                found.append(
+                    {
+                        "cell": f"{cell['shape']['name']} {cell['length']}",
+                        "name": row["name"],
+                        "old_ms": before["ms_median"],
+                        "new_ms": row["ms_median"],
+                        "ratio": before["ms_median"] / row["ms_median"],
+                    }
+                )
+    return found
+
+
+def _key(cell: dict) -> tuple:
+    return (json.dumps(cell["shape"], sort_keys=True), cell["length"], cell["dtype"], cell["tile"], cell["gate"])

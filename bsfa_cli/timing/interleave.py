@@ -1,0 +1,117 @@
+"""Interleaved measurement: contenders take turns, so that clocks, heat and neighbours hit all of them alike.
+
+Each round runs every contender once, in an order shuffled anew. On a GPU a call is timed between two CUDA events
+after a write larger than the L2 cache, and the host waits only at the end of the round; on a CPU by perf_counter.
+Compilation and the first calls are outside the samples.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_BYTES = 256 * 2**20
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: `call` starts the work once and returns its output."""
+
+    name: str
+    call: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contender, in the order they were measured."""
+
+    samples_ms: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    def quantile(self, share: float) -> float:
+        """Linear between samples; `share` in 0..1."""
+        ordered = sorted(self.samples_ms)
+        position = share * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    def as_dict(self) -> dict:
+        return {
+            "ms_median": self.median,
+            "ms_p20": self.quantile(0.2),
+            "ms_p80": self.quantile(0.8),
+            "samples_ms": [round(sample, 6) for sample in self.samples_ms],
+        }
+
+
+def first_call(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor | None, str | None]:
+    """(output, None), or (None, the reason) when the call fails. Whatever it compiles is compiled here."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            out = call()
+            synchronize(device)
+            return out, None
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except Exception as error:  # noqa: BLE001 - a baseline may fail in any way; the reason goes into the result
+            lines = str(error).strip().splitlines() or [""]
+            notes = [str(w.message).splitlines()[0] for w in said if issubclass(w.category, UserWarning)]
+            reason = "; ".join(dict.fromkeys([f"{type(error).__name__}: {lines[0]}", *notes]))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, reason
+
+
+def measure(
+    contenders: list[Contender], device: torch.device, *, seconds: float, at_least: int = 5, at_most: int = 100, seed=0
+) -> dict[str, Timing]:
+    """{contender name: Timing}; as many rounds as fit into `seconds` of device time, within the two limits."""
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    order = list(contenders)
+    shuffle = random.Random(seed).shuffle
+    for _ in range(WARM_UP):
+        spent = sum(_round(order, device, flush).values())
+    rounds = min(at_most, max(at_least, int(seconds * 1e3 / max(spent, 1e-3))))
+    samples = {contender.name: [] for contender in contenders}
+    for _ in range(rounds):
+        shuffle(order)
+        for name, ms in _round(order, device, flush).items():
+            samples[name].append(ms)
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _round(order: list[Contender], device: torch.device, flush: torch.Tensor | None) -> dict[str, float]:
+    if flush is None:
+        times = {}
+        for contender in order:
+            start = time.perf_counter()
+            contender.call()
+            times[contender.name] = (time.perf_counter() - start) * 1e3
+        return times
+    events = {}
+    for contender in order:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        contender.call()
+        end.record()
+        events[contender.name] = (start, end)
+    torch.cuda.synchronize(device)
+    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}

@@ -1,0 +1,146 @@
+"""What to measure: a sweep of lengths x skip rates x head shapes, from a YAML profile and flags."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from ..errors import UsageError
+
+GATES = ("gap", "absolute")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call's heads. `lengths` overrides the plan's for this shape."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = True
+    batch: int = 1
+    lengths: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("heads", "kv_heads", "head_dim", "batch"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UsageError(f"{name} must be a positive whole number, got {getattr(self, name)!r}")
+        if self.heads % self.kv_heads:
+            raise UsageError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if not isinstance(self.causal, bool):
+            raise UsageError(f"causal must be true or false, got {self.causal!r}")
+
+    def describe(self) -> dict:
+        return {key: value for key, value in asdict(self).items() if key != "lengths"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    lengths: tuple[int, ...]
+    skip: tuple[float, ...]
+    gate: str = "gap"
+    tile: str = "64x128"
+    dtype: str = "auto"
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.shapes:
+            raise UsageError(f"profile {self.name} has no shapes")
+        for lengths in (self.lengths, *(shape.lengths for shape in self.shapes if shape.lengths)):
+            if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in lengths):
+                raise UsageError(f"lengths must be positive whole numbers, got {list(lengths)}")
+        if any(not isinstance(rate, (int, float)) or not 0 < rate < 1 for rate in self.skip):
+            raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}")
+        for name, allowed in (("gate", GATES), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(self.tile)):
+            raise UsageError(f"tile must be ROWSxKEYS, such as 64x128, got {self.tile!r}")
+
+    def cells(self) -> list[tuple[Shape, int]]:
+        """Every (shape, length), shortest first within a shape."""
+        return [(shape, n) for shape in self.shapes for n in sorted(shape.lengths or self.lengths)]
+
+    def with_flags(self, heads=None, kv_heads=None, head_dim=None, causal=None, **changes) -> Plan:
+        """This plan with what is not None replaced. Any head flag leaves one shape, made from the first."""
+        head_flags = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "causal": causal}
+        head_flags = {key: value for key, value in head_flags.items() if value is not None}
+        if "heads" in head_flags:
+            head_flags.setdefault("kv_heads", heads)
+        changes = {key: value for key, value in changes.items() if value is not None}
+        if head_flags:
+            changes["shapes"] = (replace(self.shapes[0], name="custom", lengths=None, **head_flags),)
+        elif "lengths" in changes:
+            changes["shapes"] = tuple(replace(shape, lengths=None) for shape in self.shapes)
+        return replace(self, **changes)
+
+
+def available() -> list[str]:
+    """Names of the profiles that come with bsfa."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(profile: str) -> Plan:
+    """The plan in a bundled profile or a YAML file. Raises UsageError for what cannot be read or meant."""
+    import yaml
+
+    path = Path(profile)
+    if profile in available():
+        text = (_folder() / f"{profile}.yaml").read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read profile {profile}: {error}") from error
+    else:
+        raise UsageError(f"no profile '{profile}': give a .yaml file or one of {', '.join(available())}")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"profile {profile} is not YAML: {' '.join(str(error).split())}") from error
+    content = _known(content, Plan, profile, exclude="name")
+    shapes = content.get("shapes")
+    if not isinstance(shapes, list):
+        raise UsageError(f"profile {profile}: 'shapes' must be a list of head shapes")
+    content["shapes"] = tuple(_make(Shape, _known(shape, Shape, profile), profile) for shape in shapes)
+    return _make(Plan, {"name": path.stem if path.suffix else profile, **content}, profile)
+
+
+def _known(content, kind: type, profile: str, exclude: str = "") -> dict:
+    known = [field.name for field in fields(kind) if field.name != exclude]
+    if not isinstance(content, dict):
+        raise UsageError(f"profile {profile}: expected a mapping with {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise UsageError(f"profile {profile}: unknown key '{key}'; known keys: {', '.join(known)}")
+    return {
+        key: tuple(value) if isinstance(value, list) and key != "shapes" else value for key, value in content.items()
+    }
+
+
+def _make(kind: type, content: dict, profile: str):
+    for key in ("lengths", "skip"):
+        if not isinstance(content.get(key) or (), tuple):
+            raise UsageError(f"profile {profile}: '{key}' must be a list, got {content[key]!r}")
+    try:
+        return kind(**content)
+    except TypeError as error:
+        missing = re.findall(r"'(\w+)'", str(error))
+        raise UsageError(f"profile {profile}: missing {', '.join(missing)}") from error
+    except UsageError as error:
+        raise UsageError(f"profile {profile}: {error}") from error
+
+
+def _folder() -> Path:
+    """The installed profiles. importlib.resources cannot read a folder without __init__.py from an editable install."""
+    import bsfa_profiles
+
+    return next(folder for folder in map(Path, bsfa_profiles.__path__) if folder.is_dir())

@@ -1,0 +1,197 @@
+"""One cell of a profile: every dense baseline and our kernel at every skip rate, timed in one interleaved run.
+
+Data are synthetic: Q, K and V are unit-normal, thresholds are fitted to them (thresholds.py). What a real model skips
+is for `bsfa verify` to say.
+"""
+
+from __future__ import annotations
+
+import torch
+from bsfa_kernels import Gate, TileShape, block_sparse_attention, explain
+
+from . import baselines, thresholds
+from .interleave import Contender, Timing, first_call, measure
+from .plan import Plan, Shape
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+OPEN, ZERO = "bsfa, skipping compiled out", "bsfa, 0 % skipped"
+CEILING = {"cuda": (8192, torch.bfloat16), "cpu": (768, torch.float32)}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """torch dtype of a plan's `dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def ceiling(device: torch.device, seconds: float) -> dict:
+    """What a square matrix product reaches here: {size, dtype, tflops, ms_median, samples_ms, ...}."""
+    size, dtype = CEILING[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing = measure([Contender("matmul", lambda: a @ b)], device, seconds=seconds)["matmul"]
+    tflops = 2 * size**3 / timing.median / 1e9
+    return {"size": size, "dtype": str(dtype).removeprefix("torch."), "tflops": tflops, **timing.as_dict()}
+
+
+def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: float) -> dict:
+    """Measure one (shape, length); `seconds` bounds the timed part. The keys are described in profiles/README.md."""
+    dtype, tile = resolve_dtype(plan.dtype, device), TileShape(*map(int, plan.tile.split("x")))
+    generator = torch.Generator(device=device).manual_seed(plan.seed)
+    q, k, v = (
+        torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator, device=device, dtype=dtype)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    backend, passed_over = plan.backend, {}
+    if backend == "auto":
+        gate = thresholds.inert(plan.gate, shape.heads, 1, device)
+        backend, passed_over = explain(q, k, v, gate, causal=shape.causal, tile=tile)
+    rows, unavailable, dense_out = [], [], None
+    contenders = []
+
+    def enter(name: str, call, **facts):
+        out, reason = (None, call) if isinstance(call, str) else first_call(call, device)
+        if reason:
+            unavailable.append({"name": name, "reason": reason})
+        else:
+            contenders.append(Contender(name, call))
+            rows.append({"name": name, **facts})
+        return out
+
+    for name, call in baselines.dense(q, k, v, shape.causal).items():
+        out = enter(name, call, kind="dense", skip_target=None)
+        dense_out = dense_out if out is None else out
+    error = None
+    for name, skip, gate in _gates(plan, shape, q, k, v, tile, backend, unavailable):
+
+        def run(gate=gate, counts=False):
+            result = block_sparse_attention(
+                q, k, v, gate, causal=shape.causal, tile=tile, backend=backend, return_counts=counts
+            )
+            return result if counts else result.out
+
+        out = enter(name, run, kind="bsfa", skip_target=skip)
+        if out is None:
+            continue
+        rows[-1] |= _skipped(run(counts=True), shape.causal, length, tile)
+        rows[-1]["finite"] = bool(out.isfinite().all())
+        if name == ZERO and dense_out is not None:
+            error = _distance(out, dense_out)
+        del out
+    timings = measure(contenders, device, seconds=seconds, seed=plan.seed) if contenders else {}
+    flops = 4 * shape.batch * shape.heads * shape.head_dim * _pairs(length, shape.causal)
+    result = {
+        "shape": shape.describe(),
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tile": plan.tile,
+        "gate": plan.gate,
+        "backend": backend,
+        "passed_over": passed_over,
+        "data": "synthetic, unit normal; thresholds fitted to it",
+        "flops_dense": flops,
+        "error_at_zero": error,
+        "error_tolerance": TOLERANCE[dtype],
+        "unavailable": unavailable,
+    }
+    return result | summarise(rows, timings, flops)
+
+
+def _gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unavailable: list):
+    """(contender name, target skip rate, gate) of each of our kernel's runs; what cannot be fitted is reported."""
+    yield OPEN, None, Gate()
+    yield ZERO, 0.0, thresholds.inert(plan.gate, shape.heads, -(-q.shape[2] // tile.rows), q.device)
+    for skip in plan.skip:
+        name, fitted = f"bsfa, {skip:.0%} skipped".replace("%", " %"), []
+
+        def fit(skip=skip, fitted=fitted):
+            fitted.append(
+                thresholds.for_skip(
+                    plan.gate, skip, q, k, v, causal=shape.causal, tile=tile, backend=backend, seed=plan.seed
+                )
+            )
+
+        _, reason = first_call(fit, q.device)
+        if reason:
+            unavailable.append({"name": name, "reason": f"no thresholds for it: {reason}"})
+        else:
+            yield name, skip, fitted[0]
+
+
+def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:
+    """Times, rates, speedups and bounds of one cell from its contenders' facts and samples."""
+    dense = [row["name"] for row in rows if row["kind"] == "dense"]
+    fastest = min(dense, key=lambda name: timings[name].median, default=None)
+    fastest_ms = timings[fastest].median if fastest else None
+    contenders = []
+    for row in rows:
+        timing = timings[row["name"]]
+        kept = row.get("kept_share", 1.0)
+        bound = 2 / (1 + kept)
+        speedup = fastest_ms / timing.median if fastest else None
+        contenders.append(
+            row
+            | {
+                "tflops_dense_equivalent": flops / timing.median / 1e9,
+                "tflops_executed": flops / bound / timing.median / 1e9,
+                "speedup": speedup,
+                "bound": bound,
+                "suspect": row["kind"] == "bsfa" and speedup is not None and speedup > bound,
+            }
+            | timing.as_dict()
+        )
+    by_name = {row["name"]: row for row in contenders}
+    zero, closed = by_name.get(ZERO), by_name.get(OPEN)
+    return {
+        "contenders": contenders,
+        "fastest_dense": fastest,
+        "overhead_at_zero": zero["ms_median"] / fastest_ms - 1 if zero and fastest else None,
+        "gate_overhead": zero["ms_median"] / closed["ms_median"] - 1 if zero and closed else None,
+        "break_even_skip": break_even(
+            [(row["skip"], row["ms_median"]) for row in contenders if row["skip_target"] is not None], fastest_ms
+        ),
+    }
+
+
+def break_even(points: list[tuple[float, float]], dense_ms: float | None) -> float | None:
+    """Skip rate from which our time is at or below `dense_ms`, linear between (skip, ms) points; None if never."""
+    if dense_ms is None:
+        return None
+    points = sorted(points)
+    for i, (skip, ms) in enumerate(points):
+        if ms <= dense_ms:
+            if i == 0:
+                return skip
+            skip_before, ms_before = points[i - 1]
+            return skip_before + (ms_before - dense_ms) / (ms_before - ms) * (skip - skip_before)
+    return None
+
+
+def _pairs(length: int, causal: bool) -> int:
+    return length * (length + 1) // 2 if causal else length * length
+
+
+def _skipped(result, causal: bool, length: int, tile: TileShape) -> dict:
+    """Reached skip rate over candidate tiles, and the share of all visited tiles (forced ones included) kept."""
+    candidates = int(result.candidates.sum(dtype=torch.int64))
+    dropped = candidates - int(result.kept.sum(dtype=torch.int64))
+    visited = 0
+    for first_row in range(0, length, tile.rows):
+        last = min(first_row + tile.rows, length) if causal else length
+        visited += -(-last // tile.keys)
+    visited *= result.kept.shape[0] * result.kept.shape[1]
+    return {
+        "skip": dropped / candidates if candidates else 0.0,
+        "kept_share": 1 - dropped / visited,
+        "candidates": candidates,
+    }
+
+
+def _distance(out: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """Relative L2 distance, head by head so that no whole float64 copy is made; None when it is not finite."""
+    difference = norm = 0.0
+    for ours, theirs in zip(out.flatten(0, 1), expected.flatten(0, 1), strict=True):
+        difference += float((ours.double() - theirs.double()).square().sum())
+        norm += float(theirs.double().square().sum())
+    distance = (difference / norm) ** 0.5
+    return distance if distance < float("inf") else None
