@@ -1,0 +1,283 @@
+"""Load a Hugging Face causal language model, or say in one sentence why it cannot be.
+
+loaded = load_model("path/or/hub-id", device=resolve_device("auto"), dtype="auto")
+loaded.model, loaded.tokenizer, loaded.identity
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BsfaError, InputError, MachineError, UsageError
+from . import embedded
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.spm")
+SAMPLES_PER_WEIGHT = 64
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode on its device, its tokenizer, and what tells it apart.
+
+    `identity`, JSON values only: id, revision (None where unknown), weights (fingerprint of the values), and the
+    fields of `bsfa_kernels.integrations.transformers.model_identity` (architecture, layers, heads, head dim, scale,
+    rope, config hash). `label` is a warning to repeat beside every result, or None.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+    label: str | None = None
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """ "auto" takes a GPU when there is one. Raises MachineError for a GPU that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            build = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+            raise MachineError(
+                f"--device {name} asks for a GPU, and PyTorch {torch.__version__} (built {build}) sees none; "
+                "use --device cpu"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise MachineError(f"--device {name} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """ "auto" is the checkpoint's own dtype ("auto" again) on a GPU and float32 on a CPU. Raises UsageError."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise UsageError(f"--dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+@contextmanager
+def explain_memory(option_to_lower: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or in the host, into a MachineError that says which option to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(f"out of GPU memory ({_sentence(error)}); lower {option_to_lower}") from error
+    except MemoryError as error:
+        raise MachineError(f"out of memory; lower {option_to_lower}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise MachineError(f"out of memory ({_sentence(error)}); lower {option_to_lower}") from error
+
+
+def load_model(
+    name_or_path: str | os.PathLike | None,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | dict[str, str] = "bsfa",
+) -> LoadedModel:
+    """The model of a local directory or a Hub id, in eval mode on `device`; None for the embedded random one.
+
+    `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. Raises InputError
+    for a directory, configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the
+    network is missing.
+    """
+    import bsfa_kernels.integrations.transformers  # noqa: F401 - registers attn_implementation="bsfa"
+
+    device = resolve_device(device) if isinstance(device, str) else device
+    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    if name_or_path is None:
+        dtype = torch.bfloat16 if dtype == "auto" else dtype
+        model = embedded.build(attn_implementation)
+        identity = _identity(model, embedded.ID, None)
+        return LoadedModel(model.to(device, dtype), embedded.build_tokenizer(), identity, embedded.LABEL)
+    source = _source(os.fspath(name_or_path))
+    with _quiet():
+        config = _read_config(source)
+        tokenizer = _read_tokenizer(source)
+        with explain_memory("--dtype (bfloat16 halves float32), or take a smaller model"):
+            model = _read_weights(source, config, dtype, attn_implementation)
+            _check_causal(source, model)
+            model = model.to(device).eval()
+    name = Path(source).resolve().name if os.path.isdir(source) else source
+    return LoadedModel(model, tokenizer, _identity(model, name, getattr(config, "_commit_hash", None)))
+
+
+def _source(name: str) -> str:
+    """The directory, with `~` expanded, or the Hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise InputError(f"model directory {path} is empty")
+        if not (path / "config.json").is_file():
+            raise InputError(f"model directory {path} has no config.json; expected a Hugging Face checkpoint")
+        return str(path)
+    if path.exists():
+        raise InputError(f"model {path} is a file; expected a directory with a Hugging Face checkpoint or a Hub id")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        raise InputError(f"model directory {path} does not exist")
+    return name
+
+
+def _read_config(source: str):
+    from transformers import AutoConfig
+
+    if os.path.isdir(source):
+        try:
+            json.loads((Path(source) / "config.json").read_bytes())
+        except ValueError as error:
+            raise InputError(f"{source}/config.json is not valid JSON: {error}") from error
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise _explain(source, "configuration", error) from error
+    architecture = (config.architectures or [None])[0]
+    kind = f"architecture {architecture}" if architecture else f"model type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise InputError(f"model {source} is an encoder-decoder ({kind}); bsfa needs a causal language model")
+    if _auto_class(config) is None:
+        raise InputError(f"model {source} is no causal language model ({kind}); encoder-only models cannot be used")
+    return config
+
+
+def _auto_class(config):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    architecture = (config.architectures or [None])[0]
+    for names, auto_class in (
+        (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+    ):
+        found = names.get(config.model_type)
+        found = found if isinstance(found, list | tuple) else [found]
+        if architecture in found if architecture else found != [None]:
+            return auto_class
+    return None
+
+
+def _read_tokenizer(source: str):
+    from transformers import AutoTokenizer
+
+    if os.path.isdir(source) and not any(next(Path(source).glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise InputError(f"model directory {source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise _explain(source, "tokenizer", error) from error
+
+
+def _read_weights(source: str, config, dtype, attn_implementation):
+    try:
+        model, info = _auto_class(config).from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise _explain(source, "weights", error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"model {source} lacks {len(missing)} weights, among them {missing[0]}")
+    return model
+
+
+def _check_causal(source: str, model) -> None:
+    from bsfa_kernels.integrations.transformers import attention_modules
+
+    modules = attention_modules(model)
+    if not modules:
+        raise InputError(
+            f"model {source} ({type(model).__name__}) does not attend through transformers' AttentionInterface, "
+            "which bsfa needs"
+        )
+    if not any(module.causal for module in modules.values()):
+        raise InputError(f"model {source} ({type(model).__name__}) is encoder-only: none of its attention is causal")
+
+
+def _explain(source: str, part: str, error: Exception) -> BsfaError:
+    """The failure to read `part` as one sentence of the right class."""
+    if isinstance(error, BsfaError):
+        return error
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None and len(causes) < 8:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {type(cause).__name__ for cause in causes}
+    if not os.path.isdir(source):
+        if names & {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"}:
+            return InputError(
+                f"model {source} is neither a directory nor a repository on the Hugging Face Hub that you can read"
+            )
+        if names & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout"} or any(
+            isinstance(cause, ConnectionError) for cause in causes
+        ):
+            return MachineError(
+                f"model {source} is neither a directory nor in the local Hugging Face cache, and the Hub cannot be "
+                "reached from here"
+            )
+    return InputError(f"cannot read the {part} of model {source}: {_sentence(error)}")
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"\s+", " ", text.splitlines()[0])[:300].rstrip(". ")
+
+
+def _identity(model, name: str, revision: str | None) -> dict[str, Any]:
+    from bsfa_kernels.integrations.transformers import model_identity
+
+    return {"id": name, "revision": revision, **model_identity(model), "weights": fingerprint(model)}
+
+
+def fingerprint(model) -> str:
+    """sha256 over the name, shape and SAMPLES_PER_WEIGHT evenly spaced values (as bfloat16) of every parameter.
+
+    The same in any dtype the checkpoint is loaded in; another checkpoint of the same architecture differs.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        values = parameter.detach().reshape(-1)
+        index = torch.linspace(0, values.numel() - 1, min(SAMPLES_PER_WEIGHT, values.numel()), device=values.device)
+        sample = values[index.round().long()].to(torch.bfloat16).cpu()
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own progress bars and warnings off: what matters of them is raised."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
