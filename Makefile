@@ -44,7 +44,9 @@ demo: $(STAMP)
 	@echo "  $(DEMO)/verify.json             dense against sparse, layer by layer      (bsfa verify)"
 	@echo "  $(DEMO)/profile.json, .svg      time against skip rate on this machine    (bsfa profile)"
 
+# Triton decides at import whether kernels run in its interpreter, hence two runs.
 test: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
@@ -56,7 +58,7 @@ gpu-install:
 		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e $(CURDIR)
 
 gpu-test: gpu-install
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu -n 8 --timeout-method thread
 
 gpu-bench: gpu-install
 	@gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \

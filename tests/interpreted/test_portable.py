@@ -1,0 +1,41 @@
+"""The Triton kernels in the interpreter against the reference, over odd shapes."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import Case, check, check_statistics
+
+from bsfa_kernels import TileShape
+
+WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
+
+
+def grid():
+    for tile, causal, gate in itertools.product((WIDE, TALL), (True, False), ("", "absolute", "gap", "both")):
+        yield Case(1, 4, 2, 173, 173, 16, tile, causal, gate)
+    for tile, causal in itertools.product((WIDE, TALL), (True, False)):
+        yield Case(3, 2, 1, 150, 150, 32, tile, causal, "gap", padded=True)
+        yield Case(3, 2, 2, 40, 170, 16, tile, causal, "absolute", padded=True)
+        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "gap", q_offset=157)
+        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False)
+        yield Case(1, 2, 2, 120, 50, 16, tile, causal, "absolute", keep_sink=False)
+        yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap")
+    yield Case(1, 2, 1, 200, 200, 96, WIDE, dtype=torch.float16)
+    yield Case(1, 2, 1, 200, 200, 64, TALL, gate="absolute", dtype=torch.float16)
+    yield Case(1, 1, 1, 700, 700, 64, TileShape(64, 128), gate="both", skip=0.7)
+    yield Case(1, 1, 1, 500, 500, 64, TileShape(128, 64), gate="both", skip=0.7)
+
+
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_attention(case):
+    skipped = check(case, "triton")
+    if case.gate and case.k_rows >= 170 and not case.padded:
+        assert skipped > 0.1
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("tile", (WIDE, TALL), ids=str)
+def test_statistics(tile, causal, padded):
+    check_statistics(Case(2, 2, 1, 100, 130, 16, tile, causal, q_offset=0 if padded else 30, padded=padded), "triton")

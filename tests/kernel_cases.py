@@ -1,0 +1,155 @@
+"""One kernel call against the reference: shared by the interpreter's tests and the GPU's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans, tile_statistics
+
+SENTINEL = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: batch, query heads, key/value heads, query rows, key rows, head dim, and what is asked of the kernel."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_rows: int
+    k_rows: int
+    head_dim: int
+    tile: TileShape = TileShape()  # noqa: RUF009 - frozen
+    causal: bool = True
+    gate: str = "gap"  # "", "absolute", "gap" or "both"
+    skip: float = 0.5
+    q_offset: int = 0
+    padded: bool = False
+    keep_sink: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self):
+        parts = [
+            f"B{self.batch}-H{self.heads}-KV{self.kv_heads}-Tq{self.q_rows}-Tk{self.k_rows}-D{self.head_dim}",
+            str(self.tile),
+            "causal" if self.causal else "full",
+            f"{self.gate or 'open'}{self.skip if self.gate else ''}",
+        ]
+        parts += [f"off{self.q_offset}"] * bool(self.q_offset) + ["padded"] * self.padded
+        parts += ["nosink"] * (not self.keep_sink) + [str(self.dtype).split(".")[1]]
+        return "-".join(parts)
+
+    def inputs(self, device, seed=0):
+        """q, k, v as transformers hands them over: [B, H, T, D] views of [B, T, H, D]."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(heads, rows):
+            x = torch.randn(self.batch, rows, heads, self.head_dim, generator=generator)
+            return x.to(device, self.dtype).transpose(1, 2)
+
+        return draw(self.heads, self.q_rows), draw(self.kv_heads, self.k_rows), draw(self.kv_heads, self.k_rows)
+
+    def options(self, device):
+        """Keyword arguments of the call. Padded batches mix left padding, right padding and a cached prefix."""
+        options = dict(causal=self.causal, tile=self.tile, keep_sink=self.keep_sink)
+        if not self.padded:
+            return options | dict(q_offset=self.q_offset)
+        cached = self.k_rows - self.q_rows
+        left = torch.tensor([(b % 3 == 0) * min(7, self.q_rows - 1) for b in range(self.batch)])
+        right = torch.tensor([(b % 3 == 1) * min(11, self.q_rows - 1) for b in range(self.batch)])
+        return options | dict(
+            spans=make_spans(self.batch, cached - left, -left, self.k_rows - left - right, device=device)
+        )
+
+
+def thresholds(case: Case, statistics) -> Gate:
+    """A gate that skips about `case.skip`, halfway between two tile values so that rounding decides nothing.
+
+    Per head and query tile, as in calibration. The statistics' query tiles start at the first one that the case's
+    first sequence has; thresholds start at position 0.
+    """
+    first = 0 if case.padded else case.q_offset // case.tile.rows
+    if case.padded:
+        first = max(case.k_rows - case.q_rows - min(7, case.q_rows - 1), 0) // case.tile.rows
+    candidates = statistics.gap.isfinite()
+
+    def cut(values):
+        heads, tiles = values.shape[1:3]
+        out = torch.full((heads, first + tiles), -torch.inf, device=values.device)
+        for h in range(heads):
+            for t in range(tiles):
+                here = values[0, h, t][candidates[0, h, t]].sort().values
+                k = min(int(len(here) * case.skip), len(here) - 1)
+                if k > 0:
+                    out[h, first + t] = (here[k - 1] + here[k]) / 2
+        return out
+
+    return Gate(
+        absolute=cut(statistics.maximum) if case.gate in ("absolute", "both") else None,
+        gap=cut(statistics.gap) if case.gate in ("gap", "both") else None,
+    )
+
+
+def plain(q, k, v, case: Case):
+    """Dense causal or full attention the plain way, in the input's own precision: the error a user already accepts."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if case.causal:
+        position = torch.arange(q.shape[2], device=q.device) + case.q_offset
+        s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > position[:, None], -torch.inf)
+    return s.softmax(-1) @ v
+
+
+def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float:
+    """Run `case` on `backend` against the float64 reference. Returns the share of candidate tiles dropped."""
+    q, k, v = case.inputs(device, seed)
+    options = case.options(device)
+    exact = block_sparse_attention(q, k, v, return_lse=True, backend="reference", **options)
+    expected_statistics = tile_statistics(q, k, exact.lse, backend="reference", **options)
+    gate = thresholds(case, expected_statistics)
+    expected = block_sparse_attention(
+        q.double(), k.double(), v.double(), gate, return_lse=True, return_counts=True, backend="reference", **options
+    )
+    poison(q, case)
+    result = block_sparse_attention(q, k, v, gate, return_lse=True, return_counts=True, backend=backend, **options)
+
+    assert torch.equal(result.candidates, expected.candidates), "candidate tiles"
+    assert torch.equal(result.kept, expected.kept), "kept tiles"
+    assert result.out.isfinite().all(), "output was not written everywhere, or is not finite"
+    eps = torch.finfo(case.dtype).eps
+    error = (result.out.double() - expected.out).abs().max().item()
+    if case.padded:
+        budget = 0.0
+    else:
+        ideal = plain(q.double(), k.double(), v.double(), case)
+        budget = (plain(q, k, v, case).double() - ideal).abs().max().item()
+    budget = max(2 * budget, 8 * eps) + 4 * eps * expected.out.abs().max().item()
+    assert error <= budget, f"output error {error:.2e} above {budget:.2e}"
+    hidden = expected.lse.isinf()
+    assert torch.equal(result.lse.isinf(), hidden), "rows without keys"
+    assert (result.lse - expected.lse)[~hidden].abs().max() < 1e-4, "logsumexp"
+    total = expected.candidates.sum().item()
+    return 1 - expected.kept.sum().item() / total if total else 0.0
+
+
+def check_statistics(case: Case, backend: str, device: str = "cpu"):
+    """tile_statistics of `backend` against the float64 reference."""
+    q, k, v = case.inputs(device)
+    options = case.options(device)
+    lse = block_sparse_attention(q, k, v, return_lse=True, backend="reference", **options).lse
+    expected = tile_statistics(q, k, lse, backend="reference", **options)
+    actual = tile_statistics(q, k, lse, backend=backend, **options)
+    for name in expected._fields:
+        a, e = getattr(actual, name), getattr(expected, name)
+        finite = e.isfinite()
+        assert torch.equal(a[~finite], e[~finite]), name
+        assert torch.allclose(a[finite], e[finite], atol=2e-4, rtol=2e-4), name
+
+
+def poison(q: torch.Tensor, case: Case) -> None:
+    """Leave NaN in the memory that the next output of this shape is likely to get."""
+    for _ in range(2):
+        torch.full((case.batch, case.heads, case.q_rows, case.head_dim), SENTINEL, dtype=q.dtype, device=q.device)

@@ -1,0 +1,39 @@
+"""The torch backend against the reference, over odd shapes."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import Case, check, check_statistics
+
+from bsfa_kernels import TileShape
+
+TILES = (TileShape(16, 32), TileShape(32, 16))
+
+
+def grid():
+    for tile, causal, gate in itertools.product(TILES, (True, False), ("", "absolute", "gap", "both")):
+        yield Case(1, 4, 2, 173, 173, 16, tile, causal, gate)
+        yield Case(3, 2, 1, 90, 120, 16, tile, causal, gate, padded=True)
+    for tile, causal in itertools.product(TILES, (True, False)):
+        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False)
+        yield Case(1, 2, 2, 120, 50, 16, tile, causal, "absolute", keep_sink=False)
+        yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap")
+    yield Case(1, 2, 1, 500, 500, 64, gate="gap", skip=0.8)
+    yield Case(1, 2, 1, 500, 500, 64, TileShape(128, 64), gate="absolute", skip=0.8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        yield Case(1, 4, 1, 200, 200, 40, TILES[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_attention(case):
+    skipped = check(case, "torch")
+    if case.gate and case.k_rows >= 170 and not case.padded:
+        assert skipped > 0.1
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_statistics(tile, causal, padded):
+    check_statistics(Case(2, 2, 1, 100, 130, 16, tile, causal, q_offset=0 if padded else 30, padded=padded), "torch")

@@ -1,0 +1,94 @@
+"""Both Triton kernels on a GPU against the float64 reference: hundreds of odd shapes."""
+
+import random
+
+import pytest
+import torch
+from kernel_cases import Case, check, check_statistics
+
+from bsfa_kernels import TileShape, block_sparse_attention, explain
+
+pytestmark = pytest.mark.gpu
+
+TILES = (TileShape(64, 128), TileShape(128, 64))
+LENGTHS = (1, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 320, 383, 385, 500, 777, 1031)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def draw(rng: random.Random, backend: str) -> Case:
+    kv_heads = rng.choice((1, 2))
+    padded = rng.random() < 0.25
+    q_rows, k_rows = rng.choice(LENGTHS), rng.choice(LENGTHS)
+    if padded:
+        k_rows = q_rows + rng.choice((0, 0, 65, 200))
+    dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (backend == "triton")
+    dtype = rng.choice(dtypes)
+    head_dims = (64, 96, 128) if backend == "hopper" or dtype == torch.float32 else (64, 96, 128, 256)
+    return Case(
+        batch=3 if padded else rng.choice((1, 2)),
+        heads=kv_heads * rng.choice((1, 2, 3)),
+        kv_heads=kv_heads,
+        q_rows=q_rows,
+        k_rows=k_rows,
+        head_dim=rng.choice(head_dims),
+        tile=TILES[0] if backend == "hopper" else rng.choice(TILES),
+        causal=rng.random() < 0.7,
+        gate=rng.choice(("", "absolute", "gap", "gap", "both")),
+        skip=rng.choice((0.2, 0.5, 0.9)),
+        q_offset=0 if padded else rng.choice((0, 0, 64, 100, 333)),
+        padded=padded,
+        keep_sink=rng.random() < 0.8,
+        dtype=dtype,
+    )
+
+
+def cases(backend: str, count: int) -> list:
+    rng = random.Random(backend)
+    return [pytest.param(draw(rng, backend), id=f"{i}") for i in range(count)]
+
+
+@pytest.mark.parametrize("case", cases("triton", 240))
+def test_triton(case):
+    check(case, "triton", "cuda")
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@pytest.mark.parametrize("case", cases("hopper", 240))
+def test_hopper(case):
+    check(case, "hopper", "cuda")
+
+
+@pytest.mark.parametrize("case", cases("triton", 24))
+def test_statistics(case):
+    check_statistics(case, "triton", "cuda")
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("hopper", marks=pytest.mark.skipif(not HOPPER, reason="H100"))])
+def test_graph_replays_with_new_thresholds_and_is_deterministic(backend):
+    from bsfa_kernels import Gate
+
+    q, k, v = (torch.randn(1, h, 2048, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    gate = Gate(gap=torch.full((8, 32), -torch.inf, device="cuda"))
+
+    def call():
+        return block_sparse_attention(q, k, v, gate, return_counts=True, backend=backend)
+
+    dense = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    gate.gap.fill_(-0.5)
+    graph.replay()
+    eager = call()
+    assert eager.kept.sum() < dense.kept.sum()
+    assert torch.equal(captured.out, eager.out) and torch.equal(captured.kept, eager.kept)
+    for _ in range(10):
+        assert torch.equal(call().out, eager.out)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+def test_hopper_is_chosen_and_says_why_not():
+    q = torch.randn(1, 2, 256, 128, device="cuda", dtype=torch.bfloat16)
+    assert explain(q, q, q)[0] == "hopper"
+    name, passed_over = explain(q.float(), q.float(), q.float())
+    assert name == "triton" and "float32" in passed_over["hopper"]
