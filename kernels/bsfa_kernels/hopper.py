@@ -1,0 +1,306 @@
+"""The hopper backend: a warp-specialized Gluon kernel for sm_90a (H100, H200).
+
+One program computes 192 query rows of one head: three consumer warpgroups of 64 rows, each deciding for its own
+64 x 128 tiles, and one producer warp that streams K and V tiles through shared memory by TMA. The three consumers
+share one stream and run out of step, so that one's softmax hides behind another's products. V is always streamed:
+fetching it after the vote would expose its latency (measured: 10-20 % slower at every skip rate).
+
+Order of the stream: causal, the sink and then right to left, so that every consumer meets its forced tiles before its
+candidates; not causal, the diagonal tiles of all three consumers, the sink, then everything else right to left.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .portable import aligned, device_guard
+from .request import UNBOUNDED, Request
+
+# Triton 3.9 renamed both.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+LOG2E = gl.constexpr(1.4426950408889634)
+UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
+HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128}  # head dim: columns of its tiles; TMA fills the rest with zeros
+ROWS = gl.constexpr(64)
+KEYS = gl.constexpr(128)
+CONSUMERS = gl.constexpr(3)
+STAGES = gl.constexpr(2)
+
+
+def unsupported(request: Request) -> str | None:
+    q, tile = request.q, request.tile
+    if q.device.type != "cuda":
+        return f"tensors are on {q.device.type}; the Hopper kernel needs an H100 or H200"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return f"{torch.cuda.get_device_name(q.device)} is not a Hopper GPU (compute capability 9.0)"
+    if triton.knobs.runtime.interpret:
+        return "Gluon kernels do not run in Triton's interpreter (TRITON_INTERPRET=1)"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype} is neither float16 nor bfloat16"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
+        return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
+    return None
+
+
+def attention(request: Request):
+    q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
+    batch, heads, q_rows, head_dim = q.shape
+    tiles, block_d = request.query_tiles, HEAD_DIMS[head_dim]
+    # Rows that are padding belong to no query tile: nobody writes them.
+    new = torch.empty if request.spans is None else torch.zeros
+    out = new((batch, heads, q_rows, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
+    kept, candidates = (new((batch, heads, tiles), dtype=torch.int32, device=q.device) for _ in range(2))
+    gate = request.gate
+    absolute = gate.absolute.contiguous() if gate.absolute is not None else None
+    gap = gate.gap.contiguous() if gate.gap is not None else None
+    element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+
+    def descriptor(x, rows):
+        block = [1, 1, rows, block_d]
+        return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, element))
+
+    with device_guard(q):
+        _forward[(batch * heads, triton.cdiv(tiles, CONSUMERS.value))](
+            descriptor(q, ROWS.value), descriptor(k, KEYS.value), descriptor(v, KEYS.value), descriptor(out, ROWS.value),
+            lse, kept, candidates, *(lse if x is None else x for x in (absolute, gap, request.spans)),
+            request.scale, request.q_offset, q_rows, k.shape[2], tiles,
+            0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
+            heads, heads // k.shape[1], block_d, request.causal, request.keep_sink,
+            absolute is not None, gap is not None, request.spans is not None,
+            num_warps=4, maxnreg=128,
+        )  # fmt: skip
+    return out, lse, kept, candidates
+
+
+@gluon.jit
+def stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL: gl.constexpr):
+    """(key tile, phase) at position i of a block's stream. Phase 0: diagonal, 1: sink, 2: everything else."""
+    if CAUSAL:
+        is_sink = (i == 0) & (sink == 1)
+        return gl.where(is_sink, 0, end_tiles - 1 - i + sink), gl.where(is_sink, 1, 2)
+    else:
+        rest = i - diagonals - sink
+        tile = gl.where(i < diagonals, end_diagonal - 1 - i, gl.where(rest < 0, 0, end_tiles - 1 - rest))
+        return tile, gl.where(i < diagonals, 0, gl.where(rest < 0, 1, 2))
+
+
+@gluon.jit
+def producer(
+    q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
+    b, head, kv_head, first_row, k_offset, stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
+    CAUSAL: gl.constexpr,
+):  # fmt: skip
+    if stream > 0:
+        mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
+        for w in gl.static_range(CONSUMERS):
+            tma_load(q_desc, [b, head, first_row + w * ROWS, 0], q_full, q_bufs.index(w))
+    for i in range(stream):
+        slot = i % STAGES
+        phase = (i // STAGES) & 1
+        tile, _ = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
+        row = tile * KEYS - k_offset
+        mbarrier.wait(k_empty.index(slot), phase ^ 1)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        tma_load(k_desc, [b, kv_head, row, 0], k_full.index(slot), k_bufs.index(slot))
+        mbarrier.wait(v_empty.index(slot), phase ^ 1)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        tma_load(v_desc, [b, kv_head, row, 0], v_full.index(slot), v_bufs.index(slot))
+
+
+@gluon.jit
+def consumer(
+    WG: gl.constexpr, shared, D: gl.constexpr, CAUSAL: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
+):  # fmt: skip
+    (
+        q_bufs, k_bufs, v_bufs, out_desc, q_full, k_full, k_empty, v_full, v_empty,
+        lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
+        b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
+        stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
+    ) = shared  # fmt: skip
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = q_bufs.dtype
+    scale_log2 = scale * LOG2E
+
+    query_tile = block_tile + WG
+    position = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows)
+    row = position - q_first
+    valid = (row >= 0) & (row < q_rows) & (position < q_length)
+    alive = query_tile * ROWS < gl.minimum(q_length, q_first + q_rows)
+    own = gl.minimum(query_tile * ROWS // KEYS, (length - 1) // KEYS)  # this consumer's diagonal key tile
+    # Keys from here on need a mask for some row.
+    clear = length
+    if CAUSAL:
+        clear = gl.minimum(length, query_tile * ROWS + 1)
+    if ABSOLUTE:
+        absolute = gl.load(absolute_ptr + head * absolute_tiles + gl.minimum(query_tile, absolute_tiles - 1))
+    if GAP:
+        gap = gl.load(gap_ptr + head * gap_tiles + gl.minimum(query_tile, gap_tiles - 1)) * LOG2E
+
+    running_max = gl.full([ROWS], -float("inf"), gl.float32, s_rows)  # log2 units
+    row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
+    acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
+    zeros = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
+    kept = 0
+    q = q_bufs.index(WG).reshape([ROWS, D])
+    if stream > 0:
+        mbarrier.wait(q_full, 0)
+    for i in range(stream):
+        slot = i % STAGES
+        parity = (i // STAGES) & 1
+        tile, phase = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
+        first_key = tile * KEYS
+        on_diagonal = tile == own
+        if CAUSAL:
+            concerned = alive & (tile <= own)
+            forced = on_diagonal | (phase == 1)
+        else:
+            concerned = alive & ((phase == 0) == on_diagonal)
+            forced = phase < 2
+        k_buf = k_bufs.index(slot).reshape([KEYS, D])
+        mbarrier.wait(k_full.index(slot), parity)
+        s = warpgroup_mma(q, k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        if first_key + KEYS > clear:
+            key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
+            visible = (key < length)[None, :]
+            if CAUSAL:
+                visible = visible & (key[None, :] <= position[:, None])
+            s = gl.where(visible, s, -float("inf"))
+        row_max = gl.max(s, 1)
+        keep = concerned
+        if ABSOLUTE or GAP:
+            vote = gl.where(valid, row_max, -float("inf"))
+            passes = True
+            if ABSOLUTE:
+                passes = gl.max(vote, 0) * scale >= absolute
+            if GAP:
+                passes = passes & (gl.max(vote * scale_log2 - running_max, 0) >= gap)
+            keep = concerned & (forced | passes)
+        mbarrier.wait(v_full.index(slot), parity)
+        if keep:
+            new_max = gl.maximum(running_max, row_max * scale_log2)
+            p = gl.exp2(s * scale_log2 - new_max[:, None])
+            alpha = gl.exp2(running_max - new_max)
+            row_sum = row_sum * alpha + gl.sum(p, 1)
+            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
+            p = gl.convert_layout(p.to(dtype), p_layout)
+            acc = warpgroup_mma(p, v_bufs.index(slot).reshape([KEYS, D]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            running_max = new_max
+            kept += gl.where(forced, 0, 1)
+        mbarrier.arrive(v_empty.index(slot), count=1)
+
+    if alive & (stream > 0):
+        inverse = gl.convert_layout(gl.where(valid, 1.0 / row_sum, 0.0), o_rows)
+        q_bufs.index(WG).reshape([ROWS, D]).store((acc * inverse[:, None]).to(dtype))
+        fence_async_shared()
+        tma_store(out_desc, [b, head, query_tile * ROWS - q_first, 0], q_bufs.index(WG))
+        tma.store_wait(0)
+        gl.store(lse_ptr + plane * q_rows + row, (running_max + gl.log2(row_sum)) / LOG2E, mask=valid)
+        visible_tiles = own + 1
+        forced_tiles = 1
+        if not CAUSAL:
+            visible_tiles = end_tiles
+        if sink == 1:
+            forced_tiles = gl.where(own > 0, 2, 1)
+        gl.store(kept_ptr + plane * tiles + t + WG, kept)
+        gl.store(candidates_ptr + plane * tiles + t + WG, visible_tiles - forced_tiles)
+
+
+@gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles"])
+def _forward(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
+    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr,
+    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
+):  # fmt: skip
+    b = gl.program_id(0) // HEADS
+    head = gl.program_id(0) % HEADS
+    kv_head = head // GROUP
+    plane = gl.program_id(0).to(gl.int64)
+    t = (gl.num_programs(1) - 1 - gl.program_id(1)) * CONSUMERS  # longest first
+    if not SPANS:
+        q_first = q_offset
+        k_offset = 0
+        length = k_rows
+        q_length = UNBOUNDED_POSITION
+    else:
+        q_first = gl.load(spans_ptr + b * 4)
+        k_offset = gl.load(spans_ptr + b * 4 + 1)
+        length = gl.minimum(gl.load(spans_ptr + b * 4 + 2), k_offset + k_rows)
+        q_length = gl.load(spans_ptr + b * 4 + 3)
+    block_tile = gl.maximum(q_first, 0) // ROWS + t
+    end_row = gl.minimum(q_length, q_first + q_rows)
+    last = (length - 1) // KEYS
+    first_diagonal = gl.minimum(block_tile * ROWS // KEYS, last)
+    end_diagonal = gl.minimum((gl.minimum((block_tile + CONSUMERS) * ROWS, end_row) - 1) // KEYS, last) + 1
+    end_tiles = end_diagonal
+    diagonals = 0
+    if not CAUSAL:
+        end_tiles = last + 1
+        diagonals = end_diagonal - first_diagonal
+    sink = 0
+    if KEEP_SINK:
+        sink = gl.where(end_tiles > 1, 1, 0)
+    stream = end_tiles + diagonals
+    if (length <= 0) | (block_tile * ROWS >= end_row):
+        stream = 0
+
+    dtype: gl.constexpr = q_desc.dtype
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    mbarrier.init(q_full, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    shared = (
+        q_bufs, k_bufs, v_bufs, out_desc, q_full, k_full, k_empty, v_full, v_empty,
+        lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
+        b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
+        stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consumer, (0, shared, D, CAUSAL, ABSOLUTE, GAP)),
+            (consumer, (1, shared, D, CAUSAL, ABSOLUTE, GAP)),
+            (consumer, (2, shared, D, CAUSAL, ABSOLUTE, GAP)),
+            (producer, (
+                q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
+                b, head, kv_head, block_tile * ROWS - q_first, k_offset, stream, diagonals, sink, first_diagonal,
+                end_diagonal, end_tiles, CAUSAL,
+            )),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )  # fmt: skip
