@@ -86,10 +86,11 @@ def profile(
         run.sweep_cells(plan, device, result, seconds, save)
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
-        from ..timing.prefill import time_prefill
+        from ..timing.prefill import Prefill
 
-        for length in plan.lengths if lengths is None else lengths:
-            entry = time_prefill(end_to_end, thresholds, point, length, device, dtype, plan.seed, seconds)
+        prefill = Prefill(end_to_end, thresholds, point, device, dtype)
+        for length in plan.lengths:
+            entry = prefill.time(length, plan.seed, seconds)
             result["prefill"].append(entry)
             profile_table.show_prefill(entry)
             save()

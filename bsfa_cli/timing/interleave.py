@@ -22,10 +22,11 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: `call` starts the work once and returns its output."""
+    """Something to time: `call` starts the work once and returns its output; `prepare` runs untimed before it."""
 
     name: str
     call: Callable[[], torch.Tensor]
+    prepare: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,16 @@ def _round(order: list[Contender], device: torch.device, flush: torch.Tensor | N
     if flush is None:
         times = {}
         for contender in order:
+            if contender.prepare:
+                contender.prepare()
             start = time.perf_counter()
             contender.call()
             times[contender.name] = (time.perf_counter() - start) * 1e3
         return times
     events = {}
     for contender in order:
+        if contender.prepare:
+            contender.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()

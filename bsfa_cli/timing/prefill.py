@@ -1,0 +1,116 @@
+"""End to end: the time to a prompt's first logits (TTFT), dense against bsfa, interleaved on one loaded model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.attention import sdpa_kernel
+
+from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
+from .interleave import Contender, first_call, measure
+
+
+class Prefill:
+    """One model, with the handlers of one operating point (thresholds None: every tile is kept)."""
+
+    def __init__(self, model_name: str | None, thresholds: Path | None, point: str | None, device, dtype: str):
+        """Raises InputError for a model, ThresholdsError for thresholds that cannot be used or are for another."""
+        from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules, model_identity
+        from bsfa_kernels.thresholds import Thresholds
+
+        from ..models.load import load_model
+
+        artifact = None if thresholds is None else Thresholds.read(thresholds)
+        self.loaded = load_model(model_name, device=device, dtype=dtype)
+        self.model, self.device, self.point = self.loaded.model, device, point
+        self.handlers = self.counting = None
+        if artifact is not None:
+            artifact.check_model(model_identity(self.model))
+            modules = attention_modules(self.model)
+            self.handlers, self.counting = (
+                SparseAttention.for_model(artifact, modules, point, count=count) for count in (False, True)
+            )
+            self.point = artifact.points[artifact.index(point)].name
+        self._attached = None
+
+    def time(self, length: int, seed: int, seconds: float) -> dict:
+        """One prompt of `length` random tokens, timed every way that runs here.
+
+        `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+        @torch.inference_mode()
+        def forward():
+            return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+
+        contenders, rows, unavailable = [], [], []
+
+        def enter(name: str, kind: str, call, prepare, skip: float | None = None) -> None:
+            prepare()
+            _, reason = first_call(call, self.device)
+            if reason:
+                unavailable.append({"name": name, "reason": reason})
+            else:
+                contenders.append(Contender(name, call, prepare))
+                rows.append({"name": name, "kind": kind, "skip": skip})
+
+        for name, backend in self._dense(length).items():
+
+            def dense(backend=backend):
+                with nullcontext() if backend is None else sdpa_kernel(backend):
+                    return forward()
+
+            enter(name, "dense", dense, lambda: self._use("sdpa"))
+        enter("bsfa, nothing skipped", "bsfa", forward, lambda: self._use("bsfa"), 0.0)
+        if self.handlers is not None:
+            skip = self._skip(forward)
+            enter("bsfa", "bsfa", forward, lambda: self._use("bsfa", self.handlers), skip)
+        timings = measure(contenders, self.device, seconds=seconds, seed=seed)
+        self._use("bsfa")
+        fastest = min((timings[row["name"]].median for row in rows if row["kind"] == "dense"), default=None)
+        for row in rows:
+            timing = timings[row["name"]]
+            row |= {"speedup": fastest / timing.median if fastest else None} | timing.as_dict()
+        return {
+            "model": self.loaded.identity["id"],
+            "label": self.loaded.label,
+            "length": length,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "point": self.point,
+            "data": "random tokens",
+            "unavailable": unavailable,
+            "contenders": rows,
+        }
+
+    def _dense(self, length: int) -> dict:
+        named = CPU_SDPA if self.device.type == "cpu" else SDPA
+        found = {name: backend for name, backend in named.items() if name != "math" or length <= MATH_LIMIT}
+        return {"the backend PyTorch picks": None, **found}
+
+    def _use(self, implementation: str, handlers=None) -> None:
+        from bsfa_kernels.integrations.transformers import attach
+
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+        if handlers is not None:
+            self._attached = attach(self.model, handlers)
+
+    def _skip(self, forward) -> float | None:
+        """Share of candidate tiles dropped on the prompt of `forward`; None when nothing could be dropped."""
+        for handler in self.counting.values():
+            handler.counts = None
+        self._use("bsfa", self.counting)
+        _, reason = first_call(forward, self.device)
+        counts = [handler.counts for handler in self.counting.values() if handler.counts is not None]
+        if reason or not counts:
+            return None
+        kept = sum(int(count.kept.sum()) for count in counts)
+        candidates = sum(int(count.candidates.sum()) for count in counts)
+        return 1 - kept / candidates if candidates else None
