@@ -75,15 +75,15 @@ def _shared(values):
 
 
 def attends(module: nn.Module) -> bool:
-    return hasattr(module, "config") and _uses_interface(type(module))
+    return hasattr(module, "config") and "ALL_ATTENTION_FUNCTIONS" in _source(type(module))
 
 
 @cache
-def _uses_interface(kind: type) -> bool:
+def _source(kind: type) -> str:
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind)
+        return inspect.getsource(kind)
     except (OSError, TypeError):
-        return False
+        return ""
 
 
 def describe(path: str, module: nn.Module) -> AttentionModule:
@@ -119,9 +119,15 @@ def _dense_reason(module: nn.Module) -> str | None:
         return "cross-attention"
     if _first(module, "v_head_dim") not in (None, _first(module, "qk_head_dim", "head_dim")):
         return HEAD_DIMS
-    if _first(module, "sliding_window"):
-        return window_reason(module.sliding_window)
-    return None
+    window = _window(module)
+    return window_reason(window) if window else None
+
+
+def _window(module: nn.Module) -> int | None:
+    """The sliding window that the module passes on: its own, or, as Mistral's does, its config's."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    return getattr(module.config, "sliding_window", None) if "sliding_window" in _source(type(module)) else None
 
 
 SINKS = "attention sinks"
