@@ -14,7 +14,13 @@ import numpy
 import torch
 
 MAX_HEADER_BYTES = 4 << 20
-_DTYPES = {"F32": ("<f4", torch.float32), "F64": ("<f8", torch.float64), "I64": ("<i8", torch.int64)}
+_DTYPES = {
+    "F32": ("<f4", torch.float32),
+    "F64": ("<f8", torch.float64),
+    "I16": ("<i2", torch.int16),
+    "I32": ("<i4", torch.int32),
+    "I64": ("<i8", torch.int64),
+}
 
 
 class Malformed(ValueError):
@@ -26,7 +32,7 @@ class Pickled(Malformed):
 
 
 def pack(key: str, metadata: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The file's bytes: tensors (float32, float64 or int64) in order of their names, `metadata` as JSON under `key`."""
+    """The file's bytes: tensors (float32, float64, int16, int32 or int64) in order of their names, `metadata` as JSON under `key`."""
     names = {dtype: name for name, (_, dtype) in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {key: canonical_json(dict(metadata))}}
     content, offset = [], 0

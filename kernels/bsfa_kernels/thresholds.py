@@ -32,7 +32,9 @@ MAX_POINTS, MAX_HEADS, MAX_KNOTS, MAX_POSITION, MAX_TILE = 64, 1024, 1 << 16, 1 
 GATES = ("gap", "absolute")
 METADATA_KEYS = frozenset({"schema", "model", "tile", "keep_sink", "knots", "points", "provenance"})
 # Compared by check_model in this order, so that the most telling difference is the one that is named.
-MODEL_CHECKED = ("architecture", "layers", "query_heads", "key_value_heads", "head_dim", "scale", "rope", "config_hash")
+MODEL_CHECKED = (
+    "architecture", "layers", "query_heads", "key_value_heads", "head_dim", "scale", "rope", "config_hash", "weights",
+)  # fmt: skip
 MODEL_KEYS = ("id", "revision", *MODEL_CHECKED)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -1,0 +1,179 @@
+"""Mergeable statistics of one attention module, from which any operating point can be read later.
+
+Every candidate tile (one that a gate may drop) has a value for each gate: its largest gap, or its largest score. A
+threshold drops the tiles whose value lies below it. So, on a fixed grid of gate values, per query head and octave of
+the query position, three things are enough:
+
+    count   candidate tiles by grid cell
+    mass    the softmax mass they carry, mean over the rows of their query tile, by grid cell
+    reach   query tiles by the number of leading grid values whose bound stays within each mass level; a bound is the
+            sum, over dropped tiles, of the largest mass that any row gives them: no row of the query tile drops more
+
+A value v lies in cell i where grid[i - 1] <= v < grid[i], so threshold grid[g] drops cells 0 .. g. Mass is kept in
+fixed point: sums do not depend on the order of samples, devices or atomics, and an interrupted run ends in the same
+bytes. Query tiles without a candidate are in none of the counts.
+
+The gap grid ends at 0: below it a dropped tile never holds a row's running maximum, so the gap measured with nothing
+dropped is the gap that the kernel meets, and the skip rate read from the curve is exact for the same scores.
+
+For top-k (the BSFA authors' recipe) the midpoint between the k-th and k+1-th largest maximum of the tiles off the
+diagonal is summed per query tile at the artifact's knots. Key tile 0 takes part in that ranking, as in the authors'
+code, also where the gate exempts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from bsfa_kernels import TileShape, TileStatistics
+
+FIXED_POINT = 1 << 40
+# Per-row bounds are counted at these levels of dropped softmax mass.
+LEVELS = tuple(10 ** (-4 + i / 4) for i in range(16))
+# Upper limit of tiles that are binned at once: bounds the temporaries to some 0.6 GB.
+TILES_AT_ONCE = 1 << 24
+
+
+def _steps(low: float, high: float, step: float) -> list[float]:
+    return [low + i * step for i in range(round((high - low) / step))]
+
+
+GRIDS = {
+    "gap": (*_steps(-64, -16, 2), *_steps(-16, 0, 0.25), 0.0),
+    "absolute": (*_steps(-64, -16, 4), *_steps(-16, 32, 0.5), *_steps(32, 128, 4), 128.0),
+}
+
+
+def octave(query_tile: int) -> int:
+    """The position bin of a query tile: tiles 0 and 1, then [2, 4), [4, 8) and so on."""
+    return max(query_tile, 1).bit_length() - 1
+
+
+def knot_tiles(query_tiles: int) -> tuple[int, ...]:
+    """Query tiles at whose centres the artifact has knots: all up to 8, four an octave, every octave's last, the last.
+
+    With a knot at the first and at the last tile of an octave, interpolation meets a value per octave exactly.
+    """
+    tiles, start = {*range(8), query_tiles - 1}, 8
+    while start < query_tiles:
+        tiles |= {start, start * 5 // 4, start * 6 // 4, start * 7 // 4, 2 * start - 1}
+        start *= 2
+    return tuple(sorted(t for t in tiles if t < query_tiles))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is counted: fixed for a run, so that all its samples merge."""
+
+    tile: TileShape
+    longest: int  # tokens of the longest sample
+    ranks: tuple[int, ...]  # k of the top-k recipe
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-self.longest // self.tile.rows)
+
+    @property
+    def octaves(self) -> int:
+        return octave(self.query_tiles - 1) + 1
+
+    @property
+    def knot_tiles(self) -> tuple[int, ...]:
+        return knot_tiles(self.query_tiles)
+
+    def bytes_per_head(self) -> int:
+        """Size of one query head's curves in memory, on the device."""
+        cells = sum(len(grid) + 1 for grid in GRIDS.values())
+        return self.octaves * cells * (8 + 8 + 4 * len(LEVELS)) + 8 * len(self.ranks) * len(self.knot_tiles)
+
+
+class ModuleCurves:
+    """Sums over samples for one attention module, on one device. `tensors` is what a run directory stores."""
+
+    def __init__(self, plan: Plan, heads: int, device: torch.device | str):
+        self.plan, self.heads = plan, heads
+        self._grids = {gate: torch.tensor(grid, device=device) for gate, grid in GRIDS.items()}
+        self._levels = torch.tensor(LEVELS, dtype=torch.float64, device=device)
+        self._octaves = torch.tensor([octave(t) for t in range(plan.query_tiles)], device=device)
+        self._knot_tiles = torch.tensor(plan.knot_tiles, device=device)
+        self.tensors = {"tiles": torch.zeros(plan.octaves, dtype=torch.int64, device=device)}
+        for gate, grid in GRIDS.items():
+            cells = len(grid) + 1
+            shape = (heads, plan.octaves, cells)
+            self.tensors[f"{gate}.count"] = torch.zeros(shape, dtype=torch.int64, device=device)
+            self.tensors[f"{gate}.mass"] = torch.zeros(shape, dtype=torch.int64, device=device)
+            shape = (heads, plan.octaves, len(LEVELS), cells)
+            self.tensors[f"{gate}.reach"] = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.tensors["top_k.sum"] = torch.zeros(
+            len(plan.ranks), heads, len(plan.knot_tiles), dtype=torch.float64, device=device
+        )
+        self.tensors["top_k.samples"] = torch.zeros(len(plan.knot_tiles), dtype=torch.int64, device=device)
+
+    def add(self, statistics: TileStatistics) -> None:
+        """Add one sequence that starts at position 0; fields [1, Hq, query tiles, key tiles]. Never waits for the
+        device.
+        """
+        query_tiles, key_tiles = statistics.gap.shape[2:]
+        at_once = max(1, TILES_AT_ONCE // (query_tiles * key_tiles))
+        for first in range(0, self.heads, at_once):
+            heads = slice(first, min(first + at_once, self.heads))
+            self._add_heads(heads, *(x[0, heads] for x in statistics), counted=first == 0)
+
+    def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, counted: bool) -> None:
+        candidate = gap.isfinite()
+        octaves = self._octaves[: gap.shape[1]]
+        active = candidate[0].any(-1)  # geometry: the same for every head
+        if counted:
+            self.tensors["tiles"].index_add_(0, octaves, active.long())
+        weights = (
+            candidate.long(),
+            torch.where(candidate, mass_mean.double() * FIXED_POINT, 0.0).round_().long(),
+            torch.where(candidate, mass_worst.double() * FIXED_POINT, 0.0).ceil_().long(),
+        )
+        for gate, value in (("gap", gap), ("absolute", maximum)):
+            self._bin(gate, heads, value, candidate, weights, octaves, active)
+        self._rank(heads, maximum, gap, candidate, counted)
+
+    def _bin(self, gate: str, heads: slice, value, candidate, weights, octaves, active) -> None:
+        grid = self._grids[gate]
+        cell = torch.bucketize(torch.where(candidate, value, torch.inf), grid, right=True)  # [H, Q, K]
+        count, mass, worst = (
+            torch.zeros(*value.shape[:2], len(grid) + 1, dtype=torch.int64, device=value.device).scatter_add_(
+                2, cell, w
+            )
+            for w in weights
+        )
+        self.tensors[f"{gate}.count"][heads].index_add_(1, octaves, count)
+        self.tensors[f"{gate}.mass"][heads].index_add_(1, octaves, mass)
+        bound = worst[..., :-1].cumsum(-1).double() / FIXED_POINT  # [H, Q, grid]
+        levels = self._levels.expand(*bound.shape[:2], -1).contiguous()
+        within = torch.searchsorted(bound, levels, right=True)  # [H, Q, levels]: grid values whose bound <= level
+        reach = self.tensors[f"{gate}.reach"][heads]
+        target = octaves[None, :, None] * reach.shape[2] + torch.arange(reach.shape[2], device=value.device)
+        target = (target * reach.shape[3] + within).flatten(1)
+        ones = active.int()[None, :, None].expand_as(within).flatten(1)
+        reach.view(reach.shape[0], -1).scatter_add_(1, target, ones)
+
+    def _rank(self, heads: slice, maximum, gap, candidate, counted: bool) -> None:
+        present = self._knot_tiles < gap.shape[1]
+        tiles = self._knot_tiles.clamp(max=gap.shape[1] - 1)
+        sink = (gap[..., :1] == torch.inf) & (self._first_diagonal(gap)[None, :, None] > 0)
+        voting = candidate.clone()
+        voting[..., :1] |= sink
+        scores = torch.where(voting[:, tiles], maximum[:, tiles], -torch.inf)  # [H, knots, K]
+        deepest = min(max(self.plan.ranks, default=0) + 1, scores.shape[-1])
+        ranked = scores.topk(deepest, sorted=True).values.double()
+        for i, k in enumerate(self.plan.ranks):
+            middle = (
+                (ranked[..., k - 1] + ranked[..., k]) / 2
+                if k < deepest
+                else torch.full_like(scores[..., 0], -torch.inf)
+            )
+            self.tensors["top_k.sum"][i, heads] += torch.where(present, middle, 0.0)
+        if counted:
+            self.tensors["top_k.samples"] += present
+
+    def _first_diagonal(self, gap) -> torch.Tensor:
+        tiles = torch.arange(gap.shape[1], device=gap.device)
+        return (tiles * self.plan.tile.rows // self.plan.tile.keys).clamp(max=gap.shape[2] - 1)
