@@ -1,6 +1,7 @@
 # make demo        install, then calibrate -> export -> verify -> profile on an embedded model (no GPU, no network)
 # make test        install, then every test that needs no GPU
 # make lint        ruff
+# make readme      README.md's table and the plots, again from profiles/results/*.json
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
 # make gpu-test    every test that needs a GPU
 # make gpu-bench   the stored profiles, as JSON under OUT
@@ -19,7 +20,7 @@ PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyya
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint gpu-install gpu-test gpu-bench
+.PHONY: install demo test lint readme gpu-install gpu-test gpu-bench
 
 install: $(STAMP)
 
@@ -52,6 +53,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+readme: $(STAMP)
+	$(BIN)/python -m bsfa_cli.presentation.readme
 
 gpu-install:
 	@cd / && $(PYTHON) -c 'import bsfa_cli, bsfa_kernels' 2>/dev/null || \

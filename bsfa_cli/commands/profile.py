@@ -50,6 +50,8 @@ def profile(
         raise UsageError("--fail-under compares with an earlier result: give it as --baseline FILE.json")
     if end_to_end is None and (thresholds is not None or point is not None):
         raise UsageError("--thresholds and --point belong to --end-to-end MODEL; the sweep fits its own thresholds")
+    if plot is not None and end_to_end is not None and profile is None:
+        raise UsageError("--plot draws the sweep, which --end-to-end leaves out unless --profile is given")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     # Everything that can be refused without torch is refused before its import.

@@ -1,0 +1,148 @@
+"""SVG plots, written by hand: one file, no scripts, no fonts to fetch, readable on light and dark pages.
+
+Every text goes through `escape`; numbers go through `_number`, which refuses what is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from html import escape
+
+from ..errors import UsageError
+
+WIDTH, PLOT_HEIGHT, LEFT, RIGHT, TOP, BOTTOM, TITLE = 820, 280, 64, 190, 56, 52, 34
+# Told apart by colour-blind readers and on both backgrounds; dashes and labels say the same once more.
+COLOURS = ("#7f7f7f", "#0f86c9", "#d9730d", "#3f9b54", "#b5549c", "#b8860b")
+STYLE = """
+svg { background: #ffffff; color: #1f2328; font: 13px system-ui, 'DejaVu Sans', sans-serif }
+.soft { opacity: .65 } .grid { stroke: currentColor; opacity: .15 } .one { stroke: currentColor; opacity: .6 }
+text { fill: currentColor } .title { font-size: 15px; font-weight: 600 } .bound { stroke-dasharray: 2 4; opacity: .9 }
+@media (prefers-color-scheme: dark) { svg { background: #0d1117; color: #e6edf3 } }
+"""
+
+
+def speedup_plot(result: dict) -> str:
+    """Speedup over the fastest dense baseline against length, a line a skip rate, one panel a head shape.
+
+    `result` is what `bsfa profile` stores. Dotted marks are the tensor-pipe bound 2 / (1 + kept) of the tiles that
+    were really kept. Raises UsageError when there is nothing to plot.
+    """
+    panels = [(title, series) for title, series in _panels(result["cells"]) if series]
+    if not panels:
+        raise UsageError("there is no speedup over a dense baseline to plot")
+    height = TITLE + len(panels) * (TOP + PLOT_HEIGHT + BOTTOM)
+    environment = result["environment"]
+    machine = environment.get("gpu") or "a CPU (says nothing about a GPU)"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'role="img">',
+        f"<title>{escape(f'Speedup against sequence length on {machine}')}</title>",
+        f"<style>{STYLE}</style>",
+        _text(LEFT, 26, f"Speedup over the fastest dense attention, {machine}", "title"),
+    ]
+    for i, (title, series) in enumerate(panels):
+        parts += _panel(TITLE + i * (TOP + PLOT_HEIGHT + BOTTOM), title, series)
+    parts.append("</svg>")
+    return "\n".join(parts) + "\n"
+
+
+def _panels(cells: Iterable[dict]):
+    """(title, {(target skip, label): [(length, speedup, bound), ...]}) for each head shape, in the order measured."""
+    found: dict[str, dict] = {}
+    for cell in cells:
+        shape = cell["shape"]
+        title = (
+            f"{shape['name']}: {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
+            f"{'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, {cell['gate']} gate, {cell['backend']}"
+        )
+        series = found.setdefault(title, {})
+        for row in cell["contenders"]:
+            if row["kind"] == "bsfa" and row["skip_target"] is not None and row["speedup"] is not None:
+                points = series.setdefault(row["skip_target"], [])
+                points.append((cell["length"], row["speedup"], row["bound"]))
+    return [(title, {skip: sorted(series[skip]) for skip in sorted(series)}) for title, series in found.items()]
+
+
+def _panel(top: float, title: str, series: dict) -> list[str]:
+    lengths = sorted({length for points in series.values() for length, _, _ in points})
+    highest = max(max(speedup, bound) for points in series.values() for _, speedup, bound in points)
+    step = next(step for step in (0.1, 0.25, 0.5, 1, 2, 5, 10, 100) if highest / step <= 9)
+    limit = math.ceil(highest / step + 0.2) * step
+    low, high = math.log2(lengths[0]), math.log2(lengths[-1])
+    inner = WIDTH - LEFT - RIGHT
+
+    def x(length: float) -> float:
+        return LEFT + inner * (0.5 if high == low else (math.log2(length) - low) / (high - low))
+
+    def y(value: float) -> float:
+        return top + TOP + PLOT_HEIGHT * (1 - value / limit)
+
+    parts = [_text(LEFT, top + TOP - 16, title)]
+    for i in range(round(limit / step) + 1):
+        value = i * step
+        parts.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid"))
+        parts.append(_text(LEFT - 8, y(value) + 4, f"{value:g}x", "soft", "end"))
+    parts.append(_line(LEFT, y(1), WIDTH - RIGHT, y(1), "one"))
+    for length in lengths:
+        parts.append(_text(x(length), top + TOP + PLOT_HEIGHT + 20, _tokens(length), "soft", "middle"))
+    parts.append(_text(LEFT + inner / 2, top + TOP + PLOT_HEIGHT + 40, "tokens", "soft", "middle"))
+    ends = []
+    for i, (skip, points) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        if skip:
+            parts.append(_path([(x(n), y(bound)) for n, _, bound in points], colour, "bound"))
+        parts.append(_path([(x(n), y(speedup)) for n, speedup, _ in points], colour))
+        for n, speedup, bound in points:
+            label = f"{skip:.0%} skipped, {n:,} tokens: {speedup:.2f}x (bound {bound:.2f}x)"
+            parts.append(
+                f'<circle cx="{_number(x(n))}" cy="{_number(y(speedup))}" r="4" fill="{colour}">'
+                f"<title>{escape(label)}</title></circle>"
+            )
+        ends.append((y(points[-1][1]), f"{skip:.0%} skipped: {points[-1][1]:.2f}x", colour))
+    parts += _end_labels(ends, top)
+    parts.append(_text(WIDTH - RIGHT + 14, top + TOP + PLOT_HEIGHT + 40, "dotted: bound 2/(1+kept)", "soft"))
+    return parts
+
+
+def _end_labels(ends: list[tuple[float, str, str]], top: float) -> list[str]:
+    """Labels right of the last points, pushed apart where they would overlap and never out of the panel."""
+    gap, parts = 18, []
+    placed: list[float] = []
+    for wanted, _, _ in sorted(ends):
+        placed.append(max(wanted, placed[-1] + gap if placed else wanted))
+    overflow = max(0.0, placed[-1] - (top + TOP + PLOT_HEIGHT))
+    for position, (_, label, colour) in zip(placed, sorted(ends), strict=True):
+        at = position - overflow
+        parts.append(
+            f'<rect x="{WIDTH - RIGHT + 14}" y="{_number(at - 5)}" width="10" height="10" rx="2" fill="{colour}"/>'
+        )
+        parts.append(_text(WIDTH - RIGHT + 30, at + 4, label))
+    return parts
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
+
+
+def _path(points: list[tuple[float, float]], colour: str, style: str = "") -> str:
+    route = " ".join(f"{'L' if i else 'M'}{_number(x)} {_number(y)}" for i, (x, y) in enumerate(points))
+    css = f' class="{style}"' if style else ""
+    return f'<path d="{route}" fill="none" stroke="{colour}" stroke-width="2"{css}/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return (
+        f'<line x1="{_number(x1)}" y1="{_number(y1)}" x2="{_number(x2)}" y2="{_number(y2)}" class="{escape(style)}"/>'
+    )
+
+
+def _text(x: float, y: float, content: str, style: str = "", anchor: str = "start") -> str:
+    css = f' class="{escape(style)}"' if style else ""
+    return f'<text x="{_number(x)}" y="{_number(y)}" text-anchor="{anchor}"{css}>{escape(content)}</text>'
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        raise ValueError(f"cannot draw {value}")
+    return f"{value:.1f}"

@@ -1,0 +1,130 @@
+"""README.md's results block and the plots beside the stored results, made from profiles/results/*.json.
+
+python -m bsfa_cli.presentation.readme            # from the repository root; rewrites both
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..errors import BsfaError, InputError
+from ..files import write_whole
+from ..timing.compare import read
+from .plot import speedup_plot
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to `profiles/results/`."
+
+
+def rendered(root: Path) -> dict[Path, str]:
+    """{file: its content} for README.md and each plot, as they should be. Raises InputError for a bad file."""
+    results = {path: read(path) for path in sorted((root / "profiles" / "results").glob("*.json"))}
+    files, blocks = {}, []
+    for path, result in results.items():
+        blocks.append(block(result, path.relative_to(root).as_posix(), path.with_suffix(".svg").relative_to(root)))
+        if result["cells"]:
+            files[path.with_suffix(".svg")] = speedup_plot(result)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise InputError(f"README.md needs one line '{BEGIN}' and one line '{END}'")
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    content = "\n\n".join(blocks) or NONE
+    return files | {root / "README.md": f"{before}{BEGIN}\n{content}\n{END}{after}"}
+
+
+def block(result: dict, source: str, plot: Path) -> str:
+    """Markdown for one stored profile: what it was measured on, a table per head shape, the plot."""
+    facts = result["environment"]
+    versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
+    ceiling = result.get("ceiling")
+    lines = [f"### {result['profile']} on {facts.get('gpu') or 'a CPU'}", ""]
+    lines.append(f"{versions}. Synthetic data, thresholds fitted to it. Raw samples: [`{source}`]({source}).")
+    if ceiling:
+        lines[-1] += f" A {ceiling['size']}^3 {ceiling['dtype']} matmul reached {ceiling['tflops']:.0f} TFLOP/s."
+    if not result.get("complete"):
+        lines[-1] += " **This run was cut short.**"
+    for title, cells in _by_shape(result["cells"]).items():
+        lines += ["", f"**{title}**", "", *_table(cells)]
+    for entry in result.get("prefill", []):
+        lines += ["", *_prefill(entry)]
+    if result["cells"]:
+        lines += ["", f"![Speedup against length]({plot.as_posix()})"]
+    return "\n".join(lines)
+
+
+VERSIONS = (
+    ("driver", "driver"),
+    ("PyTorch", "torch"),
+    ("CUDA", "cuda"),
+    ("cuDNN", "cudnn"),
+    ("Triton", "triton"),
+    ("commit", "commit"),
+)
+
+
+def _by_shape(cells: list[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for cell in cells:
+        shape = cell["shape"]
+        title = (
+            f"{shape['name']}: {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
+            f"{'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, {cell['gate']} gate, "
+            f"{cell['tile']} tiles, `{cell['backend']}` backend"
+        )
+        found.setdefault(title, []).append(cell)
+    return found
+
+
+def _table(cells: list[dict]) -> list[str]:
+    targets = sorted({r["skip_target"] for c in cells for r in c["contenders"] if r["skip_target"] is not None})
+    lines = [
+        "| tokens | fastest dense | " + " | ".join(f"{target:.0%} skipped" for target in targets) + " |",
+        "| ---: | --- |" + " ---: |" * len(targets),
+    ]
+    for cell in cells:
+        rows = {row["skip_target"]: row for row in cell["contenders"] if row["skip_target"] is not None}
+        dense = next((row for row in cell["contenders"] if row["name"] == cell["fastest_dense"]), None)
+        first = f"{dense['name']}, {dense['ms_median']:.3f} ms" if dense else "none ran"
+        if dense:
+            first += f", {dense['tflops_dense_equivalent']:.3g} TFLOP/s"
+        speedups = [_speedup(rows.get(target)) for target in targets]
+        lines.append(f"| {cell['length']:,} | {first} | " + " | ".join(speedups) + " |")
+    return lines
+
+
+def _speedup(row: dict | None) -> str:
+    if row is None or row["speedup"] is None:
+        return "-"
+    star = " \\*" if row["suspect"] else ""
+    return f"{row['speedup']:.2f}x{star} (bound {row['bound']:.2f}x)"
+
+
+def _prefill(entry: dict) -> list[str]:
+    lines = [
+        f"**Prefill of {entry['model']}, {entry['length']:,} tokens, {entry['dtype']}, point {entry['point']}**",
+        "",
+        "| | ms | speedup | skipped |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in entry["contenders"]:
+        speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        skip = "-" if row["skip"] is None else f"{row['skip']:.1%}"
+        lines.append(f"| {row['name']} | {row['ms_median']:.1f} | {speedup} | {skip} |")
+    return lines
+
+
+def main() -> int:
+    try:
+        for path, content in rendered(Path.cwd()).items():
+            write_whole(path, content.encode())
+            print(f"written: {path}", file=sys.stderr)
+    except (BsfaError, OSError) as error:
+        print(f"readme: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
