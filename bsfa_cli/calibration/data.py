@@ -1,0 +1,167 @@
+"""Text to calibrate and verify on: files, and generated text. One sample is one sequence of tokens.
+
+A .txt file is one long text, cut into windows. A .jsonl file has one sample a line, under `text`, `input_text` (the
+BSFA authors' file, spread over its `task_name`s) or `input` (RULER). Whatever is longer than `length` is cut there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError, UsageError
+from . import generated_text
+
+TEXT_KEYS = ("text", "input_text", "input")
+BUILTIN = "builtin:"
+MAX_FILE_BYTES = 1 << 30
+# A token rarely stands for more characters than this; more of a text need not be tokenised to fill a sample.
+CHARACTERS_PER_TOKEN = 12
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: `id` names it within its data, `source` says where it stands there."""
+
+    id: str
+    tokens: tuple[int, ...]
+    source: str
+
+
+def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0, shortest: int = 1) -> list[Sample]:
+    """Up to `samples` samples of at most `length` tokens from `spec`, a path or "builtin:NAME"; deterministic.
+
+    Samples under `shortest` tokens are left out. Raises InputError for data that cannot be used and UsageError for an
+    unknown builtin.
+    """
+    prefix = _prefix(tokenizer)
+    if spec.startswith(BUILTIN):
+        texts = _builtin(spec, samples, length, seed)
+    else:
+        texts = _file(Path(spec).expanduser(), samples, length, seed, tokenizer)
+    found, longest = [], 0
+    for name, source, text in texts:
+        tokens = text if isinstance(text, list) else _tokenize(tokenizer, text, length)
+        tokens = [*prefix, *tokens][:length]
+        longest = max(longest, len(tokens))
+        if len(tokens) >= shortest:
+            found.append(Sample(name, tuple(tokens), source))
+        if len(found) == samples:
+            break
+    if not found:
+        raise InputError(
+            f"{spec}: every sample is too short: the longest has {longest} tokens, and at least {shortest} are needed "
+            "(two tiles)"
+        )
+    return found
+
+
+def data_hash(samples: list[Sample]) -> str:
+    """sha256 over the ids and tokens of the samples, in order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, sample.tokens]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _prefix(tokenizer) -> list[int]:
+    """The token every text begins with for this tokenizer (BOS), if it adds one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _tokenize(tokenizer, text: str, length: int | None = None) -> list[int]:
+    if length is not None:
+        text = text[: length * CHARACTERS_PER_TOKEN + 64]
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _builtin(spec: str, samples: int, length: int, seed: int):
+    kind = spec.removeprefix(BUILTIN)
+    if kind not in generated_text.KINDS:
+        names = ", ".join(BUILTIN + name for name in generated_text.KINDS)
+        raise UsageError(f"--data {spec}: no such generated text; there is {names}")
+    for i in range(samples):
+        text = generated_text.generate(kind, seed * 100_003 + i, length * CHARACTERS_PER_TOKEN)
+        yield f"{kind}-{i}", f"{spec} seed {seed} sample {i}", text
+
+
+def _file(path: Path, samples: int, length: int, seed: int, tokenizer):
+    text = _read(path)
+    if path.suffix == ".jsonl":
+        return _lines(path, text, samples, seed)
+    return _windows(path, text, samples, length, tokenizer)
+
+
+def _read(path: Path) -> str:
+    if path.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"data file {path} must be .txt or .jsonl, or one of the builtin:NAME texts")
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_FILE_BYTES:
+            raise InputError(f"data file {path} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"data file {path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"data file {path} cannot be read: {error.strerror or error}") from error
+    if not content.strip():
+        raise InputError(f"data file {path} is empty")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"data file {path} is not UTF-8 text (byte {error.start:,}); is it binary?") from None
+    if "\0" in text:
+        raise InputError(f"data file {path} is binary: it holds a zero byte")
+    return text
+
+
+def _lines(path: Path, content: str, samples: int, seed: int):
+    """Samples of a .jsonl file, a seeded choice that takes turns between task names."""
+    by_task: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+        key = next((key for key in TEXT_KEYS if key in record), None)
+        if key is None:
+            keys = ", ".join(map(str, record))[:80] or "none"
+            raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}")
+        if not isinstance(record[key], str) or not record[key]:
+            raise InputError(f"{path}, line {number}: {key!r} must be text and not empty")
+        try:
+            record[key].encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{path}, line {number}: {key!r} holds half a surrogate pair, so it is no text") from None
+        by_task.setdefault(str(record.get("task_name", "")), []).append((number, record[key]))
+    queues = [by_task[task] for task in sorted(by_task)]
+    tasks = sorted(by_task)
+    for task, queue in zip(tasks, queues, strict=True):
+        random.Random(f"bsfa {seed} {task}").shuffle(queue)
+    while any(queues):
+        for task, queue in zip(tasks, queues, strict=True):
+            if queue:
+                number, text = queue.pop(0)
+                yield f"line-{number}", f"line {number}" + (f" ({task})" if task else ""), text
+
+
+def _windows(path: Path, text: str, samples: int, length: int, tokenizer):
+    """Windows of a .txt file: consecutive where all of it is needed, else spread evenly over it."""
+    if len(text) <= samples * length * CHARACTERS_PER_TOKEN:
+        tokens = _tokenize(tokenizer, text)
+        step = length - len(_prefix(tokenizer))
+        for i, start in enumerate(range(0, len(tokens), max(step, 1))):
+            yield f"window-{i}", f"from token {start}", tokens[start : start + length]
+        return
+    stride = len(text) // samples
+    for i in range(samples):
+        yield f"window-{i}", f"from character {i * stride}", text[i * stride :][: length * CHARACTERS_PER_TOKEN + 64]

@@ -1,0 +1,114 @@
+"""Calibration data: every supported file, generated text, and one sentence for whatever cannot be used."""
+
+import json
+
+import pytest
+
+from bsfa_cli.calibration.data import data_hash, load_texts
+from bsfa_cli.calibration.generated_text import KINDS, generate
+from bsfa_cli.errors import InputError, UsageError
+from bsfa_cli.models.embedded import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def load(spec, tokenizer, **options):
+    return load_texts(str(spec), **{"samples": 4, "length": 100, "tokenizer": tokenizer, "shortest": 20} | options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_text_is_seeded_and_varied(kind, tokenizer):
+    text = generate(kind, 1, 5000)
+    assert text == generate(kind, 1, 5000) != generate(kind, 2, 5000) and len(text) >= 5000
+    assert len(set(text.split())) > 60 and text.isascii()
+    samples = load(f"builtin:{kind}", tokenizer)
+    assert [len(sample.tokens) for sample in samples] == [100] * 4
+    assert len({sample.tokens for sample in samples}) == 4
+    assert data_hash(samples) == data_hash(load(f"builtin:{kind}", tokenizer))
+    assert data_hash(samples) != data_hash(load(f"builtin:{kind}", tokenizer, seed=1))
+
+
+def test_a_text_file_becomes_windows(tmp_path, tokenizer):
+    path = tmp_path / "book.txt"
+    path.write_text(generate("prose", 0, 330)[:330])
+    samples = load(path, tokenizer)
+    assert [len(sample.tokens) for sample in samples] == [100, 100, 100, 30]
+    assert b"".join(bytes(sample.tokens) for sample in samples) == path.read_bytes()
+    path.write_text(generate("prose", 0, 100_000))
+    assert [len(sample.tokens) for sample in load(path, tokenizer)] == [100] * 4
+
+
+@pytest.mark.parametrize("key", ["text", "input_text", "input"])
+def test_jsonl_keys(key, tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({key: f"{i}" * 50, "other": 1}) for i in range(3)) + "\n\n")
+    samples = load(path, tokenizer)
+    assert sorted(sample.id for sample in samples) == ["line-1", "line-2", "line-3"]
+    assert {sample.tokens for sample in samples} == {tuple(str(i).encode() * 50) for i in range(3)}
+
+
+def test_tasks_take_turns(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    tasks = ["a"] * 8 + ["b"] * 2
+    path.write_text("\n".join(json.dumps({"input_text": f"{i:03}" * 20, "task_name": t}) for i, t in enumerate(tasks)))
+    sources = [sample.source for sample in load(path, tokenizer)]
+    assert [source[-3:] for source in sources] == ["(a)", "(b)", "(a)", "(b)"]
+
+
+LINE = json.dumps({"text": "x" * 50}) + "\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("absent.txt", None, "does not exist"),
+        ("a.txt", b"", "empty"),
+        ("a.txt", b" \n\t", "empty"),
+        ("a.jsonl", b"", "empty"),
+        ("a.txt", b"abc\xff\xfe", "not UTF-8.*byte 3"),
+        ("a.txt", b"abc\0def", "zero byte"),
+        ("a.csv", b"text", "must be .txt or .jsonl"),
+        ("a.jsonl", LINE.encode() + b"{oops", "line 2: not JSON"),
+        ("a.jsonl", LINE.encode() + b"[1]", "line 2: expected a JSON object"),
+        ("a.jsonl", LINE.encode() + b'\n{"body": "x"}', "line 3: needs one of the keys text.*it has body"),
+        ("a.jsonl", b'{"text": 5}', "line 1: 'text' must be text"),
+        ("a.jsonl", b'{"text": ""}', "line 1: 'text' must be text"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "surrogate"),
+        ("a.jsonl", b'{"text": "short"}', "longest has 5 tokens, and at least 20"),
+        ("a.txt", b"short", "every sample is too short"),
+    ],
+)
+def test_unusable_data_gets_one_sentence(name, content, said, tmp_path, tokenizer):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=said) as caught:
+        load(path, tokenizer)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_directories_and_unknown_builtins(tmp_path, tokenizer):
+    (tmp_path / "d.txt").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "d.txt", tokenizer)
+    with pytest.raises(UsageError, match="builtin:mixed, builtin:prose"):
+        load("builtin:poems", tokenizer)
+
+
+def test_the_beginning_token_is_on_every_sample(tmp_path):
+    class Tokenizer:
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in text])
+
+    path = tmp_path / "t.txt"
+    path.write_text("abcdefghij" * 20)
+    samples = load(path, Tokenizer())
+    assert [sample.tokens[0] for sample in samples] == [1, 1]
+    assert [len(sample.tokens) for sample in samples] == [100, 100]
