@@ -149,13 +149,15 @@ def _known_backend(name: str) -> None:
 
 def _writable(path: Path) -> None:
     """Find out before measuring, not after."""
-    import os
+    import tempfile
 
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not os.access(folder, os.W_OK) or not folder.is_dir():
-        raise UsageError(f"cannot write {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a directory")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _write_json(path: Path, result: dict) -> None:

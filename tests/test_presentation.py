@@ -1,0 +1,149 @@
+"""Tables, plots and the README block: what a person sees of a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bsfa_cli.errors import InputError, UsageError
+from bsfa_cli.presentation import console, plot, profile_table, readme
+
+ROOT = Path(__file__).parent.parent
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def row(name: str, kind: str, target=None, speedup=1.0, bound=1.0, ms=2.0) -> dict:
+    return {
+        "name": name, "kind": kind, "skip_target": target, "speedup": speedup, "bound": bound, "ms_median": ms,
+        "ms_p20": ms, "ms_p80": ms, "suspect": kind == "bsfa" and speedup > bound, "tflops_dense_equivalent": 512.0,
+        "tflops_executed": 500.0, "samples_ms": [ms] * 5, "finite": True,
+    } | ({} if target is None else {"skip": target})  # fmt: skip
+
+
+def cell(length: int, name: str = "text") -> dict:
+    rows = [
+        row("cuDNN", "dense"),
+        row("bsfa, 0 % skipped", "bsfa", 0.0, 0.98),
+        row("bsfa, 50 % skipped", "bsfa", 0.5, 1.4, 1.33),
+    ]
+    return {
+        "shape": {"name": name, "heads": 32, "kv_heads": 8, "head_dim": 128, "causal": True, "batch": 1},
+        "length": length, "dtype": "bfloat16", "tile": "64x128", "gate": "gap", "backend": "hopper",
+        "passed_over": {}, "data": "synthetic", "error_at_zero": 1e-3, "error_tolerance": 2e-2,
+        "fastest_dense": "cuDNN", "overhead_at_zero": 0.02, "gate_overhead": 0.0, "break_even_skip": 0.05,
+        "unavailable": [{"name": "FlexAttention", "reason": "out of memory"}], "contenders": rows,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def result() -> dict:
+    """Made-up numbers in the form that `bsfa profile` stores; for layout only."""
+    return {
+        "kind": "bsfa profile", "format": 1, "complete": True, "profile": "made-up", "device": "cuda",
+        "environment": {"gpu": "<Some> & GPU", "driver": "1.2", "torch": "2.11", "platform": "Linux"},
+        "ceiling": {"size": 8192, "dtype": "bfloat16", "tflops": 700.0},
+        "cells": [cell(4096), cell(8192), cell(131072), cell(8192, "vis<i>on")], "prefill": [],
+    }  # fmt: skip
+
+
+def test_plot_is_xml_with_every_string_escaped(result):
+    root = ElementTree.fromstring(plot.speedup_plot(result))
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert any("<Some> & GPU" in text for text in texts)
+    assert any("vis<i>on" in text for text in texts)
+    assert {"4k", "8k", "128k"} <= set(texts)
+    assert not list(root.iter(f"{SVG}script"))
+
+
+def test_plot_draws_the_bound_and_every_point(result):
+    root = ElementTree.fromstring(plot.speedup_plot(result))
+    circles = list(root.iter(f"{SVG}circle"))
+    assert len(circles) == 8
+    assert "50% skipped, 4,096 tokens: 1.40x (bound 1.33x)" in [circle[0].text for circle in circles]
+    assert len([path for path in root.iter(f"{SVG}path") if path.get("class") == "bound"]) == 2
+    for element in root.iter():
+        for key in ("x", "y", "cx", "cy"):
+            if element.get(key):
+                assert -1 <= float(element.get(key)) <= max(plot.WIDTH, float(root.get("height")))
+
+
+def test_plot_keeps_labels_apart(result):
+    for entry in result["cells"]:
+        for contender in entry["contenders"]:
+            contender["speedup"] = 1.0
+    root = ElementTree.fromstring(plot.speedup_plot(result))
+    labels = [float(text.get("y")) for text in root.iter(f"{SVG}text") if "skipped:" in text.text]
+    assert min(abs(a - b) for i, a in enumerate(labels) for b in labels[:i]) >= 15
+
+
+def test_plot_refuses_what_it_cannot_draw(result):
+    result["cells"][0]["contenders"][2]["speedup"] = float("nan")
+    with pytest.raises(ValueError):
+        plot.speedup_plot(result)
+    result["cells"] = []
+    with pytest.raises(UsageError, match="no speedup"):
+        plot.speedup_plot(result)
+
+
+def test_table_marks_what_exceeds_the_bound_and_names_the_missing(capsys, monkeypatch):
+    console.console.cache_clear()
+    profile_table.show_cell(cell(4096))
+    shown = capsys.readouterr()
+    console.console.cache_clear()
+    assert shown.out == ""
+    assert "1.40x *" in shown.err and "baseline inefficiency" in shown.err
+    assert "not timed: FlexAttention (out of memory)" in shown.err
+    assert "fastest dense: cuDNN; at 0 % skipped bsfa takes +2.0% time; breaks even at 5% skipped" in shown.err
+
+
+def test_aligned_columns_end_together():
+    lines = profile_table.aligned([("", "ms"), ("long name", "1.5"), ("x", "100.25")])
+    assert lines == ["               ms", "long name     1.5", "x          100.25"]
+
+
+def test_json_refuses_what_json_cannot_say(capsys):
+    console.print_json({"b": 1, "a": [1.5, None]})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None], "b": 1}
+    with pytest.raises(ValueError):
+        console.print_json({"a": float("nan")})
+
+
+def test_readme_block_is_made_from_the_results(result, tmp_path):
+    (tmp_path / "profiles" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
+    files = readme.rendered(tmp_path)
+    assert readme.NONE in files[tmp_path / "README.md"]
+    (tmp_path / "profiles" / "results" / "a.json").write_text(json.dumps(result))
+    files = readme.rendered(tmp_path)
+    text = files[tmp_path / "README.md"]
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert "| 4,096 | cuDNN, 2.000 ms, 512 TFLOP/s | 0.98x (bound 1.00x) | 1.40x \\* (bound 1.33x) |" in text
+    assert "](profiles/results/a.svg)" in text and tmp_path / "profiles" / "results" / "a.svg" in files
+    for path, content in files.items():
+        path.write_text(content)
+    assert readme.rendered(tmp_path) == files
+
+
+def test_readme_needs_its_markers(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(InputError, match="results: begin"):
+        readme.rendered(tmp_path)
+
+
+def test_readme_and_plots_are_in_step_with_the_stored_results():
+    for path, content in readme.rendered(ROOT).items():
+        assert path.read_text(encoding="utf-8") == content, f"run python -m bsfa_cli.presentation.readme ({path.name})"
+
+
+def test_people_and_pipes_get_no_colour_codes():
+    script = "from bsfa_cli.presentation.console import note; note('plain [red]text[/red]')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}, cwd=ROOT
+    )
+    assert (done.stdout, done.stderr) == ("", "plain [red]text[/red]\n")
