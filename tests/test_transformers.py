@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from bsfa_kernels import Gate, TileShape, block_sparse_attention
-from bsfa_kernels.thresholds import Point, Thresholds, ThresholdsError
+from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds, ThresholdsError
 from transformers import DynamicCache
 
 WINDOW = 48
@@ -311,7 +311,7 @@ def test_handlers_see_prefills_until_detached():
 def thresholds(model, value, gate="gap", **changes):
     """Thresholds of `value` everywhere, for the modules of `model`."""
     modules = bsfa.attention_modules(model)
-    identity = {"id": "tiny", "revision": None, **bsfa.model_identity(model), **changes}
+    identity = {**dict.fromkeys(MODEL_KEYS), "id": "tiny", **bsfa.model_identity(model), **changes}
     tensors = {path: torch.full((1, module.query_heads, 1), value) for path, module in modules.items()}
     return Thresholds(identity, TileShape(16, 32), True, (0,), (Point("only", gate, "test", 0.0),), tensors)
 

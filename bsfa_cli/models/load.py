@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
+from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError
 from . import embedded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.spm")
 SAMPLES_PER_WEIGHT = 64
+# float16 rounds what lies below more coarsely than bfloat16 does.
+SMALLEST_HASHED = 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -39,26 +42,6 @@ class LoadedModel:
     tokenizer: Any
     identity: dict[str, Any]
     label: str | None = None
-
-
-def resolve_device(name: str = "auto") -> torch.device:
-    """ "auto" takes a GPU when there is one. Raises MachineError for a GPU that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            build = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
-            raise MachineError(
-                f"--device {name} asks for a GPU, and PyTorch {torch.__version__} (built {build}) sees none; "
-                "use --device cpu"
-            )
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise MachineError(f"--device {name} does not exist: this machine has {torch.cuda.device_count()} GPU(s)")
-    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -254,14 +237,16 @@ def _identity(model, name: str, revision: str | None) -> dict[str, Any]:
 def fingerprint(model) -> str:
     """sha256 over the name, shape and SAMPLES_PER_WEIGHT evenly spaced values (as bfloat16) of every parameter.
 
-    The same in any dtype the checkpoint is loaded in; another checkpoint of the same architecture differs.
+    Loading in another dtype does not change it, but for a float32 checkpoint loaded in float16; another checkpoint of
+    the same architecture does.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         values = parameter.detach().reshape(-1)
         index = torch.linspace(0, values.numel() - 1, min(SAMPLES_PER_WEIGHT, values.numel()), device=values.device)
-        sample = values[index.round().long()].to(torch.bfloat16).cpu()
+        sample = values[index.round().long()].to(torch.bfloat16)
+        sample = sample.masked_fill(sample.abs() < SMALLEST_HASHED, 0).cpu()
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

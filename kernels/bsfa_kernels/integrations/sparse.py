@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..api import block_sparse_attention
+from ..api import Attention, block_sparse_attention
 from ..gates import Gate
 from .modules import AttentionModule
 
@@ -34,7 +34,7 @@ class SparseAttention:
     ):
         self.path = path
         self.counts: Counts | None = None
-        self._thresholds, self._point, self._count, self._backend = thresholds, point, count, backend
+        self.thresholds, self.point, self.backend, self._count = thresholds, point, backend, count
         self._gate, self._gate_tiles, self._device = Gate(), 0, None
 
     @classmethod
@@ -50,20 +50,23 @@ class SparseAttention:
 
     def gate(self, positions: int, device: torch.device) -> Gate:
         """The gate for queries at absolute positions below `positions`."""
-        tiles = -(-positions // self._thresholds.tile.rows)
+        tiles = -(-positions // self.thresholds.tile.rows)
         if tiles > self._gate_tiles or self._device != device:
             # Rounded up, so that a prompt that comes in chunks does not interpolate for each of them.
             tiles = max(64, 1 << (tiles - 1).bit_length())
-            self._gate = self._thresholds.gate(self.path, self._point, tiles, device)
+            self._gate = self.thresholds.gate(self.path, self.point, tiles, device)
             self._gate_tiles, self._device = tiles, device
         return self._gate
 
-    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-        result = block_sparse_attention(
+    def attend(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **options) -> Attention:
+        """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
+        return block_sparse_attention(
             q, k, v, self.gate(max(q.shape[2], k.shape[2]), q.device), scale=scale, causal=causal, spans=spans,
-            tile=self._thresholds.tile, keep_sink=self._thresholds.keep_sink, return_counts=self._count,
-            backend=self._backend,
+            tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend, **options,
         )  # fmt: skip
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+        result = self.attend(q, k, v, scale=scale, causal=causal, spans=spans, return_counts=self._count)
         if self._count:
             kept, candidates = (x.sum((0, 2), dtype=torch.int64) for x in (result.kept, result.candidates))
             if self.counts is not None:

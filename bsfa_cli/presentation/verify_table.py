@@ -1,0 +1,61 @@
+"""The tables of `bsfa verify`, on stderr."""
+
+from __future__ import annotations
+
+from .console import console, note
+
+
+def show(point: dict, failures: list[str]) -> None:
+    """One operating point: predictions, layers, kernel, verdict. `point` as in verification/run.py."""
+    logits, dropped = point["logits"], point["dropped_mass"]
+    note(f"\noperating point {point['name']}: {percent(point['skip'])} of {point['candidates']:,} tiles skipped")
+    note(
+        f"  top-1 agreement {percent(logits['top1'])}, KL {number(logits['kl'])}, perplexity "
+        f"{number(logits['perplexity_dense'])} dense, {number(logits['perplexity_sparse'])} sparse "
+        f"({percent(logits['perplexity_increase'], '+')})"
+    )
+    note(f"  dropped softmax mass by row: {summary(dropped)}")
+    layers = _table("module", "skip", "error", "dropped", "p99", "worst")
+    heads = _table("worst head of a module", "skip", "error", "dropped", "p99", "worst")
+    for module in point["modules"]:
+        layers.add_row(module["path"], *_cells(module))
+        index, head = max(enumerate(module["heads"]), key=lambda item: item[1]["error"] or 0.0)
+        heads.add_row(f"{module['path']} head {index}", *_cells(head))
+    console().print(layers)
+    console().print(heads)
+    for check in point["kernel"]:
+        note(
+            f"kernel {check['backend']} against the float64 reference, {check['path']}: error {number(check['error'])}, "
+            f"allowed {number(check['allowed'])} (plain attention {number(check['plain_error'])}); "
+            f"{check['decided_differently']} of {check['candidates']} tiles decided differently"
+        )
+    for failure in failures:
+        note(f"FAILED {point['name']}: {failure}")
+
+
+def _table(first: str, *rest: str):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for heading in rest:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _cells(entry: dict) -> list[str]:
+    masses = (percent(entry["dropped_mass"][key]) for key in ("mean", "p99", "worst"))
+    return [percent(entry["skip"]), number(entry["error"]), *masses]
+
+
+def summary(dropped: dict) -> str:
+    return ", ".join(f"{key} {percent(dropped[key])}" for key in ("mean", "p99", "worst"))
+
+
+def percent(share: float | None, sign: str = "") -> str:
+    return "not finite" if share is None else f"{100 * share:{sign}.3g} %"
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"

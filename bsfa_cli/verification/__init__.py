@@ -1,0 +1,1 @@
+"""What `bsfa verify` measures: the kernel, every layer and head, and what comes out of the model."""

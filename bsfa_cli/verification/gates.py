@@ -1,0 +1,65 @@
+"""What a verified operating point must reach, and the sentences for what it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits asked for on the command line; None where none was."""
+
+    min_top1: float | None = None  # share of positions, 0 .. 1
+    max_perplexity_increase: float | None = None  # relative: 0.01 is one percent
+    max_dropped_mass: float | None = None  # 99th percentile over rows, 0 .. 1
+    min_skip: float | None = None  # share of candidate tiles, 0 .. 1
+
+    def __post_init__(self):
+        for name in ("min_top1", "max_dropped_mass", "min_skip"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+        increase = self.max_perplexity_increase
+        if increase is not None and not 0 <= increase < float("inf"):
+            raise UsageError(f"--max-perplexity-increase must be a number from 0 on, got {increase}")
+
+    @property
+    def judge_accuracy(self) -> bool:
+        limits = (self.min_top1, self.max_perplexity_increase, self.max_dropped_mass)
+        return any(limit is not None for limit in limits)
+
+    def accuracy_failures(self, result: dict) -> list[str]:
+        """Sentences for the accuracy limits that `result` (see run.py) misses. A number that is not one misses."""
+        logits, dropped = result["logits"], result["dropped_mass"]["p99"]
+        checks = (
+            ("--min-top1", "top-1 agreement", logits["top1"], self.min_top1, 1),
+            ("--max-perplexity-increase", "perplexity increase", logits["perplexity_increase"],
+             self.max_perplexity_increase, -1),
+            ("--max-dropped-mass", "p99 dropped mass", dropped, self.max_dropped_mass, -1),
+        )  # fmt: skip
+        return [
+            f"{what} is {'not finite' if value is None else format(value, '.6g')} ({option} {limit:g})"
+            for option, what, value, limit, sign in checks
+            if limit is not None and (value is None or not sign * value >= sign * limit)
+        ]
+
+    def failures(self, result: dict) -> list[str]:
+        """Everything that fails `result`: its limits, no skipping, non-finite output, a kernel unlike the reference."""
+        found = self.accuracy_failures(result)
+        if self.min_skip is not None and result["skip"] < self.min_skip:
+            found.append(f"skip rate is {result['skip']:.4g} (--min-skip {self.min_skip:g})")
+        if result["kept"] == result["candidates"]:
+            found.append("nothing was skipped, so nothing was verified")
+        if not result["finite"]:
+            found.append("the output is not finite")
+        for check in result["kernel"]:
+            if not check["passed"]:
+                error = "a number that is not finite" if check["error"] is None else f"{check['error']:.3g}"
+                found.append(
+                    f"{check['path']}: backend {check['backend']} is off the reference by {error} "
+                    f"(allowed {check['allowed']:.3g}) and decided {check['decided_differently']} of "
+                    f"{check['candidates']} tiles differently"
+                )
+        return found

@@ -1,0 +1,114 @@
+"""Verify operating points: dense, then sparse, on the same tokens and weights in the same process."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from bsfa_kernels.integrations.transformers import (
+    DenseFallback,
+    SparseAttention,
+    attach,
+    attention_modules,
+    notes,
+)
+from bsfa_kernels.thresholds import Thresholds
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..errors import InputError
+from .layers import DroppedMass, MeasuringAttention, skip_rate
+from .logits import Head, Predictions
+
+# Above every score: drops every tile that a gate may drop.
+ABSURD = 1e30
+
+
+def dense_attention(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+    """The handler of the dense pass: PyTorch's own attention, no kernel of ours. Samples are not padded."""
+    assert spans is None
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@torch.no_grad()
+def verify_points(
+    model, thresholds: Thresholds, points: list[str], samples: list, backend: str, step: Callable[[], None]
+) -> list[dict]:
+    """One result per operating point, JSON values only, None for numbers that are not finite.
+
+    Keys: name, kept, candidates, skip, dropped_mass {mean, p99, worst}, logits (see `Predictions.summary`), modules
+    (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples` have `tokens`; `step` is
+    called after every forward pass, (1 + points) times a sample. The model must run attn_implementation="bsfa".
+    """
+    modules = attention_modules(model)
+    reachable = [path for path in modules if modules[path].dense_reason is None]
+    head = Head(model)
+    handlers = {point: SparseAttention.for_model(thresholds, modules, point, backend=backend) for point in points}
+    checked = _spread(list(handlers[points[0]]), 3)
+    measured = {
+        point: {path: MeasuringAttention(handler, path in checked) for path, handler in handlers[point].items()}
+        for point in points
+    }
+    predictions = {point: Predictions() for point in points}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DenseFallback)
+        for sample in samples:
+            tokens = torch.tensor(sample.tokens, device=model.device)
+            with attach(model, dict.fromkeys(reachable, dense_attention)):
+                dense = head.hidden(tokens)
+            step()
+            for point in points:
+                with attach(model, measured[point]):
+                    predictions[point].add(head, dense, head.hidden(tokens), tokens)
+                step()
+    return [_result(point, measured[point], predictions[point]) for point in points]
+
+
+def negative_control(model, thresholds: Thresholds, point: str, samples: list, backend: str) -> dict:
+    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample."""
+    index = thresholds.index(point)
+    absurd = dataclasses.replace(
+        thresholds,
+        points=(thresholds.points[index],),
+        tensors={path: torch.full_like(tensor[:1], ABSURD) for path, tensor in thresholds.tensors.items()},
+    )
+    return verify_points(model, absurd, [point], samples[:1], backend, lambda: None)[0]
+
+
+def dense_notes(model) -> list[dict[str, str]]:
+    """Modules that ran dense whatever the thresholds say, and why."""
+    return [note._asdict() for note in notes(model)]
+
+
+def _result(point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions) -> dict:
+    ran = [handler for handler in handlers.values() if handler.ran]
+    if not ran:
+        raise InputError("none of the modules that the thresholds hold attends sparsely in this model; see its notes")
+    modules = [handler.summary() for handler in ran]
+    kept, candidates = (sum(module[key] for module in modules) for key in ("kept", "candidates"))
+    return _finite({
+        "name": point,
+        "kept": kept,
+        "candidates": candidates,
+        "skip": skip_rate(kept, candidates),
+        "dropped_mass": DroppedMass.overall([handler.dropped for handler in ran]),
+        "logits": predictions.summary(),
+        "modules": modules,
+        "kernel": [handler.kernel.to_json() for handler in ran if handler.kernel],
+        "finite": predictions.finite and all(module["finite"] for module in modules),
+    })  # fmt: skip
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _spread(paths: list[str], count: int) -> set[str]:
+    """First, last and evenly between."""
+    return {paths[round(i * (len(paths) - 1) / max(count - 1, 1))] for i in range(min(count, len(paths)))}
