@@ -25,8 +25,8 @@ def show(point: dict, failures: list[str]) -> None:
     console().print(heads)
     for check in point["kernel"]:
         note(
-            f"kernel {check['backend']} against the float64 reference, {check['path']}: error {number(check['error'])}, "
-            f"allowed {number(check['allowed'])} (plain attention {number(check['plain_error'])}); "
+            f"kernel {check['backend']} against the float64 reference, {check['path']}: "
+            f"error {number(check['error'])}, allowed {number(check['allowed'])} (plain attention {number(check['plain_error'])}); "
             f"{check['decided_differently']} of {check['candidates']} tiles decided differently"
         )
     for failure in failures:
