@@ -97,18 +97,27 @@ class ModuleCurves:
         self._levels = torch.tensor(LEVELS, dtype=torch.float64, device=device)
         self._octaves = torch.tensor([octave(t) for t in range(plan.query_tiles)], device=device)
         self._knot_tiles = torch.tensor(plan.knot_tiles, device=device)
-        self.tensors = {"tiles": torch.zeros(plan.octaves, dtype=torch.int64, device=device)}
+        self.tensors = {
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in self.layout(plan, heads).items()
+        }
+
+    @staticmethod
+    def layout(plan: Plan, heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{name: (shape, dtype)} of `tensors`."""
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tiles": ((plan.octaves,), torch.int64)}
         for gate, grid in GRIDS.items():
             cells = len(grid) + 1
-            shape = (heads, plan.octaves, cells)
-            self.tensors[f"{gate}.count"] = torch.zeros(shape, dtype=torch.int64, device=device)
-            self.tensors[f"{gate}.mass"] = torch.zeros(shape, dtype=torch.int64, device=device)
-            shape = (heads, plan.octaves, len(LEVELS), cells)
-            self.tensors[f"{gate}.reach"] = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.tensors["top_k.sum"] = torch.zeros(
-            len(plan.ranks), heads, len(plan.knot_tiles), dtype=torch.float64, device=device
-        )
-        self.tensors["top_k.samples"] = torch.zeros(len(plan.knot_tiles), dtype=torch.int64, device=device)
+            layout[f"{gate}.count"] = layout[f"{gate}.mass"] = ((heads, plan.octaves, cells), torch.int64)
+            layout[f"{gate}.reach"] = ((heads, plan.octaves, len(LEVELS), cells), torch.int32)
+        layout["top_k.sum"] = ((len(plan.ranks), heads, len(plan.knot_tiles)), torch.float64)
+        layout["top_k.samples"] = ((len(plan.knot_tiles),), torch.int64)
+        return layout
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from the sums of an earlier process."""
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor)
 
     def add(self, statistics: TileStatistics) -> None:
         """Add one sequence that starts at position 0; fields [1, Hq, query tiles, key tiles]. Never waits for the

@@ -1,0 +1,192 @@
+"""From curves to thresholds: choose an operating point on the fitted samples, and say what it does on any samples.
+
+A unit is one query head of one module in one octave of the query position. A choice is an entry per unit: 0 keeps
+every tile, entry i has the threshold grid[i - 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from bsfa_kernels.thresholds import Reached, interpolate
+
+from ..errors import UsageError
+from .curves import FIXED_POINT, GRIDS, LEVELS, Plan, octave
+
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Table:
+    """Curves of every unit for one gate, cumulative by entry; N query heads of all modules, P octaves."""
+
+    gate: str
+    modules: Mapping[str, slice]  # {module path: its heads among N}
+    values: torch.Tensor  # float64 [entries]: -inf, then the grid
+    dropped: torch.Tensor  # int64 [N, P, entries]: tiles dropped
+    mass: torch.Tensor  # float64 [N, P, entries]: mass dropped, summed over query tiles
+    within: torch.Tensor  # int32 [N, P, levels, entries]: query tiles whose bound stays within the level
+    candidates: torch.Tensor  # int64 [N, P]
+    tiles: torch.Tensor  # int64 [N, P]: query tiles with a candidate
+
+    @classmethod
+    def of(cls, curves: Mapping[str, Mapping[str, torch.Tensor]], gate: str) -> Table:
+        modules, first = {}, 0
+        for path, tensors in curves.items():
+            heads = tensors[f"{gate}.count"].shape[0]
+            modules[path] = slice(first, first + heads)
+            first += heads
+        count, mass, reach = (
+            torch.cat([tensors[f"{gate}.{name}"] for tensors in curves.values()]) for name in ("count", "mass", "reach")
+        )
+        tiles = torch.cat([t["tiles"].expand(t[f"{gate}.count"].shape[0], -1) for t in curves.values()])
+        return cls(
+            gate,
+            modules,
+            torch.tensor([-math.inf, *GRIDS[gate]], dtype=torch.float64),
+            _from_zero(count),
+            _from_zero(mass).double() / FIXED_POINT,
+            reach.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1),
+            count.sum(-1),
+            tiles,
+        )
+
+    def tightened(self, choice: torch.Tensor) -> torch.Tensor:
+        """The lowest entries [N, P] that drop the same tiles: no claim on gate values that were never seen."""
+        at = self.dropped.gather(-1, choice[..., None])
+        return torch.searchsorted(self.dropped, at, right=False)[..., 0]
+
+
+def _from_zero(cells: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros_like(cells[..., :1]), cells[..., :-1].cumsum(-1)], -1)
+
+
+def target_skip(table: Table, rate: float) -> torch.Tensor:
+    """Choice [N, P] that drops `rate` of all candidate tiles, shared out so that the mass dropped is least.
+
+    The least-mass choices for a price per dropped tile trace the lower convex hull; the price is bisected, and units
+    go over from the cheaper to the dearer choice one by one until the rate is reached. Raises UsageError where even
+    the highest threshold of the grid drops too little.
+    """
+    wanted = math.ceil(rate * int(table.candidates.sum()) - 1e-6)
+    most = int(table.dropped[..., -1].sum())
+    if most < wanted or not int(table.candidates.sum()):
+        share = math.floor(1e4 * most / max(1, int(table.candidates.sum()))) / 1e4
+        raise UsageError(
+            f"--target-skip {rate:g} cannot be reached: the highest {table.gate} threshold drops {share:.4f} of the "
+            f"candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
+        )
+
+    def cheapest(price: float) -> torch.Tensor:
+        return table.tightened((table.mass - price * table.dropped).argmin(-1))
+
+    def count(choice: torch.Tensor) -> torch.Tensor:
+        return table.dropped.gather(-1, choice[..., None])[..., 0]
+
+    low = torch.zeros_like(table.candidates)
+    high = table.tightened(torch.full_like(low, len(table.values) - 1))
+    below, above = 0.0, 2.0  # a tile's mass is at most 1, so a price of 2 drops all that the grid can
+    for _ in range(BISECTIONS):
+        price = (below + above) / 2
+        choice = cheapest(price)
+        if int(count(choice).sum()) >= wanted:
+            above, high = price, choice
+        else:
+            below, low = price, choice
+    more = (count(high) - count(low)).flatten()
+    dearer = (table.mass.gather(-1, high[..., None]) - table.mass.gather(-1, low[..., None])).flatten()
+    order = torch.where(more > 0, dearer / more.clamp(min=1), math.inf).argsort(stable=True)
+    reached = int(count(low).sum()) + more[order].cumsum(0)
+    changed = order[: int(torch.searchsorted(reached, wanted)) + 1]
+    result = low.flatten().clone()
+    if int(count(low).sum()) < wanted:
+        result[changed] = high.flatten()[changed]
+    return result.view_as(low)
+
+
+def max_dropped_mass(table: Table, most: float, quantile: float) -> torch.Tensor:
+    """Choice [N, P]: in every unit the highest threshold at which `quantile` of the query tiles stay within `most`.
+
+    `most` is rounded down to one of LEVELS. Raises UsageError below the smallest of them.
+    """
+    level = sum(value <= most * (1 + 1e-9) for value in LEVELS) - 1
+    if level < 0:
+        raise UsageError(f"--max-dropped-mass {most:g} is below what is counted; the least is {LEVELS[0]:g}")
+    needed = torch.ceil(quantile * table.tiles - 1e-9)
+    held = (table.within[:, :, level] >= needed[..., None]).sum(-1)  # falls with the entry, and holds for entry 0
+    return table.tightened(held - 1)
+
+
+def top_k(curves: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, k: int) -> torch.Tensor:
+    """float64 [N, knots]: mean over samples of the midpoint between the k-th and k+1-th largest tile maximum.
+
+    Raises UsageError for a k that was not collected.
+    """
+    if k not in plan.ranks:
+        kept = ", ".join(map(str, plan.ranks)) or "none"
+        raise UsageError(f"--top-k {k} was not collected; the run has {kept} (calibrate --top-k)")
+    rank = plan.ranks.index(k)
+    return torch.cat([t["top_k.sum"][rank] / t["top_k.samples"].clamp(min=1) for t in curves.values()])
+
+
+def at_knots(table: Table, plan: Plan, choice: torch.Tensor) -> torch.Tensor:
+    """float64 [N, knots]: the thresholds of a choice at the artifact's knots."""
+    octaves = torch.tensor([octave(tile) for tile in plan.knot_tiles])
+    return table.values[choice][:, octaves]
+
+
+def evaluate(table: Table, choice: torch.Tensor, quantile: float, heads: slice = slice(None)) -> Reached | None:
+    """What a choice does on the table's samples, for all units or those of `heads`; None without candidates."""
+    at = choice[heads, :, None]
+    dropped, mass = (x[heads].gather(-1, at).sum() for x in (table.dropped, table.mass))
+    within = table.within[heads].gather(-1, at[..., None].expand(-1, -1, len(LEVELS), 1)).sum((0, 1, 3))
+    return _reached(table, heads, float(dropped), float(mass), within.double(), quantile)
+
+
+def evaluate_positions(
+    table: Table, plan: Plan, thresholds: torch.Tensor, quantile: float, heads: slice = slice(None)
+) -> Reached | None:
+    """The same, estimated, for thresholds [N, knots] that change within an octave.
+
+    Every query tile is given its octave's curve at its own threshold: shares of tiles and mass between grid values
+    linearly, bounds at the next higher grid value.
+    """
+    tiles = torch.arange(plan.query_tiles)
+    values = interpolate(thresholds[heads], plan.knot_tiles, tiles).double()  # [n, query tiles]
+    octaves = torch.tensor([octave(tile) for tile in range(plan.query_tiles)])
+    grid = table.values[1:]
+    above = (torch.searchsorted(grid, values.contiguous()) + 1).clamp(max=len(grid))
+    below = (above - 1).clamp(min=1)
+    weight = ((values - table.values[below]) / (table.values[above] - table.values[below]).clamp(min=1e-9)).clamp(0, 1)
+    above, weight = above * values.isfinite(), torch.where(values.isfinite(), weight, 0.0)
+    below = torch.where(above == 0, 0, below)
+
+    candidates = (tiles * plan.tile.rows // plan.tile.keys - 1).clamp(min=0).double()
+    active = (candidates > 0).double()
+    dropped, mass, within = 0.0, 0.0, torch.zeros(len(LEVELS), dtype=torch.float64)
+    for p in range(plan.octaves):
+        here = octaves == p
+        for shares, curve in ((candidates, "dropped"), (active, "mass")):
+            share = shares[here] / shares[here].sum().clamp(min=1)
+            entries = getattr(table, curve)[heads, p].double()
+            low, high = entries.gather(-1, below[:, here]), entries.gather(-1, above[:, here])
+            total = float(((low + weight[:, here] * (high - low)) * share).sum())
+            dropped, mass = (dropped + total, mass) if curve == "dropped" else (dropped, mass + total)
+        index = above[:, None, here].expand(-1, len(LEVELS), -1)
+        share = active[here] / active[here].sum().clamp(min=1)
+        within += (table.within[heads, p].double().gather(-1, index) * share).sum((0, 2))
+    return _reached(table, heads, dropped, mass, within, quantile)
+
+
+def _reached(table: Table, heads: slice, dropped: float, mass: float, within, quantile: float) -> Reached | None:
+    candidates, tiles = int(table.candidates[heads].sum()), int(table.tiles[heads].sum())
+    if not candidates:
+        return None
+    if dropped == 0:
+        return Reached(0.0, 0.0, 0.0)
+    enough = (within >= quantile * tiles * (1 - 1e-9)).nonzero()
+    bound = LEVELS[int(enough[0])] if len(enough) else 1.0  # no row can drop more than all its mass
+    return Reached(dropped / candidates, mass / tiles, bound)

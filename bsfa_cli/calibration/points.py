@@ -1,0 +1,170 @@
+"""Operating points: fit each that was asked for, check it on the held-out samples, and put all into one artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
+
+from ..errors import InputError, UsageError
+from . import fit
+from .data import BUILTIN
+from .store import Curves, Run
+
+
+@dataclass(frozen=True)
+class Request:
+    """One point: recipe "top-k", "target-skip" or "max-dropped-mass", and what is asked of it."""
+
+    recipe: str
+    argument: float
+    gate: str
+
+    @property
+    def name(self) -> str:
+        if self.recipe == "top-k":
+            return f"topk-{self.argument:g}"
+        if self.recipe == "target-skip":
+            return f"skip-{100 * self.argument:.10g}"
+        return f"mass-{self.argument:.10g}"
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One attention module at one point."""
+
+    path: str
+    least: float | None  # smallest and largest finite threshold; None where every tile is kept
+    most: float | None
+    kept_whole: float  # share of (head, knot) thresholds that keep every tile
+    fitted: Reached | None
+    held_out: Reached | None
+
+
+@dataclass(frozen=True)
+class Report:
+    point: Point
+    modules: tuple[ModuleReport, ...]
+
+
+def make_requests(
+    top_k: Sequence[int], target_skip: Sequence[float], max_dropped_mass: Sequence[float], gate: str
+) -> list[Request]:
+    """The points that were asked for. Raises UsageError for values that cannot be meant, or none at all."""
+    if not (top_k or target_skip or max_dropped_mass):
+        raise UsageError("which operating points? give --top-k K, --target-skip R or --max-dropped-mass E, repeatedly")
+    for k in top_k:
+        if k < 1:
+            raise UsageError(f"--top-k must be at least 1, got {k}")
+    for option, values in (("--target-skip", target_skip), ("--max-dropped-mass", max_dropped_mass)):
+        for value in values:
+            if not 0 < value < 1:
+                raise UsageError(f"{option} must lie between 0 and 1, got {value:g}")
+    requests = [Request("top-k", k, "absolute") for k in top_k]
+    requests += [Request("target-skip", rate, gate) for rate in target_skip]
+    requests += [Request("max-dropped-mass", most, gate) for most in max_dropped_mass]
+    names = [request.name for request in requests]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"operating point {name} was asked for twice")
+    return requests
+
+
+def export(run: Run, requests: Sequence[Request], quantile: float) -> tuple[Thresholds, list[Report]]:
+    """The artifact and what to show of it. Raises InputError for a run that is damaged or not finished, UsageError
+    for a point that cannot be reached.
+    """
+    plan = run.plan
+    done, curves = {}, {}
+    for role in ("fit", "heldout"):
+        done[role], curves[role] = run.load(role)
+        if set(done[role]) != set(run.planned(role)):
+            total = len(run.manifest["samples"])
+            raise InputError(
+                f"{run.path} is not finished ({role}: {len(done[role])} of {len(run.planned(role))} samples, "
+                f"{total} in all); run the same `bsfa calibrate` again to finish it"
+            )
+    reports, rows = [], []
+    tables: dict[tuple[str, str], fit.Table] = {}
+    for request in requests:
+        for role in ("fit", "heldout"):
+            if curves[role] and (role, request.gate) not in tables:
+                tables[role, request.gate] = fit.Table.of(curves[role], request.gate)
+        fitted, held_out = tables["fit", request.gate], tables.get(("heldout", request.gate))
+        thresholds, report = _point(request, plan, curves["fit"], fitted, held_out, quantile)
+        rows.append(thresholds)
+        reports.append(report)
+    values = torch.stack(rows).float()
+    modules = {path: values[:, heads].contiguous() for path, heads in fitted.modules.items()}
+    data, options = run.manifest["data"], run.manifest["options"]
+    spec = data["spec"] if data["spec"].startswith(BUILTIN) else Path(data["spec"]).name
+    artifact = Thresholds(
+        model={key: run.manifest["model"].get(key) for key in MODEL_KEYS},
+        tile=plan.tile,
+        keep_sink=True,
+        knots=tuple(tile * plan.tile.rows + plan.tile.rows // 2 for tile in plan.knot_tiles),
+        points=tuple(report.point for report in reports),
+        tensors=modules,
+        provenance={
+            "data": {"hash": data["hash"], "spec": spec},
+            "samples": {role: run.planned(role) for role in ("fit", "heldout")},
+            "longest": plan.longest,
+            "seed": options["seed"],
+            "device": options["device"],
+            "dtype": options["dtype"],
+            "software": run.manifest["software"],
+        },
+    )
+    return artifact, reports
+
+
+def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: fit.Table | None, quantile: float):
+    """(thresholds float64 [N, knots], Report) of one point."""
+    if request.recipe == "top-k":
+        thresholds = fit.top_k(curves, plan, int(request.argument))
+
+        def reached(table, heads=slice(None)):
+            return table and fit.evaluate_positions(table, plan, thresholds, quantile, heads)
+    else:
+        if request.recipe == "target-skip":
+            choice = fit.target_skip(fitted, request.argument)
+        else:
+            choice = fit.max_dropped_mass(fitted, request.argument, quantile)
+        thresholds = fit.at_knots(fitted, plan, choice)
+
+        def reached(table, heads=slice(None)):
+            return table and fit.evaluate(table, choice, quantile, heads)
+
+    modules = []
+    for path, heads in fitted.modules.items():
+        finite = thresholds[heads][thresholds[heads].isfinite()]
+        least, most = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
+        kept_whole = 1 - len(finite) / thresholds[heads].numel()
+        modules.append(ModuleReport(path, least, most, kept_whole, reached(fitted, heads), reached(held_out, heads)))
+    point = Point(
+        request.name, request.gate, request.recipe, request.argument, quantile, reached(fitted), reached(held_out)
+    )
+    return thresholds, Report(point, tuple(modules))
+
+
+def remarks(report: Report) -> list[str]:
+    """What the user should know about a point, in sentences."""
+    point, found = report.point, []
+    if point.fitted is None or point.fitted.skip == 0:
+        found.append(f"{point.name} drops nothing at these lengths")
+    if point.held_out is None:
+        found.append(f"{point.name} is not checked: no sample was held out")
+        return found
+    if point.recipe == "max-dropped-mass" and point.held_out.dropped_mass_bound > point.argument * (1 + 1e-9):
+        found.append(
+            f"{point.name}: on held-out samples the bound at quantile {point.quantile:g} is "
+            f"{point.held_out.dropped_mass_bound:.3g}, above the {point.argument:g} asked for"
+        )
+    if point.recipe == "target-skip" and point.held_out.skip < point.argument - 0.02:
+        found.append(
+            f"{point.name}: held-out samples skip {point.held_out.skip:.3f}, below the {point.argument:g} asked for"
+        )
+    return found

@@ -1,0 +1,221 @@
+"""Calibrate: one dense forward pass per sample, its curves added to the run directory after each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from bsfa_kernels import TileShape
+from bsfa_kernels.integrations.transformers import AttentionModule, attach, attention_modules
+
+from .. import environment
+from ..errors import InputError, MachineError, UsageError
+from ..models.load import LoadedModel, explain_memory
+from ..presentation.console import console, note, progress
+from .collector import Collector
+from .curves import TILES_AT_ONCE, ModuleCurves, Plan
+from .data import Sample, data_hash
+from .store import ROLES, SCHEMA, Run
+
+HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What defines a run besides model and data; a change of any refuses to resume."""
+
+    data: str
+    samples: int
+    length: int
+    seed: int
+    tile: tuple[int, int]
+    top_k: tuple[int, ...]
+    layers: str | None
+    device: str  # its type: rounding differs between CPU and GPU
+    dtype: str
+
+
+def roles(lengths: Sequence[int]) -> list[str]:
+    """fit or heldout for each sample: every fourth is held out, at least one of two; the first longest is fitted."""
+    count = len(lengths)
+    held_out = set(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or ({count - 1} if count > 1 else set())
+    longest = lengths.index(max(lengths))
+    if longest in held_out and all(lengths[i] < lengths[longest] for i in range(count) if i not in held_out):
+        held_out.remove(longest)
+        held_out.add(next(i for i in range(count - 1, -1, -1) if i != longest and i not in held_out))
+    return ["heldout" if i in held_out else "fit" for i in range(count)]
+
+
+def chosen_modules(model, layers: str | None) -> tuple[dict[str, AttentionModule], dict[str, str]]:
+    """(modules to calibrate, {path of a dense one: why}). `layers` such as "0-3,8" picks by layer index.
+
+    Raises UsageError for layers that do not exist, InputError where no module may skip tiles.
+    """
+    modules = attention_modules(model)
+    if layers is not None:
+        wanted = parse_layers(layers)
+        known = {module.layer for module in modules.values() if module.layer is not None}
+        if wanted - known:
+            raise UsageError(
+                f"--layers {layers}: the model has no layer {min(wanted - known)}; it has {min(known)} to {max(known)}"
+            )
+        modules = {path: module for path, module in modules.items() if module.layer in wanted}
+    dense = {path: module.dense_reason for path, module in modules.items() if module.dense_reason}
+    able = {path: module for path, module in modules.items() if not module.dense_reason}
+    if not able:
+        raise InputError(f"no attention module of this model may skip tiles: {'; '.join(sorted(set(dense.values())))}")
+    return able, dense
+
+
+def parse_layers(text: str) -> set[int]:
+    """Layer indices of "0-3,8". Raises UsageError."""
+    result: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            low = int(first)
+            high = int(last) if dash else low
+        except ValueError:
+            raise UsageError(f"--layers must be like 0-3,8; got {text!r}") from None
+        if not 0 <= low <= high < 1 << 20:
+            raise UsageError(f"--layers must be like 0-3,8; got {text!r}")
+        result |= set(range(low, high + 1))
+    return result
+
+
+def manifest(loaded: LoadedModel, samples: list[Sample], modules: dict[str, AttentionModule], options: Options) -> dict:
+    """run.json of this calibration."""
+    software = environment.describe()
+    planned = zip(samples, roles([len(sample.tokens) for sample in samples]), strict=True)
+    return {
+        "schema": SCHEMA,
+        "model": loaded.identity,
+        "data": {"hash": data_hash(samples), "spec": options.data},
+        "options": asdict(options),
+        "modules": {path: module.query_heads for path, module in modules.items()},
+        "samples": [
+            {"id": sample.id, "tokens": len(sample.tokens), "role": role, "source": sample.source}
+            for sample, role in planned
+        ],
+        "software": {key: software[key] for key in ("bsfa", "torch", "transformers", "triton")},
+    }
+
+
+def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan) -> dict[str, int]:
+    """Bytes by purpose: upper bounds for the curves, an estimate for the forward pass."""
+    heads = sum(module.query_heads for module in modules.values())
+    widest = max(module.query_heads for module in modules.values())
+    tiles = plan.query_tiles * -(-plan.longest // plan.tile.keys)
+    config = loaded.model.config.get_text_config()
+    width = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
+        "forward pass": plan.longest * width * next(loaded.model.parameters()).element_size(),
+        "tile statistics of one module": 16 * widest * tiles + 96 * min(widest * tiles, max(TILES_AT_ONCE, tiles)),
+        "curves in memory": len(ROLES) * heads * plan.bytes_per_head(),
+        "files on disk": len(ROLES) * heads * plan.bytes_per_head(),
+    }
+
+
+def check_memory(needs: dict[str, int], device: torch.device) -> None:
+    """Raise MachineError when a sample cannot fit in what the device has free. Weights are there already."""
+    need = sum(needs[key] for key in ("forward pass", "tile statistics of one module", "curves in memory"))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    if free is not None and need > free:
+        raise MachineError(
+            f"the longest sample needs about {need / 2**30:.1f} GiB beside the weights and {free / 2**30:.1f} GiB are "
+            "free; lower --length"
+        )
+
+
+def _free_host_memory() -> int | None:
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def calibrate(
+    loaded: LoadedModel, samples: list[Sample], modules: dict[str, AttentionModule], options: Options, path: Path
+) -> dict:
+    """Collect what is missing of the run at `path`; returns a summary for --json.
+
+    Raises UsageError where `path` holds another run, MachineError when memory or disk run out, InputError when the
+    model's output is not finite. KeyboardInterrupt passes through, after a note that says how to resume.
+    """
+    run = Run.begin(path, manifest(loaded, samples, modules, options))
+    with run.lock():
+        plan, device = run.plan, next(loaded.model.parameters()).device
+        curves, done = {}, {}
+        for role in ROLES:
+            done[role], stored = run.load(role)
+            curves[role] = {name: ModuleCurves(plan, module.query_heads, device) for name, module in modules.items()}
+            for name, tensors in stored.items():
+                curves[role][name].load(tensors)
+        finished = {*done["fit"], *done["heldout"]}
+        if finished:
+            note(f"resuming {path}: {len(finished)} of {len(samples)} samples are done")
+        seconds = _collect(loaded, samples, run, curves, done, device)
+    return {
+        "run": str(path),
+        "samples": {role: done[role] for role in ROLES},
+        "tokens": sum(len(sample.tokens) for sample in samples),
+        "seconds": seconds,
+        "modules": len(modules),
+        "data_hash": run.manifest["data"]["hash"],
+        "bytes": {f"{role}.safetensors": _size(path / f"{role}.safetensors") for role in ROLES},
+    }
+
+
+def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float]:
+    """Run the samples that are not done; returns {sample id: seconds of its forward pass}."""
+    by_id = {planned["id"]: planned["role"] for planned in run.manifest["samples"]}
+    finished = {*done["fit"], *done["heldout"]}
+    seconds: dict[str, float] = {}
+    bar = progress()
+    with bar:
+        task = bar.add_task("calibrating", total=len(samples), completed=len(finished))
+        for sample in samples:
+            if sample.id in finished:
+                continue
+            role = by_id[sample.id]
+            try:
+                started = time.perf_counter()
+                with explain_memory("--length"):
+                    forward(loaded.model, sample, curves[role], device)
+                seconds[sample.id] = time.perf_counter() - started
+                done[role].append(sample.id)
+                run.save(role, done[role], curves[role])
+            except KeyboardInterrupt:
+                count = sum(sample["id"] in {*done["fit"], *done["heldout"]} for sample in run.manifest["samples"])
+                note(f"stopped with {count} of {len(samples)} samples done; the same command resumes {run.path}")
+                raise
+            bar.advance(task)
+            if not console().is_terminal:
+                note(f"{sample.id}: {len(sample.tokens):,} tokens, {role}, {seconds[sample.id]:.1f} s")
+    return seconds
+
+
+@torch.inference_mode()
+def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torch.device) -> None:
+    """One dense prefill of the model without its output head, collecting into `curves`."""
+    tokens = torch.tensor([sample.tokens], device=device)
+    with attach(model, {path: Collector(module) for path, module in curves.items()}):
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    if not bool(hidden.isfinite().all()):
+        raise InputError(
+            f"the model's output is not finite on sample {sample.id} ({hidden.dtype}); try another --dtype"
+        )
+
+
+def plan_of(samples: list[Sample], options: Options) -> Plan:
+    """What the run would count, before it begins."""
+    return Plan(TileShape(*options.tile), max(len(sample.tokens) for sample in samples), options.top_k)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None

@@ -1,0 +1,182 @@
+"""The run directory: what is being calibrated, and the curves of the samples done so far.
+
+    run.json              model, data and options: fixed when the run begins
+    fit.safetensors       curves of the samples that thresholds are fitted to, and their ids
+    heldout.safetensors   the same for the samples that thresholds are checked on
+
+Files are replaced whole after each sample, so whatever ends the process loses at most the sample in progress.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bsfa_kernels import TileShape
+from bsfa_kernels.container import Malformed, exact_keys, pack, sequence, unpack
+
+from ..errors import InputError, UsageError
+from ..files import write_whole
+from .curves import ModuleCurves, Plan
+
+SCHEMA = 1
+ROLES = ("fit", "heldout")
+MAX_BYTES = 16 << 30
+MANIFEST_KEYS = ("schema", "model", "data", "options", "modules", "samples", "software")
+# Compared on resuming, in this order. Software may differ: a run survives an upgrade.
+COMPARED = ("schema", "model", "options", "data", "modules", "samples")
+Curves = dict[str, dict[str, torch.Tensor]]  # {module path: ModuleCurves.tensors}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory; see the module docstring."""
+
+    path: Path
+    manifest: Mapping[str, object]
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run. Raises InputError where there is none or it is damaged."""
+        if not path.is_dir():
+            raise InputError(f"{path} is no run directory (made by `bsfa calibrate -o {path}`)")
+        try:
+            content = (path / "run.json").read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} holds no calibration run: run.json: {error.strerror or error}") from error
+        try:
+            manifest = json.loads(content)
+            exact_keys("run.json", manifest, MANIFEST_KEYS)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}/run.json is damaged: {error}") from None
+        if manifest["schema"] != SCHEMA:
+            raise InputError(f"{path} has run schema {manifest['schema']}; this version of bsfa knows {SCHEMA}")
+        return cls(path, manifest)
+
+    @classmethod
+    def begin(cls, path: Path, manifest: Mapping[str, object]) -> Run:
+        """Begin a run, or resume the one at `path`. Raises UsageError, naming the field, when that is another run."""
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; -o needs a directory for the run")
+        manifest = json.loads(json.dumps(manifest))
+        if (path / "run.json").exists():
+            run = cls.open(path)
+            _refuse_other(path, run.manifest, manifest)
+            for left_over in path.glob(".*.part"):
+                left_over.unlink(missing_ok=True)
+            return run
+        if path.is_dir() and any(entry.suffix != ".part" and entry.name != ".lock" for entry in path.iterdir()):
+            raise UsageError(f"{path} is not empty and holds no calibration run; choose another -o")
+        write_whole(path / "run.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        return cls(path, manifest)
+
+    @property
+    def plan(self) -> Plan:
+        options = self.manifest["options"]
+        longest = max(sample["tokens"] for sample in self.manifest["samples"])
+        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]))
+
+    def lock(self):
+        """Keep other processes from writing to this run for as long as the returned file stays open."""
+        file = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UsageError(f"another bsfa calibrate is writing to {self.path}") from None
+        return file
+
+    def planned(self, role: str) -> list[str]:
+        return [sample["id"] for sample in self.manifest["samples"] if sample["role"] == role]
+
+    def save(self, role: str, done: list[str], curves: Mapping[str, ModuleCurves]) -> None:
+        """Replace the file of `role`. Raises MachineError when the disk is full; the file before it stays."""
+        tensors = {
+            f"{path}/{name}": _narrow(tensor.cpu())
+            for path, module in curves.items()
+            for name, tensor in module.tensors.items()
+        }
+        write_whole(self.path / f"{role}.safetensors", pack("bsfa_run", {"samples": done}, tensors))
+
+    def load(self, role: str) -> tuple[list[str], Curves]:
+        """(ids of the samples merged, {module path: tensors}); ([], {}) before the first. Raises InputError."""
+        file = self.path / f"{role}.safetensors"
+        if not file.exists():
+            return [], {}
+        try:
+            if os.stat(file).st_size > MAX_BYTES:
+                raise Malformed(f"the file is larger than the {MAX_BYTES:,} bytes allowed for it")
+            metadata, tensors = unpack(file.read_bytes(), "bsfa_run", MAX_BYTES)
+            exact_keys("the bsfa_run metadata", metadata, ("samples",))
+            planned = self.planned(role)
+            done = sequence("samples", metadata["samples"], 1, len(planned))
+            if len(set(done)) != len(done) or not set(done) <= set(planned):
+                raise Malformed("it holds samples that run.json does not plan")
+            return done, self._by_module(tensors)
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+        except Malformed as error:
+            raise InputError(f"{file} is damaged: {error}; delete it to collect its samples again") from None
+
+    def _by_module(self, tensors: dict[str, torch.Tensor]) -> Curves:
+        """Tensors as ModuleCurves keeps them. Raises Malformed where a name, shape or sum cannot be."""
+        curves: Curves = {}
+        for path, heads in self.manifest["modules"].items():
+            curves[path] = {}
+            for name, (shape, dtype) in ModuleCurves.layout(self.plan, heads).items():
+                tensor = tensors.pop(f"{path}/{name}", None)
+                if tensor is None or tuple(tensor.shape) != shape:
+                    raise Malformed(f"{path}/{name} must have shape {list(shape)}")
+                if tensor.is_floating_point() != dtype.is_floating_point or (
+                    bool((tensor == torch.inf).any() or tensor.isnan().any())
+                    if dtype.is_floating_point
+                    else bool((tensor < 0).any())
+                ):
+                    raise Malformed(f"{path}/{name} holds values that no run can give")
+                curves[path][name] = tensor.to(dtype)
+        if tensors:
+            raise Malformed(f"unknown tensor {next(iter(tensors))}")
+        return curves
+
+
+def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+    """The same counts in the smallest integer type that holds them."""
+    if tensor.is_floating_point() or tensor.numel() == 0:
+        return tensor
+    most = int(tensor.max())
+    for dtype in (torch.int16, torch.int32):
+        if most <= torch.iinfo(dtype).max:
+            return tensor.to(dtype)
+    return tensor
+
+
+def _refuse_other(path: Path, begun: Mapping, wanted: Mapping) -> None:
+    for part in COMPARED:
+        difference = _difference(part, begun[part], wanted[part])
+        if difference:
+            name, old, new = difference
+            raise UsageError(
+                f"{path} was begun with another {name}: {_quote(old)} there, {_quote(new)} now; give what it was "
+                "begun with to resume it, or another -o"
+            )
+
+
+def _difference(name: str, old, new) -> tuple[str, object, object] | None:
+    """(dotted name, old, new) of the first difference, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            found = _difference(f"{name}.{key}", old.get(key), new.get(key))
+            if found:
+                return found
+        return None
+    return None if old == new else (name, old, new)
+
+
+def _quote(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

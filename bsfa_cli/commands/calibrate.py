@@ -1,0 +1,112 @@
+"""bsfa calibrate: collect from a model what thresholds are chosen from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ..errors import UsageError
+from ..options import Config, Device, Dtype, Json
+
+TILES = {"64x128": (64, 128), "128x64": (128, 64)}
+DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
+
+
+def calibrate(
+    model: Annotated[
+        str | None, Argument(help="Checkpoint directory or Hub id; a small random model when left out.")
+    ] = None,
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="RUN", help="Run directory; the same command resumes it.")
+    ] = None,
+    data: Annotated[
+        str, Option(help="A .txt or .jsonl file (text, input_text or input), or builtin:NAME generated text.")
+    ] = "builtin:mixed",
+    samples: Annotated[int, Option(min=1, help="Samples; every fourth is held out for checking.")] = 8,
+    length: Annotated[
+        int | None, Option(min=1, help="Tokens a sample, at most; 32768 on a GPU and 2048 on a CPU by default.")
+    ] = None,
+    layers: Annotated[str | None, Option(help="Only these layers, e.g. 0-3,8; the others stay dense.")] = None,
+    tile: Annotated[str, Option(help="Tile shape, query rows x keys: 64x128, or 128x64 as the BSFA authors.")] = (
+        "64x128"
+    ),
+    top_k: Annotated[str, Option(help="Values of k that `export --top-k` can take later.")] = "16,32,64,96,128",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, Option(min=0, help="Of generated text and of the choice of samples.")] = 0,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print memory, file sizes and samples, and stop.")] = False,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Run the model densely over samples and keep the statistics from which any operating point can be exported."""
+    if output is None and not dry_run:
+        raise UsageError("where should the run be kept? give -o RUN")
+    if tile not in TILES:
+        raise UsageError(f"--tile must be one of {', '.join(TILES)}, got {tile!r}")
+    ranks = _ranks(top_k)
+
+    from ..calibration.data import load_texts
+    from ..environment import resolve_device
+    from ..models.load import load_model
+    from ..presentation.console import note, print_json
+
+    place = resolve_device(device)
+    length = length or DEFAULT_LENGTH[place.type]
+    rows, keys = TILES[tile]
+    if length < 2 * max(rows, keys):
+        raise UsageError(f"--length {length} is shorter than two tiles ({2 * max(rows, keys)} tokens)")
+    loaded = load_model(model, device=place, dtype=dtype)
+    if loaded.label:
+        note(f"{loaded.identity['id']}: {loaded.label}")
+    _check_positions(loaded.model.config, length)
+
+    from ..calibration import run
+
+    modules, dense = run.chosen_modules(loaded.model, layers)
+    texts = load_texts(
+        data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=2 * max(rows, keys)
+    )
+    if len(texts) < samples:
+        note(f"{data} gives {len(texts)} of the {samples} samples asked for")
+    for reason in sorted(set(dense.values())):
+        note(f"{sum(why == reason for why in dense.values())} attention modules stay dense: {reason}")
+    options = run.Options(
+        data, samples, length, seed, TILES[tile], ranks, layers, place.type, str(loaded.model.dtype).split(".")[-1]
+    )
+    plan = run.plan_of(texts, options)
+    needs = run.memory(loaded, modules, plan)
+    if dry_run:
+        planned = run.manifest(loaded, texts, modules, options)["samples"]
+        for purpose, size in needs.items():
+            note(f"{purpose:<32} at most {size / 2**20:>10,.1f} MiB" if "pass" not in purpose else
+                 f"{purpose:<32}   about {size / 2**20:>10,.1f} MiB")  # fmt: skip
+        for sample in planned:
+            note(f"{sample['id']:<32} {sample['tokens']:>7,} tokens  {sample['role']:<8} {sample['source']}")
+        if json:
+            print_json({"bytes": needs, "samples": planned, "modules": len(modules)})
+        return
+    run.check_memory(needs, place)
+    summary = run.calibrate(loaded, texts, modules, options, output)
+    if not summary["samples"]["heldout"]:
+        note("one sample only: nothing is held out, so exported points will be unchecked")
+    note(f"written: {output} ({len(texts)} samples); next: bsfa export {output} -o thresholds.safetensors")
+    if json:
+        print_json(summary)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    try:
+        ranks = sorted({int(part) for part in text.split(",") if part.strip()})
+    except ValueError:
+        raise UsageError(f"--top-k must be whole numbers separated by commas, got {text!r}") from None
+    if len(ranks) > 32 or any(not 1 <= k <= 65536 for k in ranks):
+        raise UsageError(f"--top-k takes up to 32 numbers from 1 to 65536, got {text!r}")
+    return tuple(ranks)
+
+
+def _check_positions(config, length: int) -> None:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise UsageError(f"--length {length} is past the model's {most} positions (max_position_embeddings)")
