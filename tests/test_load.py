@@ -120,7 +120,7 @@ def test_truncated_missing_and_incomplete_weights(checkpoint):
     assert "lacks 1 weights, among them model.layers.0.self_attn.q_proj.weight" in refused(checkpoint)
     misshapen = dict(tensors) | {"model.norm.weight": torch.ones(3)}
     save_file(misshapen, weights, metadata={"format": "pt"})
-    assert "weights" in refused(checkpoint)
+    assert "model.norm.weight is [3], expected [64]" in refused(checkpoint)
     weights.unlink()
     assert "weights" in refused(checkpoint)
 

@@ -137,7 +137,10 @@ def _read_config(source: str):
     if config.is_encoder_decoder:
         raise InputError(f"model {source} is an encoder-decoder ({kind}); bsfa needs a causal language model")
     if _auto_class(config) is None:
-        raise InputError(f"model {source} is no causal language model ({kind}); encoder-only models cannot be used")
+        raise InputError(
+            f"model {source} is no causal language model ({kind}); bsfa needs one with a language-model head, and no "
+            "encoder"
+        )
     return config
 
 
@@ -171,14 +174,20 @@ def _read_tokenizer(source: str):
 def _read_weights(source: str, config, dtype, attn_implementation):
     try:
         model, info = _auto_class(config).from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
+            source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         if "can't allocate memory" in str(error):
             raise
         raise _explain(source, "weights", error) from error
+    for name, found, expected in sorted(info["mismatched_keys"])[:1]:
+        raise InputError(
+            f"the weights of model {source} do not fit its config.json: {name} is {list(found)}, "
+            f"expected {list(expected)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"model {source} lacks {len(missing)} weights, among them {missing[0]}")
@@ -225,7 +234,8 @@ def _explain(source: str, part: str, error: Exception) -> BsfaError:
 
 def _sentence(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return re.sub(r"\s+", " ", text.splitlines()[0])[:300].rstrip(". ")
+    sentence = re.sub(r"\s+", " ", text.splitlines()[0]).split(". ")[0].rstrip(". ")
+    return sentence if len(sentence) <= 300 else sentence[:297] + "..."
 
 
 def _identity(model, name: str, revision: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LOGITS_PER_CHUNK = 2**26
 class Head:
     """The step from final hidden states to logits, checked against the model's own.
 
-    Raises InputError where the model computes its logits in a way that is not known here.
+    Raises InputError where the model computes its logits in a way that is not known here, or they are not finite.
     """
 
     def __init__(self, model):
@@ -29,6 +29,8 @@ class Head:
         self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         tokens = torch.arange(8, device=model.device)[None] % config.vocab_size
         expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+        if not expected.isfinite().all():
+            raise InputError(f"{type(model).__name__} gives logits that are not finite, with every tile kept")
         error = (self.logits(self.hidden(tokens[0])) - expected).abs().max()
         if not error <= 0.02 * expected.abs().max():
             raise InputError(f"{type(model).__name__} computes its logits in a way that bsfa verify does not know")
