@@ -30,7 +30,13 @@ class _Stopped(BaseException):
 
 
 class Command(TyperCommand):
-    """A subcommand whose interruptions reach `run` unchanged."""
+    """A subcommand whose interruptions reach `run` unchanged, and whose help names the variables' pattern once."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.epilog = f"Options also come from --config or the environment (BSFA_{self.name.upper()}_<OPTION>)."
+        for parameter in self.params:
+            parameter.show_envvar = False
 
     def invoke(self, ctx: typer.Context):
         try:

@@ -16,7 +16,20 @@ from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing import baselines, compare, interleave, plan, sweep, thresholds
 
 CPU = torch.device("cpu")
-SMALL = ("--lengths", "512", "--skip", "0.5", "--heads", "2", "--head-dim", "32", "--seconds", "0.01")
+SMALL = (
+    "--lengths",
+    "512",
+    "--skip",
+    "0.5",
+    "--heads",
+    "2",
+    "--head-dim",
+    "32",
+    "--seconds",
+    "0.01",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture
@@ -224,7 +237,7 @@ def test_bad_flags_are_refused_in_one_sentence(run, arguments, words):
 
 
 def test_a_demanded_backend_that_cannot_serve_ends_with_3(run):
-    result = run(*SMALL, "--backend", "triton", "--device", "cpu")
+    result = run(*SMALL, "--backend", "triton")
     assert result.code == 3
     assert "no bsfa kernel ran" in result.err.splitlines()[-1] and "needs a CUDA device" in result.err
 
@@ -301,8 +314,11 @@ def test_end_to_end_times_dense_and_sparse_on_one_model(run, tmp_path):
     (entry,) = json.loads(result.out)["prefill"]
     rows = {row["name"]: row for row in entry["contenders"]}
     assert entry["point"] == "all" and entry["length"] == 512
+    assert entry["data"] == "builtin:mixed"
     assert rows["bsfa"]["skip"] == 1 and rows["bsfa, nothing skipped"]["skip"] == 0
     assert {"the backend PyTorch picks", "PyTorch's CPU flash attention", "math"} <= set(rows)
+    (tmp_path / "short.txt").write_text("too short")
+    assert run(*options, "--data", tmp_path / "short.txt").code == 4
     (tmp_path / "thresholds.safetensors").write_bytes(b"x" * 100)
     assert run(*options, "--thresholds", tmp_path / "thresholds.safetensors").code == 4
 

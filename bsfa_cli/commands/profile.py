@@ -34,6 +34,9 @@ def profile(
     ] = None,
     thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
+    data: Annotated[
+        str, Option(help="Prompt for --end-to-end: .txt, .jsonl or builtin:NAME, as for calibrate.")
+    ] = "builtin:mixed",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
     plot: Annotated[Path | None, Option(help="Write an SVG plot of speedup against length.")] = None,
     baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,
@@ -58,12 +61,16 @@ def profile(
     lengths, skip = _numbers(lengths, int, "--lengths"), _numbers(skip, float, "--skip")
     plan = load(profile) if profile else None
 
+    import torch
+
     from ..environment import resolve_device
     from ..presentation import profile_table
     from ..presentation.console import note, print_json
     from ..timing import compare, run
 
     device = resolve_device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     plan = plan or load("llama-3.1-8b" if device.type == "cuda" else "tiny")
     plan = plan.with_flags(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
@@ -92,7 +99,7 @@ def profile(
 
         prefill = Prefill(end_to_end, thresholds, point, device, dtype)
         for length in plan.lengths:
-            entry = prefill.time(length, plan.seed, seconds)
+            entry = prefill.time(data, length, plan.seed, seconds)
             result["prefill"].append(entry)
             profile_table.show_prefill(entry)
             save()

@@ -81,7 +81,12 @@ def show_prefill(entry: dict) -> None:
     from .console import note
 
     note("")
-    note(f"prefill of {entry['model']}, {entry['length']:,} tokens, {entry['dtype']}, point {entry['point']}")
+    note(
+        f"prefill of {entry['model']}, {entry['length']:,} tokens of {entry['data']}, {entry['dtype']}, "
+        f"point {entry['point']}"
+    )
+    if entry["label"]:
+        note(f"  {entry['label']}")
     for row in entry["contenders"]:
         skip = "" if row["skip"] is None else f", {row['skip']:.1%} of candidate tiles skipped"
         speedup = "" if row["speedup"] is None else f", {row['speedup']:.2f}x"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
+import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -59,27 +59,30 @@ class _Repeated:
             return scaled_dot_product_attention(self.q, *self.repeated, is_causal=self.causal)
 
 
-@cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 class _Flex:
-    """FlexAttention, compiled, with a causal block mask made (and compiled) on the first call."""
+    """FlexAttention, compiled for this shape alone, with a causal block mask; both are made on the first call."""
 
     def __init__(self, q, k, v, causal: bool):
-        self.q, self.k, self.v, self.causal, self.mask = q, k, v, causal, None
+        self.q, self.k, self.v, self.causal, self.mask, self.compiled = q, k, v, causal, None, None
 
     def __call__(self):
-        if self.causal and self.mask is None:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            length = self.q.shape[2]
-            self.mask = create_block_mask(
-                lambda b, h, q_index, k_index: q_index >= k_index, None, None, length, length, device=self.q.device,
-                _compile=True,
-            )  # fmt: skip
+        if self.compiled is None:
+            self._compile()
         grouped = self.q.shape[1] != self.k.shape[1]
-        return _compiled_flex()(self.q, self.k, self.v, block_mask=self.mask, enable_gqa=grouped)
+        return self.compiled(self.q, self.k, self.v, block_mask=self.mask, enable_gqa=grouped)
+
+    def _compile(self):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        # After a few recompilations Dynamo would quietly run FlexAttention uncompiled: start afresh for every shape.
+        torch._dynamo.reset()
+        if self.causal:
+            length = self.q.shape[2]
+            self.mask = torch.compile(create_block_mask, dynamic=False)(
+                _causal, None, None, length, length, device=self.q.device
+            )
+        self.compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _causal(batch, head, q_index, k_index):
+    return q_index >= k_index

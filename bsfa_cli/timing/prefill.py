@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from torch.nn.attention import sdpa_kernel
 
+from ..errors import InputError
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Contender, first_call, measure
+
+OTHER_TEXTS = 1_000_000
 
 
 class Prefill:
@@ -35,13 +38,13 @@ class Prefill:
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
 
-    def time(self, length: int, seed: int, seconds: float) -> dict:
-        """One prompt of `length` random tokens, timed every way that runs here.
+    def time(self, data: str, length: int, seed: int, seconds: float) -> dict:
+        """One prompt of `length` tokens of `data`, timed every way that runs here.
 
         `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
+        Raises InputError for data that cannot be used or holds no prompt that long.
         """
-        vocabulary = self.model.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed)).to(self.device)
+        ids = torch.tensor([self._prompt(data, length, seed)], device=self.device)
 
         @torch.inference_mode()
         def forward():
@@ -81,10 +84,19 @@ class Prefill:
             "length": length,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "point": self.point,
-            "data": "random tokens",
+            "data": data,
             "unavailable": unavailable,
             "contenders": rows,
         }
+
+    def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
+        from ..calibration.data import load_texts
+
+        # Generated text is another one than calibration with the same seed saw.
+        texts = load_texts(data, samples=1, length=length, tokenizer=self.loaded.tokenizer, seed=seed + OTHER_TEXTS)
+        if len(texts[0].tokens) < length:
+            raise InputError(f"{data}: its longest prompt has {len(texts[0].tokens)} tokens, {length} were asked for")
+        return texts[0].tokens
 
     def _dense(self, length: int) -> dict:
         named = CPU_SDPA if self.device.type == "cpu" else SDPA
