@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs: command modules import torch in
 from __future__ import annotations
 
 import errno
-import importlib.util
+import importlib
 import os
 import sys
 from typing import Annotated
@@ -80,8 +80,6 @@ def _root(
 
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"{__package__}.commands.{_name}") is None:
-        continue
     _module = importlib.import_module(f".commands.{_name}", __package__)
     app.command(_name, cls=Command)(getattr(_module, _name))
 
