@@ -10,6 +10,8 @@ from typer import Argument, Option
 from ..errors import GateFailed, UsageError
 from ..options import Config, Device, Dtype, Json
 
+DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
+
 
 def verify(
     model: Annotated[
@@ -21,7 +23,9 @@ def verify(
         str, Option(help="Texts to verify on: .txt, .jsonl or builtin:NAME, as for calibrate.")
     ] = "builtin:mixed",
     samples: Annotated[int, Option(min=1, help="Number of texts.")] = 2,
-    length: Annotated[int, Option(min=2, help="Tokens of each text, at most.")] = 2048,
+    length: Annotated[
+        int | None, Option(min=2, help="Tokens a text, at most; 32768 on a GPU and 2048 on a CPU by default.")
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of the texts; by default another one than calibration used.")] = None,
     min_top1: Annotated[
         float | None, Option(help="Fail below this share of positions where sparse and dense predict the same token.")
@@ -54,7 +58,6 @@ def verify(
         )
 
     from bsfa_kernels.backends import NAMES
-    from bsfa_kernels.container import canonical_json
     from bsfa_kernels.thresholds import Thresholds
 
     if backend not in ("auto", *NAMES):
@@ -71,6 +74,7 @@ def verify(
     from ..verification import run
 
     device = resolve_device(device)
+    length = length or DEFAULT_LENGTH[device.type]
     loaded = load_model(model, device=device, dtype=dtype)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
@@ -79,8 +83,9 @@ def verify(
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)
     note(f"data: {len(texts)} texts of {data}, seed {seed}, {sum(len(text.tokens) for text in texts):,} tokens")
-    if data_hash(texts) in canonical_json(dict(artifact.provenance)):
-        note("these are the texts that the thresholds were calibrated on, so nothing here is held out")
+    overlap = _overlap(artifact.provenance, data, data_hash(texts))
+    if overlap:
+        note(overlap)
 
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
@@ -128,3 +133,14 @@ def _held_out_seed(provenance) -> int:
     """A seed that calibration did not use; its own is in the artifact's provenance."""
     used = provenance.get("seed")
     return used + 1 if isinstance(used, int) and not isinstance(used, bool) else 1
+
+
+def _overlap(provenance, data: str, texts_hash: str) -> str | None:
+    """A warning where the texts are, or may be, those that the thresholds were calibrated on."""
+    calibrated = provenance.get("data")
+    calibrated = calibrated if isinstance(calibrated, dict) else {}
+    if calibrated.get("hash") == texts_hash:
+        return "these are the texts that the thresholds were calibrated on, so nothing here is held out"
+    if not data.startswith("builtin:") and calibrated.get("spec") == Path(data).name:
+        return f"the thresholds were calibrated on a file named {Path(data).name} too: these texts may not be held out"
+    return None

@@ -56,10 +56,12 @@ class Gates:
             found.append("the output is not finite")
         for check in result["kernel"]:
             if not check["passed"]:
-                error = "a number that is not finite" if check["error"] is None else f"{check['error']:.3g}"
+                error, allowed = (
+                    "a number that is not finite" if check[key] is None else f"{check[key]:.3g}"
+                    for key in ("error", "allowed")
+                )
                 found.append(
-                    f"{check['path']}: backend {check['backend']} is off the reference by {error} "
-                    f"(allowed {check['allowed']:.3g}) and decided {check['decided_differently']} of "
-                    f"{check['candidates']} tiles differently"
+                    f"{check['path']}: backend {check['backend']} is off the reference by {error} (allowed {allowed}) "
+                    f"and decided {check['decided_differently']} of {check['candidates']} tiles differently"
                 )
         return found
