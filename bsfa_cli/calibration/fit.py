@@ -81,7 +81,7 @@ def target_skip(table: Table, rate: float) -> torch.Tensor:
         )
 
     def cheapest(price: float) -> torch.Tensor:
-        return table.tightened((table.mass - price * table.dropped).argmin(-1))
+        return table.tightened((table.mass - price * table.dropped.double()).argmin(-1))
 
     def count(choice: torch.Tensor) -> torch.Tensor:
         return table.dropped.gather(-1, choice[..., None])[..., 0]

@@ -104,6 +104,24 @@ def load_model(
     return LoadedModel(model, tokenizer, _identity(model, name, getattr(config, "_commit_hash", None)))
 
 
+def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
+    """(model on the meta device, id, revision): its configuration and modules, but no weights. Errors as `load_model`,
+    which this needs neither the tokenizer nor the memory of.
+    """
+    import bsfa_kernels.integrations.transformers  # noqa: F401 - registers attn_implementation="bsfa"
+
+    source = _source(os.fspath(name_or_path))
+    with _quiet(), torch.device("meta"):
+        config = _read_config(source)
+        try:
+            model = _auto_class(config).from_config(config, attn_implementation="bsfa")
+        except Exception as error:
+            raise _explain(source, "configuration", error) from error
+        _check_causal(source, model)
+    name = Path(source).resolve().name if os.path.isdir(source) else source
+    return model, name, getattr(config, "_commit_hash", None)
+
+
 def _source(name: str) -> str:
     """The directory, with `~` expanded, or the Hub id."""
     path = Path(name).expanduser()
