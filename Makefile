@@ -35,8 +35,8 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP)
 	rm -rf $(DEMO)
 	$(BIN)/bsfa calibrate -o $(DEMO)/run
-	$(BIN)/bsfa export $(DEMO)/run -o $(DEMO)/thresholds.safetensors --target-skip 0.5
-	$(BIN)/bsfa verify --thresholds $(DEMO)/thresholds.safetensors --json > $(DEMO)/verify.json
+	$(BIN)/bsfa export $(DEMO)/run -o $(DEMO)/thresholds.safetensors --target-skip 0.15
+	$(BIN)/bsfa verify --thresholds $(DEMO)/thresholds.safetensors --min-skip 0.1 --json > $(DEMO)/verify.json
 	$(BIN)/bsfa profile --profile tiny --output $(DEMO)/profile.json --plot $(DEMO)/profile.svg
 	@echo
 	@echo "What was written (the model is small; speeds are this CPU's and say nothing about a GPU):"
