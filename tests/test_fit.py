@@ -80,7 +80,7 @@ def test_target_skip_drops_the_least_mass_that_any_choice_could():
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         count = torch.randint(0, 4, (2, 2, 5), generator=generator)
-        mass = (count * torch.rand(2, 2, 5, generator=generator).cumsum(-1)).double()
+        mass = (count * torch.rand(2, 2, 5, generator=generator).cumsum(-1) / 5).double()
         zero = torch.zeros(2, 2, 1)
         dropped = torch.cat([zero.long(), count.cumsum(-1)], -1)
         lost = torch.cat([zero.double(), mass.cumsum(-1)], -1)
