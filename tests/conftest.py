@@ -3,8 +3,45 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import SimpleNamespace
+
+import pytest
 
 # Two pytest workers share two cores; more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process: run("env", "--json") has .code, .out and .err."""
+    from bsfa_cli import app
+    from bsfa_cli.presentation.console import console
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bsfa", *map(str, arguments)])
+        console.cache_clear()
+        code = app.run()
+        console.cache_clear()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def one_sentence():
+    """The contract for every refusal: its exit code, one last line on stderr with these words, nothing on stdout."""
+
+    def check(result, code: int, *words: str) -> None:
+        assert result.code == code, result.err
+        assert result.out == ""
+        assert "Traceback" not in result.err
+        lines = [line for line in result.err.splitlines() if line.startswith("bsfa: ")]
+        assert len(lines) == 1 and result.err.rstrip().endswith(lines[0]), result.err
+        for word in words:
+            assert word in lines[0]
+
+    return check

@@ -28,34 +28,10 @@ def bsfa(*arguments: str, **environment_variables: str) -> subprocess.CompletedP
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line in this process: run("env", "--json").code, .out, .err."""
-
-    def call(*arguments: str):
-        monkeypatch.setattr(sys, "argv", ["bsfa", *map(str, arguments)])
-        code = cli.run()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return call
-
-
-@pytest.fixture
 def command(monkeypatch):
     """Register a function as one more subcommand for the length of a test."""
     monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
     return lambda function: cli.app.command("trial", cls=cli.Command)(function)
-
-
-def one_sentence(result, code: int, *words: str) -> None:
-    """The contract for every refusal: its exit code, one line on stderr with these words, nothing on stdout."""
-    assert result.code == code, result.err
-    assert result.out == ""
-    assert "Traceback" not in result.err
-    lines = [line for line in result.err.splitlines() if line.startswith("bsfa: ")]
-    assert len(lines) == 1 and result.err.rstrip().endswith(lines[0])
-    for word in words:
-        assert word in lines[0]
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
@@ -152,7 +128,9 @@ def thresholds_error():
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_an_exception_becomes_a_sentence_and_an_exit_code(run, command, monkeypatch, tmp_path, make, code, words):
+def test_an_exception_becomes_a_sentence_and_an_exit_code(
+    run, one_sentence, command, monkeypatch, tmp_path, make, code, words
+):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     @command
@@ -177,7 +155,7 @@ def test_traceback_on_request(run, command, monkeypatch):
     assert result.code == 4 and "Traceback" in result.err
 
 
-def test_interruption_exits_with_130_in_one_line(run, command):
+def test_interruption_exits_with_130_in_one_line(run, one_sentence, command):
     @command
     def trial():
         raise KeyboardInterrupt
@@ -249,7 +227,7 @@ def test_one_file_may_hold_a_section_per_command(run, seen, tmp_path):
         (None, ("cannot read", "run.yaml")),
     ],
 )
-def test_a_bad_configuration_file_is_refused(run, seen, tmp_path, content, words):
+def test_a_bad_configuration_file_is_refused(run, one_sentence, seen, tmp_path, content, words):
     file = tmp_path / "run.yaml"
     if content is not None:
         file.write_bytes(content)
@@ -264,7 +242,7 @@ def test_a_bad_value_in_the_file_is_a_usage_error(run, seen, tmp_path):
     assert result.code == 2 and "--top-k" in result.err
 
 
-def test_cuda_asked_for_where_none_is(run, monkeypatch):
+def test_cuda_asked_for_where_none_is(run, one_sentence, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,15 +32,8 @@ SMALL = (
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bsfa", "profile", *map(str, arguments)])
-        code = cli.run()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return call
+def profile(run):
+    return lambda *arguments: run("profile", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +222,14 @@ def test_a_bad_profile_is_refused_in_one_sentence(tmp_path, content, words):
         (("--output", "/proc/nowhere/x.json"), "cannot write"),
     ],
 )
-def test_bad_flags_are_refused_in_one_sentence(run, arguments, words):
-    result = run(*arguments)
+def test_bad_flags_are_refused_in_one_sentence(profile, arguments, words):
+    result = profile(*arguments)
     assert result.code == 2 and result.out == ""
     assert len(result.err.splitlines()) == 1 and words in result.err
 
 
-def test_a_demanded_backend_that_cannot_serve_ends_with_3(run):
-    result = run(*SMALL, "--backend", "triton")
+def test_a_demanded_backend_that_cannot_serve_ends_with_3(profile):
+    result = profile(*SMALL, "--backend", "triton")
     assert result.code == 3
     assert "no bsfa kernel ran" in result.err.splitlines()[-1] and "needs a CUDA device" in result.err
 
@@ -251,20 +243,20 @@ def test_the_stored_result_carries_versions_seed_and_raw_samples(stored):
     assert stored.with_suffix(".svg").read_text().startswith("<svg")
 
 
-def test_json_alone_goes_to_stdout(run):
-    result = run(*SMALL, "--json")
+def test_json_alone_goes_to_stdout(profile):
+    result = profile(*SMALL, "--json")
     assert result.code == 0
     assert json.loads(result.out)["cells"][0]["length"] == 512
 
 
-def test_comparison_passes_and_fails_by_the_ratio(run, stored, tmp_path):
+def test_comparison_passes_and_fails_by_the_ratio(profile, stored, tmp_path):
     for factor, code in ((1e6, 0), (1e-6, 1)):
         changed = compare.read(stored)
         for row in changed["cells"][0]["contenders"]:
             row["ms_median"] *= factor
         path = tmp_path / "changed.json"
         path.write_text(json.dumps(changed))
-        result = run(*SMALL, "--baseline", path, "--fail-under", "0.9")
+        result = profile(*SMALL, "--baseline", path, "--fail-under", "0.9")
         assert result.code == code
     assert "asked for 0.9" in result.err.splitlines()[-1]
 
@@ -283,15 +275,15 @@ def test_another_machine_or_version_is_refused(stored, key):
     [(None, "cannot read"), ("", "is not JSON"), ("[]", "not a result of"), ('{"kind": "bsfa profile"}', "has format"),
      ('{"kind": "bsfa profile", "format": 1}', "lacks")],
 )  # fmt: skip
-def test_a_bad_baseline_is_an_input_error(run, tmp_path, content, words):
+def test_a_bad_baseline_is_an_input_error(profile, tmp_path, content, words):
     path = tmp_path / "old.json"
     if content is not None:
         path.write_text(content)
-    result = run(*SMALL, "--baseline", path)
+    result = profile(*SMALL, "--baseline", path)
     assert result.code == 4 and words in result.err.splitlines()[-1]
 
 
-def test_end_to_end_times_dense_and_sparse_on_one_model(run, tmp_path):
+def test_end_to_end_times_dense_and_sparse_on_one_model(profile, tmp_path):
     from bsfa_kernels.integrations.transformers import attention_modules
     from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
 
@@ -309,7 +301,7 @@ def test_end_to_end_times_dense_and_sparse_on_one_model(run, tmp_path):
     )  # fmt: skip
     artifact.write(tmp_path / "thresholds.safetensors")
     options = ("--end-to-end", tmp_path / "model", "--lengths", "512", "--seconds", "0.01", "--device", "cpu", "--json")
-    result = run(*options, "--thresholds", tmp_path / "thresholds.safetensors")
+    result = profile(*options, "--thresholds", tmp_path / "thresholds.safetensors")
     assert result.code == 0
     (entry,) = json.loads(result.out)["prefill"]
     rows = {row["name"]: row for row in entry["contenders"]}
@@ -318,13 +310,13 @@ def test_end_to_end_times_dense_and_sparse_on_one_model(run, tmp_path):
     assert rows["bsfa"]["skip"] == 1 and rows["bsfa, nothing skipped"]["skip"] == 0
     assert {"the backend PyTorch picks", "PyTorch's CPU flash attention", "math"} <= set(rows)
     (tmp_path / "short.txt").write_text("too short")
-    assert run(*options, "--data", tmp_path / "short.txt").code == 4
+    assert profile(*options, "--data", tmp_path / "short.txt").code == 4
     (tmp_path / "thresholds.safetensors").write_bytes(b"x" * 100)
-    assert run(*options, "--thresholds", tmp_path / "thresholds.safetensors").code == 4
+    assert profile(*options, "--thresholds", tmp_path / "thresholds.safetensors").code == 4
 
 
-def test_end_to_end_on_a_missing_model(run):
-    result = run("--end-to-end", "/nonexistent/model")
+def test_end_to_end_on_a_missing_model(profile):
+    result = profile("--end-to-end", "/nonexistent/model")
     assert result.code == 4 and "does not exist" in result.err
 
 
