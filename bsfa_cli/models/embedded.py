@@ -13,8 +13,8 @@ ID = "bsfa/embedded-random-llama"
 SEED = 20251
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 3, 4, 2, 64, 256
 MAX_POSITIONS = 131072
-# Standard deviation of a score from content alone, and the bonus that the nearest tokens get, by key/value head.
-CONTENT, NEARNESS = 3.0, (6.0, 14.0)
+# Standard deviation of a score from content alone, and the bonus of the nearest tokens by query head.
+CONTENT, NEARNESS = 1.5, (8.0, 14.0, 20.0, 28.0)
 
 
 def build(attn_implementation: str):
@@ -45,9 +45,10 @@ def _shape_attention(attention) -> None:
         projection.bias.zero_()
     for projection in (attention.v_proj, attention.o_proj):
         projection.bias.zero_()
-    bias = (torch.tensor(NEARNESS) / HEAD_DIM**0.5).sqrt()  # scale * D * bias ** 2 = nearness
-    attention.k_proj.bias.view(KV_HEADS, HEAD_DIM).add_(bias[:, None])
-    attention.q_proj.bias.view(KV_HEADS, -1, HEAD_DIM).add_(bias[:, None, None])
+    attention.k_proj.bias.fill_(1)
+    # A query bias b against key biases of 1 adds scale * D * b to the score of a token's own position.
+    bonus = torch.tensor(NEARNESS) / (attention.scaling * HEAD_DIM)
+    attention.q_proj.bias.view(QUERY_HEADS, HEAD_DIM).add_(bonus[:, None])
 
 
 def build_tokenizer():
