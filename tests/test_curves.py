@@ -96,3 +96,21 @@ def test_knots_bracket_every_octave():
     for p in range(9):
         assert {max(2**p, 2) if p else 0, 2 ** (p + 1) - 1} <= set(tiles)
     assert knot_tiles(1) == (0,) and knot_tiles(100)[-1] == 99
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same_bits_and_is_never_waited_for():
+    tile = TileShape(64, 128)
+    plan = Plan(tile, 4000, (4, 16))
+    stats = statistics(4000, tile)[2]
+    host, device = ModuleCurves(plan, 4, "cpu"), ModuleCurves(plan, 4, "cuda")
+    host.add(stats)
+    stats = type(stats)(*(x.cuda() for x in stats))
+    device.add(stats)  # the first call may set libraries up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        device.add(stats)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, tensor in host.tensors.items():
+        assert torch.equal(device.tensors[name].cpu(), 2 * tensor), name

@@ -1,0 +1,319 @@
+"""bsfa calibrate and bsfa export end to end: resuming after any end, refusals, and what the artifact then does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from bsfa_kernels.integrations.transformers import apply
+from bsfa_kernels.thresholds import Thresholds
+
+from bsfa_cli import app, files
+from bsfa_cli.calibration import run as calibration
+from bsfa_cli.calibration.data import load_texts
+from bsfa_cli.calibration.store import Run
+from bsfa_cli.models.embedded import build, build_tokenizer
+
+RUN_FILES = ("run.json", "fit.safetensors", "heldout.safetensors")
+SMALL = ["--samples", "5", "--length", "768", "--top-k", "1,2,3", "--device", "cpu"]
+
+
+@pytest.fixture
+def bsfa(monkeypatch, capfd):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bsfa", *map(str, arguments)])
+        code = app.run()
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, calibrated in another process."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    bsfa_process(path).communicate()
+    return path
+
+
+def bsfa_process(path, prelude=""):
+    code = f"import sys\n{prelude}\nfrom bsfa_cli import app\nsys.exit(app.run())"
+    command = [sys.executable, "-c", code, "calibrate", "-o", str(path), *SMALL]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def contents(path):
+    return {name: (path / name).read_bytes() for name in RUN_FILES}
+
+
+DIE_IN_SAMPLE_3 = """
+import os, signal
+from bsfa_cli.calibration import run
+forward, calls = run.forward, []
+def dying(*arguments):
+    calls.append(1)
+    forward(*arguments)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+run.forward = dying
+"""
+SLEEP = """
+import time
+from bsfa_cli.calibration import run
+run.forward = lambda *_: time.sleep(60)
+"""
+DIE_WHILE_WRITING = """
+import os, signal
+from bsfa_cli import files
+replace, calls = os.replace, []
+def dying(source, target):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = dying
+"""
+
+
+@pytest.mark.parametrize("prelude, survived", [(DIE_IN_SAMPLE_3, 2), (DIE_WHILE_WRITING, 2)], ids=["sample", "write"])
+def test_kill_loses_the_sample_in_progress_and_the_same_command_ends_in_the_same_bytes(
+    prelude, survived, finished, tmp_path, bsfa
+):
+    path = tmp_path / "run"
+    process = bsfa_process(path, prelude)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert sum(len(Run.open(path).load(role)[0]) for role in ("fit", "heldout")) == survived
+    code, _, errors = bsfa("export", path, "-o", tmp_path / "t", "--target-skip", "0.1")
+    assert code == 4 and "is not finished" in errors and not (tmp_path / "t").exists()
+    code, _, errors = bsfa("calibrate", "-o", path, *SMALL)
+    assert code == 0 and f"{survived} of 5 samples are done" in errors
+    assert contents(path) == contents(finished)
+    assert {entry.name for entry in path.iterdir()} == {*RUN_FILES, ".lock"}
+
+
+def test_interrupt_says_how_to_resume(finished, tmp_path, bsfa, monkeypatch):
+    forward, calls = calibration.forward, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        forward(*arguments)
+
+    monkeypatch.setattr(calibration, "forward", interrupted)
+    code, _, errors = bsfa("calibrate", "-o", tmp_path / "run", *SMALL)
+    assert code == 130 and "1 of 5 samples done; the same command resumes" in errors and "Traceback" not in errors
+    monkeypatch.setattr(calibration, "forward", forward)
+    assert bsfa("calibrate", "-o", tmp_path / "run", *SMALL)[0] == 0
+    assert contents(tmp_path / "run") == contents(finished)
+
+
+def test_a_signal_from_the_terminal_ends_it_cleanly(tmp_path):
+    path = tmp_path / "run"
+    process = bsfa_process(path, SLEEP)
+    deadline = time.monotonic() + 60
+    while not (path / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "the same command resumes" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--length", "640"], "another options.length: 768 there, 640 now"),
+        (["--seed", "1"], "another options.seed"),
+        (["--data", "builtin:prose"], "another options.data"),
+        (["--layers", "0"], "another options.layers"),
+        (["--tile", "128x64"], "another options.tile"),
+        (["--top-k", "1"], "another options.top_k"),
+        (["--dtype", "bfloat16"], "another options.dtype"),
+    ],
+)
+def test_another_option_is_refused(change, said, finished, bsfa):
+    before = contents(finished)
+    code, _, errors = bsfa("calibrate", "-o", finished, *SMALL, *change)
+    assert code == 2 and said in errors and "Traceback" not in errors
+    assert contents(finished) == before
+
+
+def test_other_weights_and_other_text_are_refused(tmp_path, bsfa):
+    model = build("bsfa")
+    for name, factor in (("a", 1.0), ("b", 1.5)):
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(factor)
+        model.save_pretrained(tmp_path / name)
+        build_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "t.txt").write_text("some text " * 200)
+    quick = ["--samples", "2", "--length", "512", "--data", tmp_path / "t.txt", "-o", tmp_path / "run"]
+    assert bsfa("calibrate", tmp_path / "a", *quick)[0] == 0
+    os.rename(tmp_path / "a", tmp_path / "kept")
+    os.rename(tmp_path / "b", tmp_path / "a")
+    code, _, errors = bsfa("calibrate", tmp_path / "a", *quick)
+    assert code == 2 and "another model.weights" in errors
+    os.rename(tmp_path / "a", tmp_path / "b")
+    os.rename(tmp_path / "kept", tmp_path / "a")
+    (tmp_path / "t.txt").write_text("other text " * 200)
+    code, _, errors = bsfa("calibrate", tmp_path / "a", *quick)
+    assert code == 2 and "another data.hash" in errors
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        ([], 2, "give -o RUN"),
+        (["-o", "{tmp}/r", "--tile", "32x32"], 2, "64x128, 128x64"),
+        (["-o", "{tmp}/r", "--length", "200"], 2, "shorter than two tiles"),
+        (["-o", "{tmp}/r", "--length", "200000"], 2, "131072 positions"),
+        (["-o", "{tmp}/r", "--layers", "3"], 2, "no layer 3; it has 0 to 2"),
+        (["-o", "{tmp}/r", "--layers", "a"], 2, "must be like 0-3,8"),
+        (["-o", "{tmp}/r", "--top-k", "x"], 2, "whole numbers"),
+        (["-o", "{tmp}/r", "--data", "builtin:x"], 2, "builtin:mixed"),
+        (["-o", "{tmp}/r", "--data", "{tmp}/absent.txt"], 4, "does not exist"),
+        (["-o", "{tmp}/r", "--data", "{tmp}/short.txt"], 4, "too short"),
+        (["-o", "{tmp}/full"], 2, "not empty and holds no calibration run"),
+        (["-o", "{tmp}/short.txt"], 2, "is a file"),
+    ],
+)
+def test_what_cannot_be_calibrated_gets_one_sentence(arguments, code, said, tmp_path, bsfa):
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    result = bsfa("calibrate", "--device", "cpu", *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result[0] == code and said in result[2] and "Traceback" not in result[2] and not result[1]
+    assert not (tmp_path / "r").exists() and (tmp_path / "short.txt").read_text() == "short"
+
+
+def test_a_sample_that_memory_cannot_hold_is_refused_before_it_runs(tmp_path, bsfa, monkeypatch):
+    monkeypatch.setattr(calibration, "_free_host_memory", lambda: 1 << 20)
+    code, _, errors = bsfa("calibrate", "-o", tmp_path / "r", *SMALL)
+    assert code == 3 and "lower --length" in errors and not (tmp_path / "r").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, bsfa, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = bsfa("calibrate", *SMALL, "--dry-run", "--json", "-o", "run")
+    planned = json.loads(out)
+    assert code == 0 and not list(tmp_path.iterdir()) and "curves in memory" in errors
+    assert [sample["role"] for sample in planned["samples"]] == ["fit", "fit", "fit", "heldout", "fit"]
+
+
+def test_bounds_of_the_dry_run_hold(finished, bsfa):
+    planned = json.loads(bsfa("calibrate", *SMALL, "--dry-run", "--json")[1])["bytes"]
+    assert sum((finished / name).stat().st_size for name in RUN_FILES[1:]) <= planned["files on disk"] + 50_000
+
+
+def test_a_full_disk_leaves_the_run_as_it_was(tmp_path, bsfa, monkeypatch):
+    saved, fsync = [], os.fsync
+
+    def full(descriptor):
+        saved.append(1)
+        if len(saved) > 2:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    code, _, errors = bsfa("calibrate", "-o", tmp_path / "run", *SMALL)
+    assert code == 3 and "no space left" in errors and "Traceback" not in errors
+    assert Run.open(tmp_path / "run").load("fit")[0] == ["mixed-0"]
+    assert not list((tmp_path / "run").glob(".*.part"))
+
+
+def test_two_processes_do_not_write_to_one_run(finished, bsfa):
+    with Run.open(finished).lock():
+        code, _, errors = bsfa("calibrate", "-o", finished, *SMALL)
+    assert code == 2 and "another bsfa calibrate" in errors
+
+
+@pytest.mark.parametrize("damage", ["truncate", "text", "negative", "manifest"])
+def test_a_damaged_run_is_refused(damage, finished, tmp_path, bsfa):
+    path = tmp_path / "run"
+    path.mkdir()
+    for name, content in contents(finished).items():
+        (path / name).write_bytes(content)
+    fit = path / "fit.safetensors"
+    if damage == "truncate":
+        fit.write_bytes(fit.read_bytes()[:-2])
+    elif damage == "text":
+        fit.write_text("not a tensor")
+    elif damage == "negative":
+        fit.write_bytes(fit.read_bytes()[:-2] + b"\xff\xff")
+    else:
+        (path / "run.json").write_text("{}")
+    code, _, errors = bsfa("export", path, "-o", tmp_path / "t", "--target-skip", "0.1")
+    assert code == 4 and "damaged" in errors and "Traceback" not in errors
+
+
+def export(bsfa, run, output, *points):
+    code, out, errors = bsfa("export", run, "-o", output, "--json", *points)
+    assert code == 0, errors
+    return json.loads(out), errors
+
+
+def test_export_is_byte_identical_and_readable(finished, tmp_path, bsfa):
+    points = ["--target-skip", "0.1", "--target-skip", "0.05", "--max-dropped-mass", "0.1", "--top-k", "2"]
+    result, errors = export(bsfa, finished, tmp_path / "a", *points)
+    export(bsfa, finished, tmp_path / "b", *points)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    artifact = Thresholds.read(tmp_path / "a")
+    assert [point.name for point in artifact.points] == ["topk-2", "skip-10", "skip-5", "mass-0.1"]
+    assert [point.gate for point in artifact.points] == ["absolute", "gap", "gap", "gap"]
+    assert 0.1 <= artifact.points[1].fitted.skip < 0.15 and artifact.points[1].held_out is not None
+    assert artifact.provenance["samples"]["heldout"] == ["mixed-3"]
+    assert result["bytes"] == (tmp_path / "a").stat().st_size and "skip held" in errors
+    assert str(tmp_path).encode() not in (tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("gate", ["gap", "absolute"])
+def test_the_first_layer_skips_on_held_out_text_what_the_table_says(gate, finished, tmp_path, bsfa):
+    """Later layers see what skipping changed before them; the first sees what calibration saw."""
+    result, _ = export(bsfa, finished, tmp_path / "t", "--target-skip", "0.15", "--gate", gate)
+    model = build("bsfa")
+    samples = load_texts("builtin:mixed", samples=5, length=768, tokenizer=build_tokenizer())
+    with apply(model, tmp_path / "t", count=True), torch.inference_mode():
+        model.model(input_ids=torch.tensor([samples[3].tokens]), use_cache=False)
+        counts = model.model.layers[0].self_attn.bsfa_handler.counts
+    expected = result["modules"]["skip-15"][0]["held_out"]["skip"]
+    assert 1 - int(counts.kept.sum()) / int(counts.candidates.sum()) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["{run}"], 2, "give -o"),
+        (["{run}", "-o", "{tmp}/t"], 2, "which operating points"),
+        (["-o", "{tmp}/t", "--top-k", "2"], 2, "either a run directory or --from-official"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "5"], 2, "the run has 1, 2, 3"),
+        (["{run}", "-o", "{tmp}/t", "--target-skip", "1.5"], 2, "between 0 and 1"),
+        (["{run}", "-o", "{tmp}/t", "--target-skip", "0.999"], 2, "cannot be reached"),
+        (["{run}", "-o", "{tmp}/t", "--max-dropped-mass", "1e-6"], 2, "the least is 0.0001"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--top-k", "2"], 2, "asked for twice"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--gate", "both"], 2, "gap or absolute"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--quantile", "0"], 2, "--quantile must lie"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--model", "x"], 2, "--from-official"),
+        (["{run}", "-o", "{run}/run.json/t", "--top-k", "2"], 2, "cannot write"),
+        (["{tmp}/absent", "-o", "{tmp}/t", "--top-k", "2"], 4, "no run directory"),
+        (["{tmp}", "-o", "{tmp}/t", "--top-k", "2"], 4, "holds no calibration run"),
+    ],
+)
+def test_what_cannot_be_exported_gets_one_sentence(arguments, code, said, finished, tmp_path, bsfa):
+    result = bsfa("export", *(argument.format(run=finished, tmp=tmp_path) for argument in arguments))
+    assert result[0] == code and said in result[2] and "Traceback" not in result[2]
+    assert not (tmp_path / "t").exists()
+
+
+def test_roles_hold_out_every_fourth_and_fit_the_longest():
+    assert calibration.roles([5]) == ["fit"]
+    assert calibration.roles([5, 5]) == ["fit", "heldout"]
+    assert calibration.roles([5, 9]) == ["heldout", "fit"]
+    assert [i for i, role in enumerate(calibration.roles([5] * 9)) if role == "heldout"] == [3, 7]
+    assert calibration.roles([1, 2, 3, 9, 5])[3] == "fit" and "heldout" in calibration.roles([1, 2, 3, 9, 5])
