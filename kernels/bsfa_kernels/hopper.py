@@ -77,7 +77,7 @@ def attention(request: Request):
 
     with device_guard(q):
         _forward[(batch * heads, triton.cdiv(tiles, CONSUMERS.value))](
-            descriptor(q, ROWS.value), descriptor(k, KEYS.value), descriptor(v, KEYS.value), descriptor(out, ROWS.value),
+            *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS), (out, ROWS))),
             lse, kept, candidates, *(lse if x is None else x for x in (absolute, gap, request.spans)),
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
@@ -124,6 +124,46 @@ def producer(
 
 
 @gluon.jit
+def scores(q, k_bufs, slot, k_empty, D: gl.constexpr):
+    """Unscaled scores of one tile in float32; gives its K stage back to the producer."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    k = k_bufs.index(slot).reshape([KEYS, D])
+    zeros = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
+    s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    return s
+
+
+@gluon.jit
+def vote(row_max, valid, running_max, scale, absolute, gap, ABSOLUTE: gl.constexpr, GAP: gl.constexpr):
+    """Whether the tile passes its gates. Padding rows have no vote."""
+    passes = True
+    if ABSOLUTE or GAP:
+        row_max = gl.where(valid, row_max, -float("inf"))
+    if ABSOLUTE:
+        passes = gl.max(row_max, 0) * scale >= absolute
+    if GAP:
+        passes = passes & (gl.max(row_max * (scale * LOG2E) - running_max, 0) >= gap)
+    return passes
+
+
+@gluon.jit
+def accumulate(s, row_max, acc, running_max, row_sum, v_bufs, slot, scale_log2, D: gl.constexpr):
+    """One tile joins the softmax; maxima in log2 units."""
+    o_layout: gl.constexpr = acc.type.layout
+    new_max = gl.maximum(running_max, row_max * scale_log2)
+    p = gl.exp2(s * scale_log2 - new_max[:, None])
+    alpha = gl.exp2(running_max - new_max)
+    row_sum = row_sum * alpha + gl.sum(p, 1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    p = gl.convert_layout(p.to(v_bufs.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    acc = warpgroup_mma(p, v_bufs.index(slot).reshape([KEYS, D]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    return acc, new_max, row_sum
+
+
+@gluon.jit
 def consumer(
     WG: gl.constexpr, shared, D: gl.constexpr, CAUSAL: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
 ):  # fmt: skip
@@ -135,11 +175,9 @@ def consumer(
     ) = shared  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = q_bufs.dtype
-    scale_log2 = scale * LOG2E
 
     query_tile = block_tile + WG
     position = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows)
@@ -151,6 +189,8 @@ def consumer(
     clear = length
     if CAUSAL:
         clear = gl.minimum(length, query_tile * ROWS + 1)
+    absolute = -float("inf")
+    gap = -float("inf")
     if ABSOLUTE:
         absolute = gl.load(absolute_ptr + head * absolute_tiles + gl.minimum(query_tile, absolute_tiles - 1))
     if GAP:
@@ -159,7 +199,6 @@ def consumer(
     running_max = gl.full([ROWS], -float("inf"), gl.float32, s_rows)  # log2 units
     row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
     acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
-    zeros = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
     kept = 0
     q = q_bufs.index(WG).reshape([ROWS, D])
     if stream > 0:
@@ -176,11 +215,8 @@ def consumer(
         else:
             concerned = alive & ((phase == 0) == on_diagonal)
             forced = phase < 2
-        k_buf = k_bufs.index(slot).reshape([KEYS, D])
         mbarrier.wait(k_full.index(slot), parity)
-        s = warpgroup_mma(q, k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        s = scores(q, k_bufs, slot, k_empty, D)
         if first_key + KEYS > clear:
             key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
             visible = (key < length)[None, :]
@@ -188,32 +224,19 @@ def consumer(
                 visible = visible & (key[None, :] <= position[:, None])
             s = gl.where(visible, s, -float("inf"))
         row_max = gl.max(s, 1)
-        keep = concerned
-        if ABSOLUTE or GAP:
-            vote = gl.where(valid, row_max, -float("inf"))
-            passes = True
-            if ABSOLUTE:
-                passes = gl.max(vote, 0) * scale >= absolute
-            if GAP:
-                passes = passes & (gl.max(vote * scale_log2 - running_max, 0) >= gap)
-            keep = concerned & (forced | passes)
+        passes = vote(row_max, valid, running_max, scale, absolute, gap, ABSOLUTE, GAP)
         mbarrier.wait(v_full.index(slot), parity)
-        if keep:
-            new_max = gl.maximum(running_max, row_max * scale_log2)
-            p = gl.exp2(s * scale_log2 - new_max[:, None])
-            alpha = gl.exp2(running_max - new_max)
-            row_sum = row_sum * alpha + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-            p = gl.convert_layout(p.to(dtype), p_layout)
-            acc = warpgroup_mma(p, v_bufs.index(slot).reshape([KEYS, D]), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            running_max = new_max
+        if concerned & (forced | passes):
+            acc, running_max, row_sum = accumulate(
+                s, row_max, acc, running_max, row_sum, v_bufs, slot, scale * LOG2E, D
+            )
             kept += gl.where(forced, 0, 1)
         mbarrier.arrive(v_empty.index(slot), count=1)
 
     if alive & (stream > 0):
-        inverse = gl.convert_layout(gl.where(valid, 1.0 / row_sum, 0.0), o_rows)
-        q_bufs.index(WG).reshape([ROWS, D]).store((acc * inverse[:, None]).to(dtype))
+        inverse = gl.convert_layout(1.0 / row_sum, o_rows)
+        written = gl.convert_layout(valid, o_rows)
+        q.store(gl.where(written[:, None], acc * inverse[:, None], 0.0).to(dtype))
         fence_async_shared()
         tma_store(out_desc, [b, head, query_tile * ROWS - q_first, 0], q_bufs.index(WG))
         tma.store_wait(0)

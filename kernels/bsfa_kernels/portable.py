@@ -7,8 +7,6 @@ its QK product and a vote; its V tile is streamed all the same, because a load i
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +16,8 @@ from .request import UNBOUNDED, Request
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UNBOUNDED_POSITION = tl.constexpr(UNBOUNDED)
+# float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
+FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 TILE_SIZES = (16, 32, 64, 128)
 
@@ -59,7 +59,6 @@ def attention(request: Request):
     gap = gate.gap.contiguous() if gate.gap is not None else None
     block_d = triton.next_power_of_2(head_dim)
     rows, keys = request.tile.rows, request.tile.keys
-    warps, stages = launch_shape(q.dtype, head_dim, rows, keys, q.device)
     with device_guard(q):
         _forward[(batch * heads, tiles)](
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
@@ -69,7 +68,7 @@ def attention(request: Request):
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
-            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, num_warps=warps, num_stages=stages,
+            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, **launch_shape(q.dtype, head_dim, rows),
         )  # fmt: skip
     return out, lse, kept, candidates
 
@@ -87,20 +86,17 @@ def device_guard(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("bsfa")
 
 
-def launch_shape(dtype: torch.dtype, head_dim: int, rows: int, keys: int, device: torch.device) -> tuple[int, int]:
-    """(warps, pipeline stages): as many K/V stages, up to three, as shared memory holds beside the Q tile."""
-    warps = 8 if rows >= 128 else 4
-    size = dtype.itemsize * triton.next_power_of_2(head_dim)
-    room = shared_memory(device) - rows * size
-    return warps, max(1, min(3, room // (2 * keys * size)))
+def launch_shape(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
+    """Warps, pipeline stages and register cap of one launch.
 
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory one block may use."""
-    if device.type != "cuda":
-        return 96 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
+    Several programs have to share a multiprocessor: one's products hide another's softmax and vote. The caps buy that
+    with a few spills (measured on an H200 at 32k tokens, see NOTES.md).
+    """
+    if dtype == torch.float32 or head_dim > 128:
+        return dict(num_warps=8, num_stages=1)
+    if rows >= 128:
+        return dict(num_warps=8, num_stages=2, maxnreg=128)
+    return dict(num_warps=4, num_stages=1, maxnreg=168)
 
 
 @triton.jit
@@ -135,7 +131,7 @@ def candidate(i, end_tiles, first_diagonal, end_diagonal):
 def tile_scores(q, k_desc, b, kv_head, row, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
     """Unscaled scores of one tile in float32."""
     k = k_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
-    return tl.dot(q, k.T, input_precision="ieee")
+    return tl.dot(q, k.T, input_precision=FLOAT32_DOT)
 
 
 @triton.jit
@@ -155,22 +151,8 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
     p = tl.exp2(s * scale_log2 - new_max[:, None])
     alpha = tl.exp2(running_max - new_max)
     row_sum = row_sum * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=FLOAT32_DOT)
     return new_max, row_sum, acc
-
-
-@triton.jit
-def _forced(
-    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, running_max, row_sum, acc, scale_log2,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    row = j * KEYS - k_offset
-    s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
-    v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
-    # A padding row of V may hold anything, and 0 * NaN is NaN.
-    v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
-    s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
-    return online_softmax_update(s, tl.max(s, 1), v, running_max, row_sum, acc, scale_log2)
 
 
 @triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles"])
@@ -201,26 +183,26 @@ def _forward(
 
     # Ascending, so that the first tile already shows every row a key and no maximum stays at -inf.
     first_diagonal, end_diagonal, last = diagonal(query_tile, length, ROWS, KEYS)
-    for j in range(first_diagonal, end_diagonal):
-        running_max, row_sum, acc = _forced(
-            q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, running_max, row_sum, acc, scale_log2,
-            BLOCK_D, KEYS, CAUSAL,
-        )  # fmt: skip
-    left = first_diagonal
+    diagonals = end_diagonal - first_diagonal
+    sink = 0
     if KEEP_SINK:
-        if first_diagonal > 0:
-            left -= 1
-            running_max, row_sum, acc = _forced(
-                q, k_desc, v_desc, b, kv_head, 0, k_offset, length, q_position, running_max, row_sum, acc, scale_log2,
-                BLOCK_D, KEYS, CAUSAL,
-            )  # fmt: skip
+        sink = tl.where(first_diagonal > 0, 1, 0)
+    for i in range(0, diagonals + sink):
+        j = tl.where(i < diagonals, first_diagonal + i, 0)
+        row = j * KEYS - k_offset
+        s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
+        v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+        # A padding row of V may hold anything, and 0 * NaN is NaN.
+        v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
+        s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
+        running_max, row_sum, acc = online_softmax_update(s, tl.max(s, 1), v, running_max, row_sum, acc, scale_log2)
 
     if absolute_ptr is not None:
         absolute = tl.load(absolute_ptr + head * absolute_tiles + tl.minimum(query_tile, absolute_tiles - 1))
     if gap_ptr is not None:
         gap = tl.load(gap_ptr + head * gap_tiles + tl.minimum(query_tile, gap_tiles - 1)) * LOG2E
     end_tiles = end_diagonal if CAUSAL else last + 1
-    candidates = end_tiles - end_diagonal + left
+    candidates = end_tiles - diagonals - sink
     kept = 0
     for i in tl.range(0, candidates):
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)

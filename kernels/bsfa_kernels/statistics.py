@@ -15,7 +15,6 @@ from .portable import (
     diagonal,
     load_span,
     mask_tile,
-    shared_memory,
     tile_scores,
     unsupported,
 )
@@ -33,8 +32,7 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
     block_d = triton.next_power_of_2(head_dim)
-    size = q.element_size() * block_d
-    stages = max(1, min(3, (shared_memory(q.device) - rows * size) // (keys * size)))
+    stages = 3 if q.element_size() * block_d <= 256 else 1
     with device_guard(q):
         _statistics[(batch * heads, request.query_tiles)](
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
@@ -104,21 +102,18 @@ def _statistics(
     mass_worst_ptr += first_tile
 
     first_diagonal, end_diagonal, last = diagonal(query_tile, length, ROWS, KEYS)
-    for j in range(first_diagonal, end_diagonal):
+    diagonals = end_diagonal - first_diagonal
+    sink = 0
+    if KEEP_SINK:
+        sink = tl.where(first_diagonal > 0, 1, 0)
+    for i in range(0, diagonals + sink):
+        j = tl.where(i < diagonals, first_diagonal + i, 0)
         running_max = _visit(
             q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
             scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
         )  # fmt: skip
-    left = first_diagonal
-    if KEEP_SINK:
-        if first_diagonal > 0:
-            left -= 1
-            running_max = _visit(
-                q, k_desc, b, kv_head, 0, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
-                scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
-            )  # fmt: skip
     end_tiles = end_diagonal if CAUSAL else last + 1
-    for i in tl.range(0, end_tiles - end_diagonal + left):
+    for i in tl.range(0, end_tiles - diagonals - sink):
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)
         running_max = _visit(
             q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
