@@ -97,7 +97,7 @@ class Run:
     def save(self, role: str, done: list[str], curves: Mapping[str, ModuleCurves]) -> None:
         """Replace the file of `role`. Raises MachineError when the disk is full; the file before it stays."""
         tensors = {
-            f"{path}/{name}": _narrow(tensor.cpu())
+            f"{path}/{name}": _narrow(tensor).cpu()
             for path, module in curves.items()
             for name, tensor in module.tensors.items()
         }
