@@ -11,6 +11,7 @@ from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 
 from ..errors import InputError, UsageError
 from . import fit
+from .curves import octave
 from .data import BUILTIN
 from .store import Curves, Run
 
@@ -39,7 +40,7 @@ class ModuleReport:
     path: str
     least: float | None  # smallest and largest finite threshold; None where every tile is kept
     most: float | None
-    kept_whole: float  # share of (head, knot) thresholds that keep every tile
+    kept_whole: float  # share of the (head, knot) thresholds that keep every tile although there are some to drop
     fitted: Reached | None
     held_out: Reached | None
 
@@ -142,7 +143,8 @@ def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: 
     for path, heads in fitted.modules.items():
         finite = thresholds[heads][thresholds[heads].isfinite()]
         least, most = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
-        kept_whole = 1 - len(finite) / thresholds[heads].numel()
+        may_drop = fitted.candidates[heads][:, [octave(tile) for tile in plan.knot_tiles]] > 0
+        kept_whole = float((~thresholds[heads].isfinite())[may_drop].double().mean()) if may_drop.any() else 1.0
         modules.append(ModuleReport(path, least, most, kept_whole, reached(fitted, heads), reached(held_out, heads)))
     point = Point(
         request.name, request.gate, request.recipe, request.argument, quantile, reached(fitted), reached(held_out)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from .console import console
+from .console import console, note
 
 
 def show(reports) -> None:
     """One table per point: threshold range, skip rate and dropped mass, fitted and held out."""
+    from rich import box
     from rich.table import Table
 
     for report in reports:
         point = report.point
-        table = Table(
-            title=f"{point.name}: {point.gate} gate, {point.recipe} {point.argument:g}",
-            caption=f"skip: share of the tiles a gate may drop. mass: softmax mass dropped, mean over rows. p"
-            f"{100 * point.quantile:g}: no more is dropped by that share of rows (upper bound)."
-            + (" Estimated from curves by octave." if point.recipe == "top-k" else ""),
-        )
-        table.add_column("module", overflow="fold")
-        columns = ("threshold", "keep all", "skip fit", "skip held", "mass held", f"p{100 * point.quantile:g} held")
-        for column in columns:
-            table.add_column(column, justify="right")
+        bound = f"p{100 * point.quantile:g}"
+        table = Table(title=f"{point.name}: {point.gate} gate", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("module", no_wrap=True)
+        for column in ("threshold", "skip fit", "skip held", "mass held", f"{bound} held"):
+            table.add_column(column, justify="right", no_wrap=True)
         for module in report.modules:
-            range_ = "-" if module.least is None else f"{module.least:.2f} .. {module.most:.2f}"
-            table.add_row(
-                module.path, range_, f"{100 * module.kept_whole:.0f}%", *_cells(module.fitted, module.held_out)
-            )
+            range_ = "all kept" if module.least is None else f"{module.least:.2f} .. {module.most:.2f}"
+            table.add_row(module.path, range_, *_cells(module.fitted, module.held_out))
         table.add_section()
-        table.add_row("all", "", "", *_cells(point.fitted, point.held_out))
+        table.add_row("all", "", *_cells(point.fitted, point.held_out))
         console().print(table)
+    if reports:
+        note(
+            f"skip: share of the tiles a gate may drop. mass: softmax mass dropped, mean over rows. {bound}: upper bound "
+            "of the mass dropped by that share of rows. fit: samples the thresholds were fitted to; held: samples they "
+            "never saw. Top-k points are estimated from curves by octave of the position."
+        )
 
 
 def _cells(fitted, held_out) -> tuple[str, str, str, str]:
