@@ -17,7 +17,6 @@ PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
 PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \
             pytest pytest-timeout pytest-xdist ruff kernels
 
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: install demo test lint readme gpu-install gpu-test gpu-bench
@@ -46,6 +45,7 @@ demo: $(STAMP)
 	@echo "  $(DEMO)/profile.json, .svg      time against skip rate on this machine    (bsfa profile)"
 
 # Triton decides at import whether kernels run in its interpreter, hence two runs.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest -n 2

@@ -333,3 +333,20 @@ def test_a_gpu_cell_names_its_baselines_and_agrees_with_dense():
         for row in cell["contenders"]:
             if row["skip_target"]:
                 assert row["skip"] == pytest.approx(row["skip_target"], abs=0.03) and row["finite"]
+
+
+@pytest.mark.gpu
+def test_a_shape_without_a_gpu_kernel_is_told_apart_from_a_slow_one():
+    small = plan.Plan("odd", (plan.Shape("odd", 2, 2, 8),), (512,), (0.5,))
+    cell = sweep.cell(small, small.shapes[0], 512, torch.device("cuda"), seconds=0.01)
+    assert {row["kind"] for row in cell["contenders"]} == {"dense"}
+    assert any("no GPU kernel serves this shape" in absent["reason"] for absent in cell["unavailable"])
+
+
+@pytest.mark.gpu
+def test_a_gpu_prefill_times_every_backend():
+    from bsfa_cli.timing.prefill import Prefill
+
+    entry = Prefill(None, None, None, torch.device("cuda"), "auto").time("builtin:mixed", 1024, 0, 0.1)
+    assert {"the backend PyTorch picks", "bsfa, nothing skipped"} <= {row["name"] for row in entry["contenders"]}
+    assert all(row["ms_median"] > 0 for row in entry["contenders"])

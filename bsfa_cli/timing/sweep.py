@@ -13,6 +13,7 @@ from . import baselines, thresholds
 from .interleave import Contender, Timing, first_call, measure
 from .plan import Plan, Shape
 
+NOT_FOR_GPU = ("torch", "reference")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 OPEN, ZERO = "bsfa, skipping compiled out", "bsfa, 0 % skipped"
 CEILING = {"cuda": (8192, torch.bfloat16), "cpu": (768, torch.float32)}
@@ -47,6 +48,9 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         gate = thresholds.inert(plan.gate, shape.heads, 1, device)
         backend, passed_over = explain(q, k, v, gate, causal=shape.causal, tile=tile)
     rows, unavailable, dense_out = [], [], None
+    if device.type == "cuda" and plan.backend == "auto" and backend in NOT_FOR_GPU:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        unavailable.append({"name": "bsfa", "reason": f"no GPU kernel serves this shape ({reasons})"})
     contenders = []
 
     def enter(name: str, call, **facts):
@@ -99,6 +103,8 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
 
 def _gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unavailable: list):
     """(contender name, target skip rate, gate) of each of our kernel's runs; what cannot be fitted is reported."""
+    if any(absent["name"] == "bsfa" for absent in unavailable):
+        return
     yield OPEN, None, Gate()
     yield ZERO, 0.0, thresholds.inert(plan.gate, shape.heads, -(-q.shape[2] // tile.rows), q.device)
     for skip in plan.skip:
