@@ -13,9 +13,11 @@ def show(reports) -> None:
     for report in reports:
         point = report.point
         bound = f"p{100 * point.quantile:g}"
-        table = Table(title=f"{point.name}: {point.gate} gate", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=f"{point.name}: {point.gate} gate", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         table.add_column("module", no_wrap=True)
-        for column in ("threshold", "skip fit", "skip held", "mass held", f"{bound} held"):
+        for column in ("threshold", "fit", "skip", "mass", bound):
             table.add_column(column, justify="right", no_wrap=True)
         for module in report.modules:
             range_ = "all kept" if module.least is None else f"{module.least:.2f} .. {module.most:.2f}"
@@ -25,9 +27,9 @@ def show(reports) -> None:
         console().print(table)
     if reports:
         note(
-            f"skip: share of the tiles a gate may drop. mass: softmax mass dropped, mean over rows. {bound}: upper bound "
-            "of the mass dropped by that share of rows. fit: samples the thresholds were fitted to; held: samples they "
-            "never saw. Top-k points are estimated from curves by octave of the position."
+            "skip: share of the tiles a gate may drop, on samples the thresholds never saw (fit: on those they were "
+            f"fitted to). mass: softmax mass dropped there, mean over rows; {bound}: upper bound on what that share of "
+            "rows drops. Top-k points are estimated from curves by octave of the position."
         )
 
 
