@@ -32,7 +32,7 @@ class Pickled(Malformed):
 
 
 def pack(key: str, metadata: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The file's bytes: tensors (float32, float64, int16, int32 or int64) in order of their names, `metadata` as JSON under `key`."""
+    """The file: `metadata` as JSON under `key`, then the tensors (a type in _DTYPES) in order of their names."""
     names = {dtype: name for name, (_, dtype) in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {key: canonical_json(dict(metadata))}}
     content, offset = [], 0
