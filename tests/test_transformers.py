@@ -268,6 +268,10 @@ def test_what_cannot_be_done_is_refused():
     ids, mask = batch(20, (0, 0))
     with pytest.raises(ValueError, match="dropout"):
         model.train()(ids)
+    with pytest.raises(ValueError, match="backward"):
+        trained = build("llama").train()
+        trained.set_attn_implementation("bsfa")
+        trained(ids)
     with pytest.raises(ValueError, match="output_attentions"):
         model.eval()(ids, output_attentions=True)
     with pytest.raises(ValueError, match="attention_mask must be"):

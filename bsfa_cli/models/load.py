@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,8 +82,10 @@ def load_model(
     for a directory, configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the
     network is missing.
     """
-    import bsfa_kernels.integrations.transformers  # noqa: F401 - registers attn_implementation="bsfa"
+    from bsfa_kernels.integrations.transformers import DenseFallback
 
+    # The commands say which modules run dense, from `attention_modules` and `notes`.
+    warnings.filterwarnings("ignore", category=DenseFallback)
     device = resolve_device(device) if isinstance(device, str) else device
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype == "auto" and device.type == "cpu":
@@ -108,8 +111,10 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
     """(model on the meta device, id, revision): its configuration and modules, but no weights. Errors as `load_model`,
     which this needs neither the tokenizer nor the memory of.
     """
-    import bsfa_kernels.integrations.transformers  # noqa: F401 - registers attn_implementation="bsfa"
+    from bsfa_kernels.integrations.transformers import DenseFallback
 
+    # The commands say which modules run dense, from `attention_modules` and `notes`.
+    warnings.filterwarnings("ignore", category=DenseFallback)
     source = _source(os.fspath(name_or_path))
     with _quiet(), torch.device("meta"):
         config = _read_config(source)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
+from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import (
-    DenseFallback,
     SparseAttention,
     attach,
     attention_modules,
     notes,
 )
 from bsfa_kernels.thresholds import Thresholds
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import InputError
 from .layers import DroppedMass, MeasuringAttention, skip_rate
@@ -26,17 +24,13 @@ from .logits import Head, Predictions
 ABSURD = 1e30
 
 
-def dense_attention(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-    """The handler of the dense pass: PyTorch's own attention, no kernel of ours. Samples are not padded."""
-    assert spans is None
-    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
 @torch.no_grad()
 def verify_points(
     model, thresholds: Thresholds, points: list[str], samples: list, backend: str, step: Callable[[], None]
 ) -> list[dict]:
     """One result per operating point, JSON values only, None for numbers that are not finite.
+
+    Dense is PyTorch's scaled_dot_product_attention in the same modules; no kernel of ours has a part in it.
 
     Keys: name, kept, candidates, skip, dropped_mass {mean, p99, worst}, logits (see `Predictions.summary`), modules
     (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples` have `tokens`; `step` is
@@ -52,17 +46,15 @@ def verify_points(
         for point in points
     }
     predictions = {point: Predictions() for point in points}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DenseFallback)
-        for sample in samples:
-            tokens = torch.tensor(sample.tokens, device=model.device)
-            with attach(model, dict.fromkeys(reachable, dense_attention)):
-                dense = head.hidden(tokens)
+    for sample in samples:
+        tokens = torch.tensor(sample.tokens, device=model.device)
+        with attach(model, dict.fromkeys(reachable, dense.attention)):
+            exact = head.hidden(tokens)
+        step()
+        for point in points:
+            with attach(model, measured[point]):
+                predictions[point].add(head, exact, head.hidden(tokens), tokens)
             step()
-            for point in points:
-                with attach(model, measured[point]):
-                    predictions[point].add(head, dense, head.hidden(tokens), tokens)
-                step()
     return [_result(point, measured[point], predictions[point]) for point in points]
 
 

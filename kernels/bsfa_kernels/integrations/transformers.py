@@ -103,10 +103,12 @@ def attention(
     """Registered with transformers' AttentionInterface; its signature and calls are transformers'.
 
     query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D]; `attention_mask` from `masks.mask_function` or the user's own
-    [B, 1, Tq, Tk]. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for dropout, position biases
-    and output_attentions.
+    [B, 1, Tq, Tk]. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for training, dropout,
+    position biases and output_attentions.
     """
     _refuse(dropout, position_bias, output_attentions)
+    if module.training and query.requires_grad:
+        raise ValueError("attn_implementation='bsfa' has no backward pass: train with 'sdpa', or call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     spans = mask = window = None
