@@ -1,0 +1,202 @@
+"""Handlers on attention modules: who is called, with what, and the thresholds artifact applied to a model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import bsfa_kernels.integrations.transformers as bsfa
+import pytest
+import torch
+import transformers
+from bsfa_kernels import Gate, TileShape, block_sparse_attention
+from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds, ThresholdsError
+from tiny_models import ALTERNATE, MODELS, SHAPE, WINDOW, assert_close, batch, build, chunk, logits
+from transformers import DynamicCache
+
+DENSE_REASONS = {
+    "llama": [None, None],
+    "qwen2": [None, None],
+    "qwen2-sliding": [None, f"sliding window of {WINDOW} tokens"],
+    "qwen3": [None, None],
+    "mistral": [f"sliding window of {WINDOW} tokens"] * 2,
+    "gemma2": ["scores are soft-capped at 5"] * 2,
+    "gemma3": [f"sliding window of {WINDOW} tokens", None],
+    "gpt-oss": ["attention sinks"] * 2,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modules_say_where_and_why_nothing_is_skipped(name):
+    model = build(name)
+    model.set_attn_implementation("bsfa")
+    modules = bsfa.attention_modules(model)
+    assert list(modules) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert [module.dense_reason for module in modules.values()] == DENSE_REASONS[name]
+    for layer, module in enumerate(modules.values()):
+        assert (module.layer, module.query_heads, module.kv_heads, module.head_dim) == (layer, 4, 2, 64)
+        assert module.causal and module.scale == 0.125
+    ids, mask = batch(100, (0, 9))
+    logits(model, "bsfa", ids, mask)
+    ran_dense = {note.path: note.reason for note in bsfa.notes(model)}
+    assert [ran_dense.get(path) for path in modules] == DENSE_REASONS[name]
+
+
+def test_what_cannot_be_done_is_refused():
+    model = build("llama", attention_dropout=0.1)
+    model.set_attn_implementation("bsfa")
+    ids, mask = batch(20, (0, 0))
+    with pytest.raises(ValueError, match="dropout"):
+        model.train()(ids)
+    with pytest.raises(ValueError, match="backward"):
+        trained = build("llama").train()
+        trained.set_attn_implementation("bsfa")
+        trained(ids)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.eval()(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(ids, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.int32))
+
+
+class Recorder:
+    """A handler that attends as usual and remembers what it was given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, q, k, v, *, scale, causal, spans):
+        self.calls.append((tuple(q.shape), tuple(k.shape), scale, causal, spans))
+        return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans).out
+
+
+def test_handlers_see_prefills_until_detached():
+    model = build("llama")
+    ids, mask = batch(64, (0, 6))
+    expected = logits(model, "bsfa", ids, mask)
+    outer, inner = Recorder(), Recorder()
+    path = "model.layers.1.self_attn"
+    with bsfa.attach(model, {path: outer}):
+        with bsfa.attach(model, {path: inner}):
+            assert torch.equal(logits(model, "bsfa", ids, mask), expected)
+        logits(model, "bsfa", ids, mask)
+        logits(model, "bsfa", ids[:, :1], mask[:, :1])
+    logits(model, "bsfa", ids, mask)
+    assert len(inner.calls) == len(outer.calls) == 1
+    q, k, scale, causal, spans = outer.calls[0]
+    assert (q, k, scale, causal) == ((2, 4, 64, 64), (2, 2, 64, 64), 0.125, True)
+    assert spans.tolist() == [[0, 0, 64, 64], [-6, -6, 58, 58]]
+    with pytest.raises(ValueError, match="no attention module 'model.layers.7.self_attn'"):
+        bsfa.attach(model, {"model.layers.7.self_attn": outer})
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        bsfa.attach(model, {path: outer})
+
+
+def thresholds(model, value, gate="gap", **changes):
+    """Thresholds of `value` everywhere, for the modules of `model`."""
+    modules = bsfa.attention_modules(model)
+    identity = {**dict.fromkeys(MODEL_KEYS), "id": "tiny", **bsfa.model_identity(model), **changes}
+    tensors = {path: torch.full((1, module.query_heads, 1), value) for path, module in modules.items()}
+    return Thresholds(identity, TileShape(16, 32), True, (0,), (Point("only", gate, "test", 0.0),), tensors)
+
+
+def test_apply_runs_an_artifact_and_counts(tmp_path):
+    model = build("llama")
+    ids, mask = batch(200, (0, 40))
+    expected = logits(model, "sdpa", ids, mask)
+    thresholds(model, -torch.inf).write(tmp_path / "open.safetensors")
+    with bsfa.apply(model, tmp_path / "open.safetensors", count=True):
+        assert model.config._attn_implementation == "bsfa"
+        assert_close(logits(model, "bsfa", ids, mask)[mask.bool()], expected[mask.bool()])
+        counts = model.model.layers[0].self_attn.bsfa_handler.counts
+        assert torch.equal(counts.kept, counts.candidates) and (counts.kept > 0).all()
+    with bsfa.apply(model, thresholds(model, 1e9), "only", count=True):
+        closed = logits(model, "bsfa", ids, mask)
+        counts = model.model.layers[0].self_attn.bsfa_handler.counts
+        assert (counts.kept == 0).all() and (counts.candidates > 0).all()
+    assert (closed - expected)[mask.bool()].abs().max() > 0.01
+    assert_close(logits(model, "bsfa", ids, mask)[mask.bool()], expected[mask.bool()])
+
+
+def test_a_chunked_prefill_drops_the_tiles_that_a_whole_one_drops():
+    model = build("llama")
+    ids, mask = batch(200, (0, 33))
+    for value, gate in ((0.5, "gap"), (2.0, "absolute")):
+        with bsfa.apply(model, thresholds(model, value, gate), count=True):
+            whole = logits(model, "bsfa", ids, mask)
+            cache = DynamicCache(config=model.config)
+            # Chunk ends on the tile borders of both sequences are impossible; of the first one they suffice.
+            parts = [chunk(model, ids, mask, start, end, cache) for start, end in ((0, 96), (96, 160), (160, 200))]
+            assert 0 < model.model.layers[0].self_attn.bsfa_handler.counts.kept.sum()
+        assert_close(torch.cat(parts, 1)[0], whole[0])
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [(dict(query_heads=8), "query_heads"), (dict(head_dim=128), "head_dim"), (dict(rope={"rope_theta": 1.0}), "rope")],
+)
+def test_apply_names_what_differs_in_another_model(changes, named):
+    model = build("llama")
+    with pytest.raises(ThresholdsError, match=named):
+        bsfa.apply(model, thresholds(model, 0.0, **changes))
+    assert "bsfa_handler" not in vars(model.model.layers[0].self_attn)
+
+
+def test_apply_refuses_modules_the_model_does_not_have():
+    model, other = build("llama"), build("llama", num_hidden_layers=3)
+    with pytest.raises(ThresholdsError, match="model.layers.2.self_attn"):
+        bsfa.apply(model, thresholds(other, 0.0, layers=2, config_hash=None))
+
+
+def test_identity_ignores_how_a_model_is_loaded_and_sees_what_it_computes():
+    model = build("llama")
+    identity = bsfa.model_identity(model)
+    model.set_attn_implementation("bsfa")
+    assert bsfa.model_identity(model.to(torch.bfloat16)) == identity
+    assert bsfa.model_identity(build("llama", rms_norm_eps=1e-3))["config_hash"] != identity["config_hash"]
+
+
+def test_a_vision_tower_is_known_by_path_and_may_run_another_implementation():
+    text = dict(SHAPE, **ALTERNATE, query_pre_attn_scalar=64)
+    vision = dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(1)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    ids, _ = batch(40, (0, 0))
+    ids = ids[:1]
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model.get_image_features(pixels).pooler_output, model(ids).logits
+        model.set_attn_implementation({"text_config": "bsfa", "vision_config": "sdpa"})
+        tower = next(m for path, m in bsfa.attention_modules(model).items() if "vision" in path)
+        assert (tower.causal, tower.layer, tower.query_heads, tower.head_dim) == (False, None, 2, 32)
+        assert tower.dense_reason == "attn_implementation is 'sdpa'"
+        assert_close(model(ids).logits, expected[1])
+        model.set_attn_implementation("bsfa")
+        recorder = Recorder()
+        with bsfa.attach(model, {tower.path: recorder}):
+            assert_close(model.get_image_features(pixels).pooler_output, expected[0])
+        assert recorder.calls[0][3:] == (False, None)
+
+
+def test_bsfa_and_the_kernels_package_live_side_by_side():
+    """From the repository root, whose folder `kernels` must not shadow Hugging Face's package of that name."""
+    code = (
+        "import kernels, transformers, bsfa_kernels.integrations.transformers, bsfa_cli\n"
+        "assert callable(kernels.get_kernel), kernels\n"
+        "assert 'bsfa' in transformers.AttentionInterface().valid_keys()\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_gate_of_a_handler_grows_with_the_sequence_only():
+    model = build("llama")
+    handler = bsfa.SparseAttention(thresholds(model, 0.25), None, "model.layers.0.self_attn")
+    gate = handler.gate(100, torch.device("cpu"))
+    assert isinstance(gate, Gate) and gate.gap.shape[1] >= 7 and (gate.gap == 0.25).all()
+    assert handler.gate(64 * 16, torch.device("cpu")) is gate
+    assert handler.gate(64 * 16 + 1, torch.device("cpu")).gap.shape[1] >= 65
