@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans, tile_statistics
 
 SENTINEL = float("nan")

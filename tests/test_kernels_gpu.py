@@ -4,9 +4,8 @@ import random
 
 import pytest
 import torch
-from kernel_cases import Case, check, check_statistics
-
 from bsfa_kernels import TileShape, block_sparse_attention, explain
+from kernel_cases import Case, check, check_statistics
 
 pytestmark = pytest.mark.gpu
 

@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import Case, check, check_statistics
-
 from bsfa_kernels import TileShape
+from kernel_cases import Case, check, check_statistics
 
 WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
 
