@@ -26,7 +26,8 @@ def show(point: dict, failures: list[str]) -> None:
     for check in point["kernel"]:
         note(
             f"kernel {check['backend']} against the float64 reference, {check['path']}: "
-            f"error {number(check['error'])}, allowed {number(check['allowed'])} (plain attention {number(check['plain_error'])}); "
+            f"error {number(check['error'])}, allowed {number(check['allowed'])} "
+            f"(plain attention {number(check['plain_error'])}); "
             f"{check['decided_differently']} of {check['candidates']} tiles decided differently"
         )
     for failure in failures:
