@@ -306,7 +306,7 @@ def test_end_to_end_times_dense_and_sparse_on_one_model(profile, tmp_path):
     (entry,) = json.loads(result.out)["prefill"]
     rows = {row["name"]: row for row in entry["contenders"]}
     assert entry["point"] == "all" and entry["length"] == 512
-    assert entry["data"] == "builtin:mixed"
+    assert entry["data"] == "builtin:mixed" and entry["dense_modules"] == {}
     assert rows["bsfa"]["skip"] == 1 and rows["bsfa, nothing skipped"]["skip"] == 0
     assert {"the backend PyTorch picks", "PyTorch's CPU flash attention", "math"} <= set(rows)
     (tmp_path / "short.txt").write_text("too short")

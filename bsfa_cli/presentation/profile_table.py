@@ -91,5 +91,7 @@ def show_prefill(entry: dict) -> None:
         skip = "" if row["skip"] is None else f", {row['skip']:.1%} of candidate tiles skipped"
         speedup = "" if row["speedup"] is None else f", {row['speedup']:.2f}x"
         note(f"  {row['name']}: {row['ms_median']:.2f} ms ({row['ms_p20']:.2f}-{row['ms_p80']:.2f}){speedup}{skip}")
+    for reason, modules in entry["dense_modules"].items():
+        note(f"  {modules} modules ran dense: {reason}")
     for absent in entry["unavailable"]:
         note(f"  not timed: {absent['name']} ({absent['reason']})")

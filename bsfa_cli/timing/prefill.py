@@ -85,9 +85,18 @@ class Prefill:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "point": self.point,
             "data": data,
+            "dense_modules": self._dense_modules(),
             "unavailable": unavailable,
             "contenders": rows,
         }
+
+    def _dense_modules(self) -> dict[str, int]:
+        """{reason: number of modules} that ran dense although bsfa was asked for."""
+        from collections import Counter
+
+        from bsfa_kernels.integrations.transformers import notes
+
+        return dict(Counter(note.reason for note in notes(self.model)))
 
     def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
         from ..calibration.data import load_texts
