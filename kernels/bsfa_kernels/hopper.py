@@ -27,9 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .portable import aligned, device_guard
 from .request import UNBOUNDED, Request
 
-# Triton 3.9 renamed both.
+# Triton 3.9 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 LOG2E = gl.constexpr(1.4426950408889634)
 UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
@@ -77,11 +76,11 @@ def attention(request: Request):
 
     with device_guard(q):
         _forward[(batch * heads, triton.cdiv(tiles, CONSUMERS.value))](
-            *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS), (out, ROWS))),
-            lse, kept, candidates, *(lse if x is None else x for x in (absolute, gap, request.spans)),
+            *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
+            out, lse, kept, candidates, *(lse if x is None else x for x in (absolute, gap, request.spans)),
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
-            heads, heads // k.shape[1], block_d, request.causal, request.keep_sink,
+            heads, heads // k.shape[1], head_dim, block_d, request.causal, request.keep_sink,
             absolute is not None, gap is not None, request.spans is not None,
             num_warps=4, maxnreg=128,
         )  # fmt: skip
@@ -165,11 +164,12 @@ def accumulate(s, row_max, acc, running_max, row_sum, v_bufs, slot, scale_log2, 
 
 @gluon.jit
 def consumer(
-    WG: gl.constexpr, shared, D: gl.constexpr, CAUSAL: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
+    WG: gl.constexpr, shared, HEAD_DIM: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
+    ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
 ):  # fmt: skip
     (
-        q_bufs, k_bufs, v_bufs, out_desc, q_full, k_full, k_empty, v_full, v_empty,
-        lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
+        q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
         stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
     ) = shared  # fmt: skip
@@ -234,12 +234,13 @@ def consumer(
         mbarrier.arrive(v_empty.index(slot), count=1)
 
     if alive & (stream > 0):
+        # Plain stores: a TMA store whose tile starts before the tensor (an unaligned chunk) is an illegal instruction.
         inverse = gl.convert_layout(1.0 / row_sum, o_rows)
-        written = gl.convert_layout(valid, o_rows)
-        q.store(gl.where(written[:, None], acc * inverse[:, None], 0.0).to(dtype))
-        fence_async_shared()
-        tma_store(out_desc, [b, head, query_tile * ROWS - q_first, 0], q_bufs.index(WG))
-        tma.store_wait(0)
+        o_row = query_tile * ROWS - q_first + gl.arange(0, ROWS, layout=o_rows)
+        column = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+        written = (o_row >= 0) & (o_row < gl.minimum(q_rows, q_length - q_first))
+        address = out_ptr + (plane * q_rows + o_row)[:, None] * HEAD_DIM + column[None, :]
+        gl.store(address, (acc * inverse[:, None]).to(dtype), mask=written[:, None] & (column < HEAD_DIM)[None, :])
         gl.store(lse_ptr + plane * q_rows + row, (running_max + gl.log2(row_sum)) / LOG2E, mask=valid)
         visible_tiles = own + 1
         forced_tiles = 1
@@ -253,10 +254,10 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles"])
 def _forward(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
     scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr,
-    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr,
+    CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     b = gl.program_id(0) // HEADS
     head = gl.program_id(0) % HEADS
@@ -308,16 +309,16 @@ def _forward(
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     shared = (
-        q_bufs, k_bufs, v_bufs, out_desc, q_full, k_full, k_empty, v_full, v_empty,
-        lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
+        q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
         stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consumer, (0, shared, D, CAUSAL, ABSOLUTE, GAP)),
-            (consumer, (1, shared, D, CAUSAL, ABSOLUTE, GAP)),
-            (consumer, (2, shared, D, CAUSAL, ABSOLUTE, GAP)),
+            (consumer, (0, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
+            (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
+            (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
             (producer, (
                 q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
                 b, head, kv_head, block_tile * ROWS - q_first, k_offset, stream, diagonals, sink, first_diagonal,

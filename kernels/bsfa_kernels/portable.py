@@ -2,7 +2,8 @@
 
 One program computes one query tile of one head. Forced tiles come first (which also keeps the masked code ahead of
 the main loop: ptxas serializes wgmma when it follows), then the candidates from right to left. A dropped tile costs
-its QK product and a vote; its V tile is streamed all the same, because a load inside a branch is not pipelined.
+its QK product and a vote. V is loaded after the vote: Triton pipelines no load whose only use is inside a branch, so
+that loading it earlier would merely wait for tiles that are dropped.
 """
 
 from __future__ import annotations
@@ -135,6 +136,15 @@ def tile_scores(q, k_desc, b, kv_head, row, BLOCK_D: tl.constexpr, KEYS: tl.cons
 
 
 @triton.jit
+def tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """One tile of V. A padding row may hold anything, and 0 * NaN is NaN: MASKED zeroes it."""
+    v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+    if MASKED:
+        v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
+    return v
+
+
+@triton.jit
 def mask_tile(s, q_position, first_key, length, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
     """-inf (a large finite number would not survive the fused multiply-add) where a row may not look."""
     key = first_key + tl.arange(0, KEYS)
@@ -191,9 +201,7 @@ def _forward(
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         row = j * KEYS - k_offset
         s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
-        v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
-        # A padding row of V may hold anything, and 0 * NaN is NaN.
-        v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
+        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, True)
         s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
         running_max, row_sum, acc = online_softmax_update(s, tl.max(s, 1), v, running_max, row_sum, acc, scale_log2)
 
@@ -208,22 +216,22 @@ def _forward(
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)
         row = j * KEYS - k_offset
         s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
-        v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
         if not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
             s = mask_tile(s, q_position, j * KEYS, length, KEYS, False)
-            v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
         row_max = tl.max(s, 1)
-        keep = True
         if (absolute_ptr is not None) or (gap_ptr is not None):
             vote = tl.where(valid, row_max, float("-inf"))
+            keep = True
             if absolute_ptr is not None:
                 keep = tl.max(vote, 0) * scale >= absolute
             if gap_ptr is not None:
                 keep = keep & (tl.max(vote * scale_log2 - running_max, 0) >= gap)
             if keep:
+                v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
                 running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
                 kept += 1
         else:
+            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
             running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
             kept += 1
 
