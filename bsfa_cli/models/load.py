@@ -277,8 +277,9 @@ def fingerprint(model) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         values = parameter.detach().reshape(-1)
-        index = torch.linspace(0, values.numel() - 1, min(SAMPLES_PER_WEIGHT, values.numel()), device=values.device)
-        sample = values[index.round().long()].to(torch.bfloat16)
+        count = min(SAMPLES_PER_WEIGHT, values.numel())
+        index = torch.arange(count, device=values.device) * (values.numel() - 1) // max(count - 1, 1)
+        sample = values[index].to(torch.bfloat16)
         sample = sample.masked_fill(sample.abs() < SMALLEST_HASHED, 0).cpu()
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

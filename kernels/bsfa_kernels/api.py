@@ -197,7 +197,7 @@ def _(q, k, v, absolute, gap, spans, q_offset, scale, causal, tile_rows, tile_ke
     )
     lse = q.new_empty(q.shape[:3] if want_lse else (0,), dtype=torch.float32)
     tiles = (*q.shape[:2], request.query_tiles) if want_counts else (0,)
-    return torch.empty_like(q), lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
+    return q.new_empty(q.shape), lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
 
 
 @torch.library.custom_op("bsfa::tile_statistics", mutates_args=())

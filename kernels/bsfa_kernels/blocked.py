@@ -23,7 +23,7 @@ def attention(request: Request):
     q, k, v = request.q, request.k, request.v
     batch, heads, q_rows, head_dim = q.shape
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros_like(q)
+    out = q.new_zeros(q.shape)
     lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
     kept = torch.zeros(batch, heads, request.query_tiles, dtype=torch.int32, device=q.device)
     candidates = torch.zeros_like(kept)
