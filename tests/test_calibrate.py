@@ -148,9 +148,10 @@ def test_another_option_is_refused(change, said, finished, bsfa):
 
 def test_other_weights_and_other_text_are_refused(tmp_path, bsfa):
     model = build("bsfa")
-    for name, factor in (("a", 1.0), ("b", 1.5)):
+    for name, shift in (("a", 0), ("b", 1)):
         with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight.mul_(factor)
+            up = model.model.layers[1].mlp.up_proj.weight
+            up.copy_(up.roll(shift, 0))
         model.save_pretrained(tmp_path / name)
         build_tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "t.txt").write_text("some text " * 200)

@@ -1,5 +1,6 @@
 """Handlers on attention modules: who is called, with what, and the thresholds artifact applied to a model."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -144,15 +145,30 @@ def test_apply_names_what_differs_in_another_model(changes, named):
 def test_apply_refuses_modules_the_model_does_not_have():
     model, other = build("llama"), build("llama", num_hidden_layers=3)
     with pytest.raises(ThresholdsError, match="model.layers.2.self_attn"):
-        bsfa.apply(model, thresholds(other, 0.0, layers=2, config_hash=None))
+        bsfa.apply(model, thresholds(other, 0.0, layers=2, config_hash=None, weights=None))
 
 
 def test_identity_ignores_how_a_model_is_loaded_and_sees_what_it_computes():
     model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0**-20)  # float16 flushes part of these to zero
     identity = bsfa.model_identity(model)
     model.set_attn_implementation("bsfa")
-    assert bsfa.model_identity(model.to(torch.bfloat16)) == identity
+    model.config.pad_token_id = 5
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32):
+        assert bsfa.model_identity(copy.deepcopy(model).to(dtype)) == identity
+        assert bsfa.model_identity(model.to(dtype)) == identity
     assert bsfa.model_identity(build("llama", rms_norm_eps=1e-3))["config_hash"] != identity["config_hash"]
+
+
+def test_identity_sees_other_weights_and_none_where_they_are_not_here():
+    model, other = build("llama"), build("llama")
+    artifact = thresholds(model, 0.0)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.normal_()
+    with pytest.raises(ThresholdsError, match="weights is"):
+        bsfa.apply(other, artifact)
+    assert bsfa.model_identity(other.to("meta"))["weights"] is None
 
 
 def test_a_vision_tower_is_known_by_path_and_may_run_another_implementation():

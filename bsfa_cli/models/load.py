@@ -6,7 +6,6 @@ loaded.model, loaded.tokenizer, loaded.identity
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,18 +24,15 @@ from . import embedded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.spm")
-SAMPLES_PER_WEIGHT = 64
-# float16 rounds what lies below more coarsely than bfloat16 does.
-SMALLEST_HASHED = 2.0**-13
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in eval mode on its device, its tokenizer, and what tells it apart.
 
-    `identity`, JSON values only: id, revision (None where unknown), weights (fingerprint of the values), and the
-    fields of `bsfa_kernels.integrations.transformers.model_identity` (architecture, layers, heads, head dim, scale,
-    rope, config hash). `label` is a warning to repeat beside every result, or None.
+    `identity`, JSON values only: id, revision (None where unknown), and the fields of
+    `bsfa_kernels.integrations.transformers.model_identity` (architecture, layers, heads, head dim, scale, rope, config
+    hash, weights). `label` is a warning to repeat beside every result, or None.
     """
 
     model: Any
@@ -148,9 +144,11 @@ def _read_config(source: str):
 
     if os.path.isdir(source):
         try:
-            json.loads((Path(source) / "config.json").read_bytes())
-        except ValueError as error:
+            content = json.loads((Path(source) / "config.json").read_bytes())
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{source}/config.json is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{source}/config.json must hold a JSON object, got {type(content).__name__}")
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
@@ -264,25 +262,7 @@ def _sentence(error: BaseException) -> str:
 def _identity(model, name: str, revision: str | None) -> dict[str, Any]:
     from bsfa_kernels.integrations.transformers import model_identity
 
-    return {"id": name, "revision": revision, **model_identity(model), "weights": fingerprint(model)}
-
-
-def fingerprint(model) -> str:
-    """sha256 over the name, shape and SAMPLES_PER_WEIGHT evenly spaced values (as bfloat16) of every parameter.
-
-    Loading in another dtype does not change it, but for a float32 checkpoint loaded in float16; another checkpoint of
-    the same architecture does.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        values = parameter.detach().reshape(-1)
-        count = min(SAMPLES_PER_WEIGHT, values.numel())
-        index = torch.arange(count, device=values.device) * (values.numel() - 1) // max(count - 1, 1)
-        sample = values[index].to(torch.bfloat16)
-        sample = sample.masked_fill(sample.abs() < SMALLEST_HASHED, 0).cpu()
-        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    return {"id": name, "revision": revision, **model_identity(model)}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class Prefill:
 
     def __init__(self, model_name: str | None, thresholds: Path | None, point: str | None, device, dtype: str):
         """Raises InputError for a model, ThresholdsError for thresholds that cannot be used or are for another."""
-        from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules, model_identity
+        from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
         from bsfa_kernels.thresholds import Thresholds
 
         from ..models.load import load_model
@@ -30,7 +30,7 @@ class Prefill:
         self.model, self.device, self.point = self.loaded.model, device, point
         self.handlers = self.counting = None
         if artifact is not None:
-            artifact.check_model(model_identity(self.model))
+            artifact.check_model(self.loaded.identity)
             modules = attention_modules(self.model)
             self.handlers, self.counting = (
                 SparseAttention.for_model(artifact, modules, point, count=count) for count in (False, True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,48 +28,6 @@ def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
     in the model's order. Paths are those of `model.named_modules()`.
     """
     return {path: describe(path, module) for path, module in model.named_modules() if attends(module)}
-
-
-def model_identity(model: nn.Module) -> dict[str, object]:
-    """What thresholds must agree with: keys as in `thresholds.MODEL_CHECKED`, values as JSON knows them.
-
-    Heads, head dim and scale are those of the modules with a layer index (all modules where none has one): one value
-    where all agree, else one for each module.
-    """
-    modules = list(attention_modules(model).values())
-    decoder = [module for module in modules if module.layer is not None] or modules
-    config = model.config
-    text = config.get_text_config()
-    return {
-        "architecture": type(model).__name__,
-        "layers": len(decoder),
-        "query_heads": _shared(module.query_heads for module in decoder),
-        "key_value_heads": _shared(module.kv_heads for module in decoder),
-        "head_dim": _shared(module.head_dim for module in decoder),
-        "scale": _shared(module.scale for module in decoder),
-        "rope": _plain(getattr(text, "rope_parameters", None)),
-        "config_hash": hashlib.sha256(json.dumps(_plain(config.to_diff_dict()), sort_keys=True).encode()).hexdigest(),
-    }
-
-
-# Where the weights lie and how they are loaded or sampled from, not what they compute.
-VOLATILE = frozenset({
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "_commit_hash",
-})  # fmt: skip
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if key not in VOLATILE}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _shared(values):
-    values = list(values)
-    return values[0] if len(set(values)) == 1 else values
 
 
 def attends(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..api import block_sparse_attention
 from . import dense
+from .identity import model_identity
 from .masks import decode, mask_function
 from .modules import (
     HEAD_DIMS,
@@ -30,7 +31,6 @@ from .modules import (
     AttentionModule,
     attends,
     attention_modules,
-    model_identity,
     softcap_reason,
     window_reason,
 )
@@ -227,7 +227,8 @@ def apply(
 
     Sets attn_implementation="bsfa" where the model runs another. `count` keeps kept/candidate tile counts on each
     handler. Raises ThresholdsError for a bad file, an unknown point, and, naming the field, a file made for another
-    model.
+    model: configuration and weights are compared, the weights by `identity.fingerprint` and only where it can be taken
+    (not of sharded or quantised parameters).
     """
     from ..thresholds import Thresholds
 
