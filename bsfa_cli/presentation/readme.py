@@ -39,8 +39,10 @@ def block(result: dict, source: str, plot: Path) -> str:
     facts = result["environment"]
     versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
     ceiling = result.get("ceiling")
-    lines = [f"### {result['profile']} on {facts.get('gpu') or 'a CPU'}", ""]
-    lines.append(f"{versions}. Synthetic data, thresholds fitted to it. Raw samples: [`{source}`]({source}).")
+    subject = result["profile"] if result["cells"] else "Prefill"
+    data = " Synthetic data, thresholds fitted to it." if result["cells"] else ""
+    lines = [f"### {subject} on {facts.get('gpu') or 'a CPU'}", ""]
+    lines.append(f"{versions}.{data} Raw samples: [`{source}`]({source}).")
     if ceiling:
         lines[-1] += f" A {ceiling['size']}^3 {ceiling['dtype']} matmul reached {ceiling['tflops']:.0f} TFLOP/s."
     if not result.get("complete"):
@@ -105,6 +107,7 @@ def _prefill(entry: dict) -> list[str]:
     lines = [
         f"**Prefill of {entry['model']}, {entry['length']:,} tokens, {entry['dtype']}, point {entry['point']}**",
         "",
+        *([f"{entry['label'].capitalize()}.", ""] if entry["label"] else []),
         "| | ms | speedup | skipped |",
         "| --- | ---: | ---: | ---: |",
     ]

@@ -111,7 +111,7 @@ def load(profile: str) -> Plan:
     if not isinstance(shapes, list):
         raise UsageError(f"profile {profile}: 'shapes' must be a list of head shapes")
     content["shapes"] = tuple(_make(Shape, _known(shape, Shape, profile), profile) for shape in shapes)
-    return _make(Plan, {"name": path.stem if path.suffix else profile, **content}, profile)
+    return _make(Plan, {"name": profile if profile in available() else path.stem, **content}, profile)
 
 
 def _known(content, kind: type, profile: str, exclude: str = "") -> dict:
