@@ -19,7 +19,8 @@ from .errors import UsageError
 def load(ctx: typer.Context, path: Path | None) -> Path | None:
     """Typer callback of `--config`: what the file says becomes the command's defaults.
 
-    Raises UsageError for a file that cannot be read, is not a mapping, repeats a key or names an unknown option.
+    Raises UsageError for a file that cannot be read, is not a mapping, repeats a key, names an unknown option or
+    gives one a value of the wrong type.
     """
     if path is None or ctx.resilient_parsing:
         return path
@@ -34,6 +35,10 @@ def load(ctx: typer.Context, path: Path | None) -> Path | None:
             )
         if value is not None:
             defaults[parameter.name] = _value(parameter, key, value, path)
+            try:
+                parameter.process_value(ctx, defaults[parameter.name])
+            except typer.BadParameter as error:
+                raise UsageError(f"{path}: key '{key}' cannot be {value!r}: {error.message}") from error
     ctx.default_map = defaults
     return path
 
