@@ -119,6 +119,8 @@ def test_bad_requests(artifact, loaded, tmp_path):
         verify(thresholds=artifact, min_skip=0.5, negative_control=True)
     with pytest.raises(UsageError, match="--backend must be auto"):
         verify(thresholds=artifact, backend="fastest")
+    with pytest.raises(UsageError, match="--length 131073 is past the model's 131072 positions"):
+        verify(thresholds=artifact, length=131073)
     with pytest.raises(ThresholdsError, match="no point 'best' of: open, mild, hard"):
         verify(thresholds=artifact, point="best")
     other = thresholds(loaded, {"mild": -1.0})

@@ -49,7 +49,7 @@ def calibrate(
 
     from ..calibration.data import load_texts
     from ..environment import resolve_device
-    from ..models.load import load_model
+    from ..models.load import check_positions, load_model
     from ..presentation.console import note, print_json
 
     place = resolve_device(device)
@@ -60,7 +60,7 @@ def calibrate(
     loaded = load_model(model, device=place, dtype=dtype)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    _check_positions(loaded.model.config, length)
+    check_positions(loaded.model.config, length, "--length")
 
     from ..calibration import run
 
@@ -104,9 +104,3 @@ def _ranks(text: str) -> tuple[int, ...]:
     if len(ranks) > 32 or any(not 1 <= k <= 65536 for k in ranks):
         raise UsageError(f"--top-k takes up to 32 numbers from 1 to 65536, got {text!r}")
     return tuple(ranks)
-
-
-def _check_positions(config, length: int) -> None:
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise UsageError(f"--length {length} is past the model's {most} positions (max_position_embeddings)")

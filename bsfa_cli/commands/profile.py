@@ -95,9 +95,11 @@ def profile(
         run.sweep_cells(plan, device, result, seconds, save)
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
+        from ..models.load import check_positions
         from ..timing.prefill import Prefill
 
         prefill = Prefill(end_to_end, thresholds, point, device, dtype)
+        check_positions(prefill.model.config, max(plan.lengths), "--lengths")
         for length in plan.lengths:
             entry = prefill.time(data, length, plan.seed, seconds)
             result["prefill"].append(entry)

@@ -68,7 +68,7 @@ def verify(
 
     from ..calibration.data import data_hash, load_texts
     from ..environment import describe
-    from ..models.load import explain_memory, load_model, resolve_device
+    from ..models.load import check_positions, explain_memory, load_model, resolve_device
     from ..presentation import verify_table
     from ..presentation.console import note, print_json, progress
     from ..verification import run
@@ -79,6 +79,7 @@ def verify(
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
+    check_positions(loaded.model.config, length, "--length")
     seed = _held_out_seed(artifact.provenance) if seed is None else seed
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)

@@ -123,6 +123,13 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
     return model, name, getattr(config, "_commit_hash", None)
 
 
+def check_positions(config, length: int, flag: str) -> None:
+    """Raise UsageError, naming `flag`, when `length` tokens are more than the model has positions for."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise UsageError(f"{flag} {length} is past the model's {most} positions (max_position_embeddings)")
+
+
 def _source(name: str) -> str:
     """The directory, with `~` expanded, or the Hub id."""
     path = Path(name).expanduser()
