@@ -15,10 +15,10 @@ WIDTH, PLOT_HEIGHT, LEFT, RIGHT, TOP, BOTTOM, TITLE = 820, 280, 64, 190, 56, 52,
 # Told apart by colour-blind readers and on both backgrounds; dashes and labels say the same once more.
 COLOURS = ("#7f7f7f", "#0f86c9", "#d9730d", "#3f9b54", "#b5549c", "#b8860b")
 STYLE = """
-svg { background: #ffffff; color: #1f2328; font: 13px system-ui, 'DejaVu Sans', sans-serif }
-.soft { opacity: .65 } .grid { stroke: currentColor; opacity: .15 } .one { stroke: currentColor; opacity: .6 }
-text { fill: currentColor } .title { font-size: 15px; font-weight: 600 } .bound { stroke-dasharray: 2 4; opacity: .9 }
-@media (prefers-color-scheme: dark) { svg { background: #0d1117; color: #e6edf3 } }
+svg { color: #1f2328; font: 13px system-ui, 'DejaVu Sans', sans-serif }
+.page { fill: #ffffff } .soft { opacity: .65 } .grid { stroke: currentColor; opacity: .15 }
+.one { stroke: currentColor; opacity: .6 } text { fill: currentColor } .title { font-size: 15px; font-weight: 600 } .bound { stroke-dasharray: 2 4; opacity: .9 }
+@media (prefers-color-scheme: dark) { svg { color: #e6edf3 } .page { fill: #0d1117 } }
 """
 
 
@@ -39,6 +39,7 @@ def speedup_plot(result: dict) -> str:
         'role="img">',
         f"<title>{escape(f'Speedup against sequence length on {machine}')}</title>",
         f"<style>{STYLE}</style>",
+        '<rect width="100%" height="100%" class="page"/>',
         _text(LEFT, 26, f"Speedup over the fastest dense attention, {machine}", "title"),
     ]
     for i, (title, series) in enumerate(panels):
