@@ -17,7 +17,8 @@ COLOURS = ("#7f7f7f", "#0f86c9", "#d9730d", "#3f9b54", "#b5549c", "#b8860b")
 STYLE = """
 svg { color: #1f2328; font: 13px system-ui, 'DejaVu Sans', sans-serif }
 .page { fill: #ffffff } .soft { opacity: .65 } .grid { stroke: currentColor; opacity: .15 }
-.one { stroke: currentColor; opacity: .6 } text { fill: currentColor } .title { font-size: 15px; font-weight: 600 } .bound { stroke-dasharray: 2 4; opacity: .9 }
+.one { stroke: currentColor; opacity: .6 } text { fill: currentColor } .title { font-size: 15px; font-weight: 600 }
+.bound { stroke-dasharray: 2 4; opacity: .9 }
 @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } .page { fill: #0d1117 } }
 """
 
