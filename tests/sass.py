@@ -1,0 +1,102 @@
+"""Kernels compiled to machine code on a machine without a GPU, and what ptxas and the disassembly say about them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+RUNTIME = dict(
+    lse_ptr="*fp32", kept_ptr="*i32", candidates_ptr="*i32", absolute_ptr="*fp32", gap_ptr="*fp32", spans_ptr="*i32",
+    scale="fp32", q_offset="i32", q_rows="i32", k_rows="i32", tiles="i32", absolute_tiles="i32", gap_tiles="i32",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One compiled kernel: shared memory in bytes, what `ptxas -v` said, and the disassembly."""
+
+    shared: int
+    notes: str
+    sass: str
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of spill stores."""
+        return int(re.search(r"(\d+) bytes spill stores", self.notes)[1])
+
+    @property
+    def serialized(self) -> bool:
+        """ptxas gave up running wgmma asynchronously."""
+        return "serializ" in self.notes
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        """Opcodes in program order: HGMMA.64x128x16.F32.BF16, BAR.SYNC.DEFER_BLOCKING, ..."""
+        return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", self.sass)
+
+    def count(self, opcode: str) -> int:
+        return sum(instruction.startswith(opcode) for instruction in self.instructions)
+
+
+def compile_kernel(kernel, signature: dict, constants: dict, capability: int, folder: Path, **options) -> MachineCode:
+    """Compile for `capability`, in an empty cache under `folder` so that ptxas runs and speaks."""
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    target, said = GPUTarget("cuda", capability, 32), io.StringIO()
+    with triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        triton.knobs.cache.dir = str(folder / "cache")
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source(kernel, types, constants), target=target, options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    disassemble = [triton.knobs.nvidia.nvdisasm.path, cubin]
+    sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    return MachineCode(compiled.metadata.shared, said.getvalue(), sass)
+
+
+def hopper(folder: Path, dtype: torch.dtype, head_dim: int, causal: bool, gate: str, spans: bool) -> MachineCode:
+    """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither."""
+    from bsfa_kernels import hopper as module
+
+    name, block_d = NAMES[dtype], module.HEAD_DIMS[head_dim]
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+
+    def descriptor(rows):
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, block_d], element)
+        return f"tensordesc<{name}[1, 1, {rows}, {block_d}],{layout!r}>"
+
+    rows, keys = descriptor(module.ROWS.value), descriptor(module.KEYS.value)
+    signature = RUNTIME | dict(q_desc=rows, k_desc=keys, v_desc=keys, out_ptr=f"*{name}")
+    constants = dict(
+        HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, CAUSAL=causal, KEEP_SINK=True, ABSOLUTE="a" in gate,
+        GAP="g" in gate, SPANS=spans,
+    )  # fmt: skip
+    return compile_kernel(module._forward, signature, constants, 90, folder, num_warps=4, maxnreg=128)
+
+
+def portable(folder: Path, dtype: torch.dtype, head_dim: int, rows: int, keys: int, capability: int) -> MachineCode:
+    """The triton backend's kernel as it is launched: causal, gap gate, no spans."""
+    from bsfa_kernels import portable as module
+
+    name, block_d = NAMES[dtype], triton.next_power_of_2(head_dim)
+    q, kv = (f"tensordesc<{name}[1, 1, {n}, {block_d}]>" for n in (rows, keys))
+    signature = RUNTIME | dict(q_desc=q, k_desc=kv, v_desc=kv, out_ptr=f"*{name}")
+    constants = dict(
+        absolute_ptr=None, spans_ptr=None, HEADS=32, GROUP=4, D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
+        CAUSAL=True, KEEP_SINK=True,
+    )  # fmt: skip
+    launch = module.launch_shape(dtype, head_dim, rows)
+    return compile_kernel(module._forward, signature, constants, capability, folder, **launch)

@@ -1,0 +1,80 @@
+"""Every kernel variant as machine code for its GPU, compiled without one: no serialized wgmma, few spills, it fits."""
+
+from __future__ import annotations
+
+import pytest
+import sass
+import torch
+
+BF16, FP16 = torch.bfloat16, torch.float16
+KB = 1024
+HOPPER_SHARED = 227 * KB
+SMALLEST_SHARED = 99 * KB  # what any GPU since sm_80 gives one program (sm_86, sm_89, sm_120)
+A100_SHARED = 163 * KB
+# Bytes of spill stores a Hopper variant may have, by head dim. At 64 there are registers to spare; above, two of three
+# consumers hold 128 accumulators in 160 registers (most with both gates: 312 bytes from Triton 3.6).
+HOPPER_SPILLS = {64: 0, 96: 320, 128: 320}
+
+# Every pair of values of any two columns occurs, dtype with gate, causal with spans and so on.
+HOPPER = [
+    (BF16, 128, True, "g", False),
+    (BF16, 128, True, "a", True),
+    (BF16, 128, True, "ag", False),
+    (BF16, 128, False, "", True),
+    (FP16, 128, False, "g", True),
+    (FP16, 128, True, "", False),
+    (FP16, 64, True, "ag", True),
+    (BF16, 64, False, "g", False),
+    (FP16, 64, False, "a", False),
+    (BF16, 64, True, "", True),
+    (BF16, 96, True, "g", True),
+    (FP16, 96, False, "ag", False),
+    (BF16, 96, False, "a", False),
+    (FP16, 96, True, "", True),
+]
+
+
+def label(value) -> str:
+    names = {True: "causal", False: "full", "g": "gap", "a": "absolute", "ag": "both", "": "open"}
+    return sass.NAMES[value] if isinstance(value, torch.dtype) else str(names.get(value, value))
+
+
+def hopper_label(variant) -> str:
+    *rest, spans = variant
+    return "-".join([label(rest[0]), str(rest[1]), *map(label, rest[2:]), *["spans"] * spans])
+
+
+@pytest.mark.parametrize("variant", HOPPER, ids=hopper_label)
+def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path):
+    code = sass.hopper(tmp_path, *variant)
+    assert not code.serialized, code.notes
+    # Per consumer: a product is one to eight wgmmas and a single wait.
+    assert code.count("HGMMA") >= 36
+    assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
+    assert code.spilled <= HOPPER_SPILLS[variant[1]]
+    assert code.shared <= HOPPER_SHARED
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_portable_uses_tensor_cores_and_fits_any_gpu(capability, head_dim, shape, tmp_path):
+    code = sass.portable(tmp_path, BF16, head_dim, *shape, capability)
+    assert not code.serialized, code.notes
+    if capability == 90:
+        assert code.count("HGMMA") >= 16 and code.count("HMMA") == 0
+        assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
+    else:
+        assert code.count("HMMA") >= 128
+    # Where there is no wgmma, head dim 256 needs more than the smallest GPUs have.
+    assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
+
+
+def test_a_spill_and_a_serialized_product_would_be_seen():
+    notes = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
+    notes += "    8 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads\n"
+    text = "        /*0010*/              @!P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT ;\n"
+    text += "        /*0020*/                   STL [R1+0x2c], R0 ;\n"
+    code = sass.MachineCode(0, notes, text)
+    assert code.serialized and code.spilled == 12
+    assert code.instructions == ["HGMMA.64x128x16.F32.BF16", "STL"]

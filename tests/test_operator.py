@@ -1,0 +1,198 @@
+"""The registered operators: what torch may assume of them, compilation, refusals, and which backend serves a call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bsfa_kernels import (
+    BackendUnavailable,
+    Gate,
+    TileShape,
+    backends,
+    block_sparse_attention,
+    explain,
+    make_spans,
+    tile_statistics,
+)
+from bsfa_kernels.request import Request
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+TILE = TileShape(16, 16)
+
+
+def tensors(heads=4, kv_heads=2, rows=40, keys=40, head_dim=16, dtype=torch.float32, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, h, n, head_dim) for h, n in ((heads, rows), (kv_heads, keys), (kv_heads, keys))]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
+    return torch.full((heads, tiles), value)
+
+
+def operator_arguments(
+    q, k, v, absolute=None, gap=None, spans=None, q_offset=0, scale=0.25, causal=True, sink=True, lse=True, counts=True,
+    backend="auto",
+):  # fmt: skip
+    return q, k, v, absolute, gap, spans, q_offset, scale, causal, *(TILE.rows, TILE.keys), sink, lse, counts, backend
+
+
+ATTENTION = {
+    "open": lambda: operator_arguments(*tensors()),
+    "both-gates": lambda: operator_arguments(*tensors(), absolute=thresholds(0.5), gap=thresholds(-1.0)),
+    "output-only": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), lse=False, counts=False),
+    "counts-only": lambda: operator_arguments(*tensors(), absolute=thresholds(0.5), lse=False, causal=False),
+    "spans": lambda: operator_arguments(
+        *tensors(), gap=thresholds(-1.0), spans=make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
+    ),
+    "spans-with-lengths": lambda: operator_arguments(
+        *tensors(), spans=make_spans(2, lengths=torch.tensor([40, 17])), sink=False, backend="reference"
+    ),
+    "chunk": lambda: operator_arguments(*tensors(rows=16, keys=56), q_offset=40, gap=thresholds(0.0)),
+    "half-strided": lambda: operator_arguments(
+        *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(dtype=torch.bfloat16)), gap=thresholds(-1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", ATTENTION.values(), ids=ATTENTION)
+def test_attention_is_a_sound_operator(arguments):
+    torch.library.opcheck(torch.ops.bsfa.attention, arguments())
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("spans", [None, "padded"])
+def test_tile_statistics_is_a_sound_operator(causal, spans):
+    q, k, v = tensors()
+    spans = spans and make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
+    lse = block_sparse_attention(q, k, v, causal=causal, spans=spans, return_lse=True, tile=TILE).lse
+    arguments = (q, k, lse, spans, 0, 0.25, causal, TILE.rows, TILE.keys, True, "auto")
+    torch.library.opcheck(torch.ops.bsfa.tile_statistics, arguments)
+
+
+def test_fake_tensors_have_the_shapes_and_types_of_the_result():
+    def call(lse):
+        q, k, v = tensors(dtype=torch.float16)
+        result = block_sparse_attention(q, k, v, tile=TILE, return_lse=True, return_counts=True)
+        return [*result, *tile_statistics(q, k, lse, tile=TILE)]
+
+    real = call(torch.zeros(2, 4, 40))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = call(torch.zeros(2, 4, 40))
+    for got, expected in zip(fake, real, strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (expected.shape, expected.dtype, expected.stride())
+    q, k, v = tensors()
+    bare = block_sparse_attention(q, k, v, tile=TILE)
+    assert bare.lse is None and bare.kept is None and bare.candidates is None
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_function_equals_eager(compiler):
+    def layer(q, k, v, gap, spans):
+        result = block_sparse_attention(
+            q * 1.5, k, v, Gate(gap=gap), spans=spans, tile=TILE, return_lse=True, return_counts=True
+        )
+        return result.out + 1, result.lse, result.kept.sum(), result.candidates.sum()
+
+    q, k, v = tensors()
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    spans = make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
+    for gap in (-torch.inf, 1.0):
+        arguments = (q, k, v, thresholds(gap), spans)
+        got, expected = compiled(*arguments), layer(*arguments)
+        torch.testing.assert_close(got, expected)
+    assert expected[2] < expected[3]
+
+
+Q, K, V = tensors()
+LONG = tensors(keys=48)[1]
+REFUSED = [
+    (dict(q=Q[0]), r"q must have 4 axes \[batch, heads, length, head dim\], got shape \[4, 40, 16\]"),
+    (dict(k=K.half()), r"k is torch.float16 on cpu, but q is torch.float32 on cpu"),
+    (dict(v=V.to("meta")), r"v is torch.float32 on meta, but q is torch.float32 on cpu"),
+    (dict(q=Q.mT.contiguous().mT), r"q must be contiguous along its last axis, got strides \[2560, 640, 1, 40\]"),
+    (
+        dict(q=Q.int(), k=K.int(), v=V.int()),
+        r"q must be float16, bfloat16, float32 or float64, got torch.int32",
+    ),
+    (dict(v=LONG), r"k and v must have the same shape, got \[2, 2, 40, 16\] and \[2, 2, 48, 16\]"),
+    (dict(q=Q[:1]), r"q \[1, 4, 40, 16\] and k \[2, 2, 40, 16\] must agree in batch size and head dim"),
+    (dict(q=Q[:, :3]), r"query heads \(3\) must be a multiple of key/value heads \(2\)"),
+    (dict(q=Q[:, :, :0]), r"empty input: q \[2, 4, 0, 16\], k \[2, 2, 40, 16\]"),
+    (dict(scale=0.0), r"scale must be positive and finite, got 0.0"),
+    (dict(scale=float("nan")), r"scale must be positive and finite, got nan"),
+    (dict(q_offset=-1), r"q_offset must not be negative, got -1; left padding is described by spans"),
+    (dict(q_offset=3, spans=make_spans(2)), r"give either q_offset or spans, not both"),
+    (dict(spans=make_spans(3)), r"spans must be int32 \[2, 4\] on cpu, got torch.int32 \[3, 4\] on cpu"),
+    (dict(spans=make_spans(2).long()), r"spans must be int32 \[2, 4\] on cpu, got torch.int64 \[2, 4\] on cpu"),
+    (dict(gate=Gate(gap=thresholds(0.0, heads=3))), r"gate 'gap' has 3 heads, but q has 4"),
+    (dict(gate=Gate(absolute=thresholds(0.0).to("meta"))), r"gate 'absolute' is on meta, but q is on cpu"),
+    (dict(backend="cuda"), r"backend must be 'auto' or one of hopper, triton, torch, reference; got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=[said.replace("\\", "")[:40] for _, said in REFUSED])
+def test_a_bad_argument_is_named_with_its_value_and_what_was_expected(arguments, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        block_sparse_attention(**dict(q=Q, k=K, v=V) | arguments)
+
+
+def test_bad_thresholds_tiles_and_lse_are_refused():
+    with pytest.raises(ValueError, match=r"gate 'gap' must be a float32 tensor .*, got torch.float64 \[4, 3\]"):
+        Gate(gap=thresholds(0.0).double())
+    with pytest.raises(ValueError, match=r"gate 'absolute' must be .* \[query heads, query tiles\], got .* \[4\]"):
+        Gate(absolute=torch.zeros(4))
+    with pytest.raises(ValueError, match="tile keys must be a positive number, got 0"):
+        TileShape(64, 0)
+    with pytest.raises(ValueError, match=r"lse must be float32 \[2, 4, 40\], got torch.float32 \[2, 4, 39\]"):
+        tile_statistics(Q, K, torch.zeros(2, 4, 39))
+
+
+def request(**changes) -> Request:
+    values = dict(
+        q=Q, k=K, v=V, gate=Gate(), scale=0.25, causal=True, tile=TileShape(), keep_sink=True, q_offset=0, spans=None,
+        want_lse=False, want_counts=False,
+    )  # fmt: skip
+    return Request(**values | changes)
+
+
+def test_auto_says_why_faster_backends_were_passed_over():
+    name, module, passed_over = backends.choose(request())
+    assert name == "torch" and module.attention
+    assert list(passed_over) == ["hopper", "triton"]
+    assert passed_over["hopper"] == "tensors are on cpu; the Hopper kernel needs an H100 or H200"
+    assert passed_over["triton"] == "tensors are on cpu; the Triton kernel needs a CUDA device"
+    assert explain(Q, K, V) == (name, passed_over)
+    assert backends.choose(request(), table=backends.STATISTICS)[0] == "torch"
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_demanded_backend_serves_the_call(name):
+    chosen, _, passed_over = backends.choose(request(), name)
+    assert (chosen, passed_over) == (name, {})
+
+
+def test_a_demanded_backend_that_cannot_says_so():
+    with pytest.raises(BackendUnavailable, match="^backend 'hopper' cannot serve this call: tensors are on cpu; "):
+        block_sparse_attention(Q, K, V, backend="hopper")
+    with pytest.raises(BackendUnavailable, match="^backend 'triton' cannot serve this call: tensors are on cpu; "):
+        tile_statistics(Q, K, torch.zeros(2, 4, 40), backend="triton")
+    with pytest.raises(ValueError, match="one of triton, torch, reference; got 'hopper'"):
+        tile_statistics(Q, K, torch.zeros(2, 4, 40), backend="hopper")
+
+
+def test_a_backend_that_cannot_be_imported_is_a_reason(monkeypatch):
+    def missing(name, package):
+        raise ImportError(f"No module named {name!r}", name="triton")
+
+    backends.load.cache_clear()
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    try:
+        reason = "triton cannot be imported (No module named '.hopper')"
+        assert backends.reason_against("hopper", request()) == reason
+        with pytest.raises(
+            BackendUnavailable, match="backend 'hopper' cannot serve this call: triton cannot be imported"
+        ):
+            backends.choose(request(), "hopper")
+    finally:
+        backends.load.cache_clear()
