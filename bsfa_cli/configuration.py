@@ -25,7 +25,7 @@ def load(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is None or ctx.resilient_parsing:
         return path
     parameters = _parameters(ctx)
-    section = _section(_read(path), path, ctx)
+    section = _section(_read(path), parameters, path, ctx)
     defaults = dict(ctx.default_map or {})
     for key, value in section.items():
         parameter = parameters.get(str(key).replace("_", "-"))
@@ -83,10 +83,14 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _section(content: dict, path: Path, ctx: typer.Context) -> dict:
+def _section(content: dict, parameters: dict, path: Path, ctx: typer.Context) -> dict:
+    """This command's part of `content`, which has sections where a command's name is no option or holds a mapping."""
     commands = getattr(ctx.parent.command, "commands", {}) if ctx.parent else {}
-    if not content or not all(key in commands for key in content):
+    if not any(key in commands and (isinstance(content[key], dict) or key not in parameters) for key in content):
         return content
+    for key in content:
+        if key not in commands:
+            raise UsageError(f"{path}: unknown section '{key}'; there may be {', '.join(commands)}")
     section = content.get(ctx.info_name) or {}
     if not isinstance(section, dict):
         raise UsageError(f"{path}: section '{ctx.info_name}' must be a mapping, got {type(section).__name__}")

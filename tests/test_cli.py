@@ -212,6 +212,12 @@ def test_one_file_may_hold_a_section_per_command(run, seen, tmp_path):
     assert seen["top_k"] == 7
 
 
+def test_an_option_may_be_named_as_a_command_is(run, one_sentence, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("profile: no-such-profile\n")
+    one_sentence(run("profile", "--config", file), 2, "no profile 'no-such-profile'")
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -224,6 +230,7 @@ def test_one_file_may_hold_a_section_per_command(run, seen, tmp_path):
         (b"device: tpu\n", ("run.yaml: key 'device'", "'tpu'")),
         (b"- 1\n", ("must hold a mapping", "list")),
         (b"trial: 3\n", ("section 'trial'",)),
+        (b"trial: {top-k: 2}\nverfy: {seed: 1}\n", ("unknown section 'verfy'", "verify")),
         (b"a: [\n", ("is not YAML",)),
         (b"\xff\xfe\x00", ("is not YAML",)),
         (b"top-k: !!python/object/apply:os.system ['true']\n", ("is not YAML",)),
