@@ -114,48 +114,66 @@ def producer(
         phase = (i // STAGES) & 1
         tile, _ = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
         row = tile * KEYS - k_offset
-        mbarrier.wait(k_empty.index(slot), phase ^ 1)
+        mbarrier.wait(v_empty.index(slot), phase ^ 1)
         mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
         tma_load(k_desc, [b, kv_head, row, 0], k_full.index(slot), k_bufs.index(slot))
-        mbarrier.wait(v_empty.index(slot), phase ^ 1)
         mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
         tma_load(v_desc, [b, kv_head, row, 0], v_full.index(slot), v_bufs.index(slot))
 
 
 @gluon.jit
-def scores(q, k_bufs, slot, k_empty, D: gl.constexpr):
-    """Unscaled scores of one tile in float32; gives its K stage back to the producer."""
+def either(a, b):
+    return a | b
+
+
+@gluon.jit
+def per_thread(s, partial: gl.constexpr, SUM: gl.constexpr):
+    """Largest value (or sum) among each thread's own columns of every row: [ROWS, 4], without a shuffle."""
+    s = s.reshape([ROWS, KEYS // 8, 4, 2])
+    if SUM:
+        return gl.convert_layout(gl.sum(gl.sum(s, 3), 1), partial, assert_trivial=True)
+    else:
+        return gl.convert_layout(gl.max(gl.max(s, 3), 1), partial, assert_trivial=True)
+
+
+@gluon.jit
+def scores(q, k_bufs, slot, D: gl.constexpr):
+    """Unscaled scores of one tile in float32."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     k = k_bufs.index(slot).reshape([KEYS, D])
     zeros = gl.full([ROWS, KEYS], 0.0, gl.float32, s_layout)
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(slot), count=1)
-    return s
+    return warpgroup_mma_wait(0, deps=[s])
 
 
 @gluon.jit
-def vote(row_max, valid, running_max, scale, absolute, gap, ABSOLUTE: gl.constexpr, GAP: gl.constexpr):
-    """Whether the tile passes its gates. Padding rows have no vote."""
+def vote(largest, valid, running_max, scale, absolute, gap, ballot, ABSOLUTE: gl.constexpr, GAP: gl.constexpr):
+    """Whether the tile passes its gates: each warp says which gates one of its rows passes, then all read all four."""
     passes = True
     if ABSOLUTE or GAP:
-        row_max = gl.where(valid, row_max, -float("inf"))
-    if ABSOLUTE:
-        passes = gl.max(row_max, 0) * scale >= absolute
-    if GAP:
-        passes = passes & (gl.max(row_max * (scale * LOG2E) - running_max, 0) >= gap)
+        votes = gl.full(largest.shape, 0, gl.int32, largest.type.layout)
+        if ABSOLUTE:
+            votes = gl.where(largest * scale >= absolute, 1, 0)
+        if GAP:
+            votes |= gl.where(largest * (scale * LOG2E) - running_max[:, None] >= gap, 2, 0)
+        votes = gl.where(valid[:, None], votes, 0)
+        ballot.store(gl.reduce(votes.reshape([4, ROWS]), 1, either))
+        everyone: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        passes = gl.reduce(ballot.load(everyone), 0, either) == (1 if ABSOLUTE else 0) + (2 if GAP else 0)
     return passes
 
 
 @gluon.jit
-def accumulate(s, row_max, acc, running_max, row_sum, v_bufs, slot, scale_log2, D: gl.constexpr):
-    """One tile joins the softmax; maxima in log2 units."""
+def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, D: gl.constexpr):
+    """One tile joins the softmax; maxima in log2 units, sums per thread."""
     o_layout: gl.constexpr = acc.type.layout
-    new_max = gl.maximum(running_max, row_max * scale_log2)
-    p = gl.exp2(s * scale_log2 - new_max[:, None])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    partial: gl.constexpr = largest.type.layout
+    new_max = gl.maximum(running_max, gl.max(largest, 1) * scale_log2)
+    p = gl.exp2(s * scale_log2 - gl.convert_layout(new_max, s_rows, assert_trivial=True)[:, None])
     alpha = gl.exp2(running_max - new_max)
-    row_sum = row_sum * alpha + gl.sum(p, 1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    row_sum = row_sum * alpha[:, None] + per_thread(p, partial, True)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
     p = gl.convert_layout(p.to(v_bufs.dtype), gl.DotOperandLayout(0, o_layout, 2))
     acc = warpgroup_mma(p, v_bufs.index(slot).reshape([KEYS, D]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -168,27 +186,48 @@ def consumer(
     ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
 ):  # fmt: skip
     (
-        q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
+        q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, k_empty, v_full, v_empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
         stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
     ) = shared  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    # What one thread holds of a row: 4 threads share it.
+    partial: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [ROWS.value, 4]
+    )
+    rows: gl.constexpr = gl.SliceLayout(1, partial)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = q_bufs.dtype
 
     query_tile = block_tile + WG
-    position = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows)
-    row = position - q_first
-    valid = (row >= 0) & (row < q_rows) & (position < q_length)
     alive = query_tile * ROWS < gl.minimum(q_length, q_first + q_rows)
+    # Rows of this tile that are no padding.
+    first_valid = q_first - query_tile * ROWS
+    end_valid = gl.minimum(q_rows + q_first, q_length) - query_tile * ROWS
+    row = gl.arange(0, ROWS, layout=rows)
+    valid = (row >= first_valid) & (row < end_valid)
     own = gl.minimum(query_tile * ROWS // KEYS, (length - 1) // KEYS)  # this consumer's diagonal key tile
-    # Keys from here on need a mask for some row.
-    clear = length
+    # Positions in the stream: own_at and sink_at are forced, from first_candidate on the gates decide (but not again).
     if CAUSAL:
-        clear = gl.minimum(length, query_tile * ROWS + 1)
+        own_at = end_tiles - 1 - own + sink
+        sink_at = sink - 1
+        first_candidate = own_at + 1
+        again = -1
+        if (sink == 1) & (own == 0):
+            own_at = 0
+            first_candidate = stream
+    else:
+        own_at = end_diagonal - 1 - own
+        sink_at = gl.where((sink == 1) & (own > 0), diagonals, -1)
+        first_candidate = diagonals + sink
+        again = diagonals + sink + end_tiles - 1 - own
+    if not alive:
+        own_at = -1
+        sink_at = -1
+        first_candidate = stream
     absolute = -float("inf")
     gap = -float("inf")
     if ABSOLUTE:
@@ -196,8 +235,8 @@ def consumer(
     if GAP:
         gap = gl.load(gap_ptr + head * gap_tiles + gl.minimum(query_tile, gap_tiles - 1)) * LOG2E
 
-    running_max = gl.full([ROWS], -float("inf"), gl.float32, s_rows)  # log2 units
-    row_sum = gl.full([ROWS], 0.0, gl.float32, s_rows)
+    running_max = gl.full([ROWS], -float("inf"), gl.float32, rows)  # log2 units
+    row_sum = gl.full([ROWS, 4], 0.0, gl.float32, partial)
     acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
     kept = 0
     q = q_bufs.index(WG).reshape([ROWS, D])
@@ -206,42 +245,45 @@ def consumer(
     for i in range(stream):
         slot = i % STAGES
         parity = (i // STAGES) & 1
-        tile, phase = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
-        first_key = tile * KEYS
-        on_diagonal = tile == own
-        if CAUSAL:
-            concerned = alive & (tile <= own)
-            forced = on_diagonal | (phase == 1)
-        else:
-            concerned = alive & ((phase == 0) == on_diagonal)
-            forced = phase < 2
         mbarrier.wait(k_full.index(slot), parity)
-        s = scores(q, k_bufs, slot, k_empty, D)
-        if first_key + KEYS > clear:
-            key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
+        s = scores(q, k_bufs, slot, D)
+        # Up to its diagonal tile a causal consumer masks everything: what lies before is none of its concern or the sink.
+        tile, _ = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
+        masked = i <= own_at
+        if not CAUSAL:
+            masked = (tile + 1) * KEYS > length
+        if masked:
+            key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
             visible = (key < length)[None, :]
             if CAUSAL:
+                position = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows)
                 visible = visible & (key[None, :] <= position[:, None])
             s = gl.where(visible, s, -float("inf"))
-        row_max = gl.max(s, 1)
-        passes = vote(row_max, valid, running_max, scale, absolute, gap, ABSOLUTE, GAP)
+        largest = per_thread(s, partial, False)
+        passes = vote(largest, valid, running_max, scale, absolute, gap, ballots.index(WG), ABSOLUTE, GAP)
+        forced = (i == own_at) | (i == sink_at)
+        candidate = (i >= first_candidate) & (i != again)
         mbarrier.wait(v_full.index(slot), parity)
-        if concerned & (forced | passes):
+        if forced | (candidate & passes):
             acc, running_max, row_sum = accumulate(
-                s, row_max, acc, running_max, row_sum, v_bufs, slot, scale * LOG2E, D
+                s, largest, acc, running_max, row_sum, v_bufs, slot, scale * LOG2E, D
             )
             kept += gl.where(forced, 0, 1)
         mbarrier.arrive(v_empty.index(slot), count=1)
 
     if alive & (stream > 0):
         # Plain stores: a TMA store whose tile starts before the tensor (an unaligned chunk) is an illegal instruction.
-        inverse = gl.convert_layout(1.0 / row_sum, o_rows)
-        o_row = query_tile * ROWS - q_first + gl.arange(0, ROWS, layout=o_rows)
+        total = gl.sum(row_sum, 1)
+        inverse = gl.convert_layout(1.0 / total, o_rows)
+        o_row = gl.arange(0, ROWS, layout=o_rows)
         column = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-        written = (o_row >= 0) & (o_row < gl.minimum(q_rows, q_length - q_first))
-        address = out_ptr + (plane * q_rows + o_row)[:, None] * HEAD_DIM + column[None, :]
+        written = (o_row >= first_valid) & (o_row < end_valid)
+        first_row = plane * q_rows + query_tile * ROWS - q_first
+        address = out_ptr + (first_row + o_row)[:, None] * HEAD_DIM + column[None, :]
         gl.store(address, (acc * inverse[:, None]).to(dtype), mask=written[:, None] & (column < HEAD_DIM)[None, :])
-        gl.store(lse_ptr + plane * q_rows + row, (running_max + gl.log2(row_sum)) / LOG2E, mask=valid)
+        row = gl.arange(0, ROWS, layout=rows)
+        valid = (row >= first_valid) & (row < end_valid)
+        gl.store(lse_ptr + first_row + row, (running_max + gl.log2(total)) / LOG2E, mask=valid)
         visible_tiles = own + 1
         forced_tiles = 1
         if not CAUSAL:
@@ -296,6 +338,7 @@ def _forward(
     q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], v_desc.layout)
+    ballots = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -309,7 +352,7 @@ def _forward(
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     shared = (
-        q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
+        q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, k_empty, v_full, v_empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
         stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
