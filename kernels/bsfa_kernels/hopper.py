@@ -3,7 +3,8 @@
 One program computes 192 query rows of one head: three consumer warpgroups of 64 rows, each deciding for its own
 64 x 128 tiles, and one producer warp that streams K and V tiles through shared memory by TMA. The three consumers
 share one stream and run out of step, so that one's softmax hides behind another's products. V is always streamed:
-fetching it after the vote would expose its latency (measured: 10-20 % slower at every skip rate).
+fetching it after the vote would expose its latency (measured: 10-20 % slower at every skip rate). What each choice
+was worth is in kernels/NOTES.md.
 
 Order of the stream: causal, the sink and then right to left, so that every consumer meets its forced tiles before its
 candidates; not causal, the diagonal tiles of all three consumers, the sink, then everything else right to left.
@@ -88,22 +89,19 @@ def attention(request: Request):
 
 
 @gluon.jit
-def stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL: gl.constexpr):
-    """(key tile, phase) at position i of a block's stream. Phase 0: diagonal, 1: sink, 2: everything else."""
+def stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL: gl.constexpr):
+    """Key tile at position i of a block's stream."""
     if CAUSAL:
-        is_sink = (i == 0) & (sink == 1)
-        return gl.where(is_sink, 0, end_tiles - 1 - i + sink), gl.where(is_sink, 1, 2)
+        return gl.where((i == 0) & (sink == 1), 0, end_tiles - 1 - i + sink)
     else:
         rest = i - diagonals - sink
-        tile = gl.where(i < diagonals, end_diagonal - 1 - i, gl.where(rest < 0, 0, end_tiles - 1 - rest))
-        return tile, gl.where(i < diagonals, 0, gl.where(rest < 0, 1, 2))
+        return gl.where(i < diagonals, end_diagonal - 1 - i, gl.where(rest < 0, 0, end_tiles - 1 - rest))
 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
-    b, head, kv_head, first_row, k_offset, stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
-    CAUSAL: gl.constexpr,
+    q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
+    b, head, kv_head, first_row, k_offset, stream, diagonals, sink, end_diagonal, end_tiles, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     if stream > 0:
         mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
@@ -112,9 +110,9 @@ def producer(
     for i in range(stream):
         slot = i % STAGES
         phase = (i // STAGES) & 1
-        tile, _ = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
+        tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
         row = tile * KEYS - k_offset
-        mbarrier.wait(v_empty.index(slot), phase ^ 1)
+        mbarrier.wait(empty.index(slot), phase ^ 1)
         mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
         tma_load(k_desc, [b, kv_head, row, 0], k_full.index(slot), k_bufs.index(slot))
         mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
@@ -186,10 +184,10 @@ def consumer(
     ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
 ):  # fmt: skip
     (
-        q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, k_empty, v_full, v_empty,
+        q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
-        stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
+        stream, diagonals, sink, end_diagonal, end_tiles,
     ) = shared  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -247,8 +245,8 @@ def consumer(
         parity = (i // STAGES) & 1
         mbarrier.wait(k_full.index(slot), parity)
         s = scores(q, k_bufs, slot, D)
-        # Up to its diagonal tile a causal consumer masks everything: what lies before is none of its concern or the sink.
-        tile, _ = stream_tile(i, diagonals, sink, first_diagonal, end_diagonal, end_tiles, CAUSAL)
+        # A causal consumer masks all up to its diagonal tile: what comes before is the sink or no concern of its own.
+        tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
         masked = i <= own_at
         if not CAUSAL:
             masked = (tile + 1) * KEYS > length
@@ -269,7 +267,7 @@ def consumer(
                 s, largest, acc, running_max, row_sum, v_bufs, slot, scale * LOG2E, D
             )
             kept += gl.where(forced, 0, 1)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.arrive(empty.index(slot), count=1)
 
     if alive & (stream > 0):
         # Plain stores: a TMA store whose tile starts before the tensor (an unaligned chunk) is an illegal instruction.
@@ -341,21 +339,19 @@ def _forward(
     ballots = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     mbarrier.init(q_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     shared = (
-        q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, k_empty, v_full, v_empty,
+        q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
-        stream, diagonals, sink, first_diagonal, end_diagonal, end_tiles,
+        stream, diagonals, sink, end_diagonal, end_tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -363,9 +359,9 @@ def _forward(
             (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
             (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
             (producer, (
-                q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, k_empty, v_full, v_empty,
-                b, head, kv_head, block_tile * ROWS - q_first, k_offset, stream, diagonals, sink, first_diagonal,
-                end_diagonal, end_tiles, CAUSAL,
+                q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
+                b, head, kv_head, block_tile * ROWS - q_first, k_offset, stream, diagonals, sink, end_diagonal,
+                end_tiles, CAUSAL,
             )),
         ],
         [4, 4, 1],
