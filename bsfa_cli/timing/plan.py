@@ -78,6 +78,7 @@ class Plan:
         changes = {key: value for key, value in changes.items() if value is not None}
         if head_flags:
             changes["shapes"] = (replace(self.shapes[0], name="custom", lengths=None, **head_flags),)
+            changes["name"] = "custom"
         elif "lengths" in changes:
             changes["shapes"] = tuple(replace(shape, lengths=None) for shape in self.shapes)
         return replace(self, **changes)
