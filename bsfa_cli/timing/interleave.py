@@ -1,7 +1,7 @@
 """Interleaved measurement: contenders take turns, so that clocks, heat and neighbours hit all of them alike.
 
 Each round runs every contender once, in an order shuffled anew. On a GPU a call is timed between two CUDA events
-after a write larger than the L2 cache, and the host waits only at the end of the round; on a CPU by perf_counter.
+after writes larger than the L2 cache, and the host waits only at the end of the round; on a CPU by perf_counter.
 Compilation and the first calls are outside the samples.
 """
 
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 
 FLUSH_BYTES = 256 * 2**20
+# Writes before each timed call: some 0.5 ms on an H200, so that the host has launched the call before it may start and
+# no contender is charged for its launch.
+FLUSHES = 8
 WARM_UP = 2
 
 
@@ -113,7 +116,8 @@ def _round(order: list[Contender], device: torch.device, flush: torch.Tensor | N
         if contender.prepare:
             contender.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        for _ in range(FLUSHES):
+            flush.zero_()
         start.record()
         contender.call()
         end.record()
