@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -176,6 +176,8 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
     by_id = {planned["id"]: planned["role"] for planned in run.manifest["samples"]}
     finished = {*done["fit"], *done["heldout"]}
     seconds: dict[str, float] = {}
+    if len(finished) < len(samples):
+        _warm_up(loaded.model, samples[0], run.plan, curves["fit"], device)
     bar = progress()
     with bar:
         task = bar.add_task("calibrating", total=len(samples), completed=len(finished))
@@ -198,6 +200,14 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
             if not console().is_terminal:
                 note(f"{sample.id}: {len(sample.tokens):,} tokens, {role}, {seconds[sample.id]:.1f} s")
     return seconds
+
+
+def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves], device: torch.device) -> None:
+    """Compile the GPU's kernels on a few tiles of a sample, thrown away: seconds per sample then hold no compilation."""
+    if device.type == "cuda":
+        path, module = next(iter(curves.items()))
+        tokens = sample.tokens[: 4 * max(plan.tile.rows, plan.tile.keys)]
+        forward(model, replace(sample, tokens=tokens), {path: ModuleCurves(plan, module.heads, device)}, device)
 
 
 @torch.inference_mode()
