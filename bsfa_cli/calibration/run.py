@@ -203,7 +203,7 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
 
 
 def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves], device: torch.device) -> None:
-    """Compile the GPU's kernels on a few tiles of a sample, thrown away: seconds per sample then hold no compilation."""
+    """Compile the GPU's kernels on a few tiles of a sample, so that no sample's seconds hold it."""
     if device.type == "cuda":
         path, module = next(iter(curves.items()))
         tokens = sample.tokens[: 4 * max(plan.tile.rows, plan.tile.keys)]
