@@ -75,6 +75,8 @@ def test_a_mild_point_passes_and_says_what_it_did(artifact, capsys):
     assert result["negative_control"]["skip"] == 1 and result["negative_control"]["failures"]
     assert result["environment"]["torch"] == torch.__version__
     assert "random weights" in shown and "negative control fails, as it must" in shown
+    assert shown.endswith("passed\n")
+    assert "no accuracy limit asked for" in call(capsys, artifact, point="mild", min_skip=0.01)[1]
 
 
 def test_every_point_is_verified_and_one_that_skips_nothing_fails(artifact, capsys):

@@ -127,7 +127,10 @@ def verify(
         })  # fmt: skip
     if failures:
         raise GateFailed("; ".join(failures))
-    note("passed")
+    if gates.judge_accuracy:
+        note("passed")
+    else:
+        note("passed, with no accuracy limit asked for: --min-top1, --max-perplexity-increase or --max-dropped-mass")
 
 
 def _held_out_seed(provenance) -> int:
