@@ -51,6 +51,8 @@ def test_curves_equal_the_literal_count(tile):
     plan = Plan(tile, 140, (1, 3, 8))
     curves = ModuleCurves(plan, 2, "cpu")
     samples = [statistics(length, tile, seed, heads=2)[2] for seed, length in enumerate((140, 75))]
+    # Values that equal a threshold are kept: put those of one sample on the grids.
+    samples[1] = samples[1]._replace(gap=samples[1].gap.mul(4).round() / 4, maximum=samples[1].maximum.round())
     for sample in samples:
         curves.add(sample)
     for name, expected in literal(samples, plan, 2).items():
