@@ -161,7 +161,7 @@ class Thresholds:
             if ours is not None and theirs is not None and canonical_json(ours) != canonical_json(theirs):
                 raise ThresholdsError(
                     f"the thresholds were made for another model ({self.model['id']}): "
-                    f"{key} is {short(ours)} there and {short(theirs)} here"
+                    f"{key} is {_brief(ours)} there and {_brief(theirs)} here"
                 )
         for path, tensor in self.tensors.items() if modules is not None else ():
             if path not in modules:
@@ -246,6 +246,11 @@ def interpolate(values: torch.Tensor, knots: tuple[int, ...], positions: torch.T
     low, high = values[..., left].double(), values[..., right].double()
     mixed = torch.where((low == -torch.inf) | (high == -torch.inf), -torch.inf, low + weight * (high - low))
     return torch.where(weight == 0, low, torch.where(weight == 1, high, mixed)).float().contiguous()
+
+
+def _brief(value) -> str:
+    """As `short`, and of a sha256 its first digits."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else short(value)
 
 
 def _check_schema(bsfa: dict) -> None:
