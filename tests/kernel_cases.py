@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans, tile_statistics
+from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, make_spans, tile_statistics
+from bsfa_kernels.request import query_tiles
 
 SENTINEL = float("nan")
 
@@ -28,6 +29,7 @@ class Case:
     padded: bool = False
     keep_sink: bool = True
     dtype: torch.dtype = torch.float32
+    blocks: str = ""  # "", "ordered" (right to left, from a mask) or "shuffled" (any order, with useless entries)
 
     def __str__(self):
         parts = [
@@ -37,7 +39,7 @@ class Case:
             f"{self.gate or 'open'}{self.skip if self.gate else ''}",
         ]
         parts += [f"off{self.q_offset}"] * bool(self.q_offset) + ["padded"] * self.padded
-        parts += ["nosink"] * (not self.keep_sink) + [str(self.dtype).split(".")[1]]
+        parts += ["nosink"] * (not self.keep_sink) + [str(self.dtype).split(".")[1]] + [self.blocks] * bool(self.blocks)
         return "-".join(parts)
 
     def inputs(self, device, seed=0):
@@ -49,6 +51,24 @@ class Case:
             return x.to(device, self.dtype).transpose(1, 2)
 
         return draw(self.heads, self.q_rows), draw(self.kv_heads, self.k_rows), draw(self.kv_heads, self.k_rows)
+
+    def block_lists(self, device, seed=0) -> BlockLists | None:
+        """Lists of every length from empty to full; past their counts stand tiles that must not be visited."""
+        if not self.blocks:
+            return None
+        generator = torch.Generator().manual_seed(seed + 1)
+        tiles = query_tiles(self.q_rows, self.q_offset, self.padded, self.tile)
+        shape = (self.batch, self.heads, tiles, -(-self.k_rows // self.tile.keys))
+        share = torch.randint(0, 5, shape[:3], generator=generator) / 4
+        mask = torch.rand(shape, generator=generator) < share[..., None] ** 2
+        lists = BlockLists.from_mask(mask)
+        if self.blocks == "ordered":
+            return lists.to(device)
+        useless = torch.tensor([-1, shape[3], 2**31 - 1, -(2**31)], dtype=torch.int32).expand(*shape[:3], -1)
+        drawn = torch.cat([torch.arange(shape[3], dtype=torch.int32).expand(shape), useless], -1)
+        drawn = drawn.gather(-1, torch.rand(drawn.shape, generator=generator).argsort(-1))
+        counts = (share * (drawn.shape[3] + 3)).int() - 1  # some are negative, some exceed the capacity
+        return BlockLists(drawn, counts).to(device)
 
     def options(self, device):
         """Keyword arguments of the call. Padded batches mix left padding, right padding and a cached prefix."""
@@ -109,9 +129,10 @@ def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float
     exact = block_sparse_attention(q, k, v, return_lse=True, backend="reference", **options)
     gate = thresholds(case, tile_statistics(q, k, exact.lse, backend="reference", **options))
     expected = block_sparse_attention(
-        q.double(), k.double(), v.double(), gate, return_lse=True, return_counts=True, backend="reference", **options
-    )
-    result = on_device(case, q, k, v, gate, backend, device)
+        q.double(), k.double(), v.double(), gate, blocks=case.block_lists("cpu", seed), return_lse=True,
+        return_counts=True, backend="reference", **options,
+    )  # fmt: skip
+    result = on_device(case, q, k, v, gate, backend, device, seed)
 
     assert torch.equal(result.candidates, expected.candidates), "candidate tiles"
     assert torch.equal(result.kept, expected.kept), "kept tiles"
@@ -125,14 +146,15 @@ def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float
     return 1 - expected.kept.sum().item() / total if total else 0.0
 
 
-def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str):
+def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: int = 0):
     """The call on `device`, its results back on the CPU."""
     q, k, v = (x.transpose(1, 2).to(device).transpose(1, 2) for x in (q, k, v))
     options = case.options(device)
     poison(q, case)
     result = block_sparse_attention(
-        q, k, v, gate.to(device), return_lse=True, return_counts=True, backend=backend, **options
-    )
+        q, k, v, gate.to(device), blocks=case.block_lists(device, seed), return_lse=True, return_counts=True,
+        backend=backend, **options,
+    )  # fmt: skip
     return type(result)(*(x.cpu() for x in result))
 
 

@@ -20,7 +20,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 RUNTIME = dict(
     lse_ptr="*fp32", kept_ptr="*i32", candidates_ptr="*i32", absolute_ptr="*fp32", gap_ptr="*fp32", spans_ptr="*i32",
-    scale="fp32", q_offset="i32", q_rows="i32", k_rows="i32", tiles="i32", absolute_tiles="i32", gap_tiles="i32",
+    indices_ptr="*i32", counts_ptr="*i32", scale="fp32", q_offset="i32", q_rows="i32", k_rows="i32", tiles="i32",
+    absolute_tiles="i32", gap_tiles="i32", capacity="i32",
 )  # fmt: skip
 
 
@@ -87,8 +88,10 @@ def hopper(folder: Path, dtype: torch.dtype, head_dim: int, causal: bool, gate: 
     return compile_kernel(module._forward, signature, constants, 90, folder, num_warps=4, maxnreg=128)
 
 
-def portable(folder: Path, dtype: torch.dtype, head_dim: int, rows: int, keys: int, capability: int) -> MachineCode:
-    """The triton backend's kernel as it is launched: causal, gap gate, no spans."""
+def portable(
+    folder: Path, dtype: torch.dtype, head_dim: int, rows: int, keys: int, capability: int, lists: bool = False
+) -> MachineCode:
+    """The triton backend's kernel as it is launched: causal, gap gate, no spans; with `lists`, block lists."""
     from bsfa_kernels import portable as module
 
     name, block_d = NAMES[dtype], triton.next_power_of_2(head_dim)
@@ -98,5 +101,7 @@ def portable(folder: Path, dtype: torch.dtype, head_dim: int, rows: int, keys: i
         absolute_ptr=None, spans_ptr=None, HEADS=32, GROUP=4, D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
         CAUSAL=True, KEEP_SINK=True,
     )  # fmt: skip
+    if not lists:
+        constants |= dict(indices_ptr=None, counts_ptr=None)
     launch = module.launch_shape(dtype, head_dim, rows)
     return compile_kernel(module._forward, signature, constants, capability, folder, **launch)

@@ -24,11 +24,28 @@ def grid():
         yield Case(1, 4, 1, 200, 200, 40, TILES[0], dtype=dtype)
 
 
+def listed():
+    for tile, causal, gate in itertools.product(TILES, (True, False), ("", "absolute", "gap", "both")):
+        yield Case(2, 4, 2, 173, 173, 16, tile, causal, gate, blocks="ordered")
+        yield Case(3, 2, 1, 90, 120, 16, tile, causal, gate, padded=True, blocks="shuffled")
+    for tile, causal, blocks in itertools.product(TILES, (True, False), ("ordered", "shuffled")):
+        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False, blocks=blocks)
+        yield Case(1, 2, 2, 120, 50, 16, tile, causal, "", keep_sink=False, blocks=blocks)
+        yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap", blocks=blocks)
+    yield Case(1, 2, 1, 500, 500, 64, gate="gap", skip=0.8, blocks="shuffled")
+    yield Case(1, 4, 1, 200, 200, 40, TILES[0], dtype=torch.bfloat16, blocks="ordered")
+
+
 @pytest.mark.parametrize("case", list(grid()), ids=str)
 def test_attention(case):
     skipped = check(case, "torch")
     if case.gate and case.k_rows >= 170 and not case.padded:
         assert skipped > 0.1
+
+
+@pytest.mark.parametrize("case", list(listed()), ids=str)
+def test_block_lists(case):
+    check(case, "torch")
 
 
 @pytest.mark.parametrize("padded", (False, True))

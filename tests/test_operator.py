@@ -6,6 +6,7 @@ import pytest
 import torch
 from bsfa_kernels import (
     BackendUnavailable,
+    BlockLists,
     Gate,
     TileShape,
     backends,
@@ -31,10 +32,16 @@ def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
 
 
 def operator_arguments(
-    q, k, v, absolute=None, gap=None, spans=None, q_offset=0, scale=0.25, causal=True, sink=True, lse=True, counts=True,
-    backend="auto",
+    q, k, v, absolute=None, gap=None, spans=None, blocks=None, q_offset=0, scale=0.25, causal=True, sink=True, lse=True,
+    counts=True, backend="auto",
 ):  # fmt: skip
-    return q, k, v, absolute, gap, spans, q_offset, scale, causal, *(TILE.rows, TILE.keys), sink, lse, counts, backend
+    lists = (None, None) if blocks is None else (blocks.indices, blocks.counts)
+    tile = (TILE.rows, TILE.keys)
+    return q, k, v, absolute, gap, spans, *lists, q_offset, scale, causal, *tile, sink, lse, counts, backend
+
+
+def lists(tiles=3, batch=2, heads=4) -> BlockLists:
+    return BlockLists.from_mask(torch.ones(batch, heads, tiles, 3, dtype=torch.bool).tril(-1))
 
 
 ATTENTION = {
@@ -49,6 +56,10 @@ ATTENTION = {
         *tensors(), spans=make_spans(2, lengths=torch.tensor([40, 17])), sink=False, backend="reference"
     ),
     "chunk": lambda: operator_arguments(*tensors(rows=16, keys=56), q_offset=40, gap=thresholds(0.0)),
+    "block-lists": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), blocks=lists()),
+    "block-lists-spans": lambda: operator_arguments(
+        *tensors(), spans=make_spans(2), blocks=lists(4), causal=False, backend="reference"
+    ),
     "half-strided": lambda: operator_arguments(
         *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(dtype=torch.bfloat16)), gap=thresholds(-1.0)
     ),
@@ -88,17 +99,20 @@ def test_fake_tensors_have_the_shapes_and_types_of_the_result():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_function_equals_eager(compiler):
-    def layer(q, k, v, gap, spans):
+    def layer(q, k, v, gap, spans, mask):
         result = block_sparse_attention(
-            q * 1.5, k, v, Gate(gap=gap), spans=spans, tile=TILE, return_lse=True, return_counts=True
-        )
+            q * 1.5, k, v, Gate(gap=gap), blocks=BlockLists.from_mask(mask), spans=spans, tile=TILE, return_lse=True,
+            return_counts=True,
+        )  # fmt: skip
         return result.out + 1, result.lse, result.kept.sum(), result.candidates.sum()
 
     q, k, v = tensors()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     spans = make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
+    mask = torch.ones(2, 4, 4, 3, dtype=torch.bool)
+    mask[0] = False
     for gap in (-torch.inf, 1.0):
-        arguments = (q, k, v, thresholds(gap), spans)
+        arguments = (q, k, v, thresholds(gap), spans, mask)
         got, expected = compiled(*arguments), layer(*arguments)
         torch.testing.assert_close(got, expected)
     assert expected[2] < expected[3]
@@ -127,6 +141,15 @@ REFUSED = [
     (dict(spans=make_spans(2).long()), r"spans must be int32 \[2, 4\] on cpu, got torch.int64 \[2, 4\] on cpu"),
     (dict(gate=Gate(gap=thresholds(0.0, heads=3))), r"gate 'gap' has 3 heads, but q has 4"),
     (dict(gate=Gate(absolute=thresholds(0.0).to("meta"))), r"gate 'absolute' is on meta, but q is on cpu"),
+    (
+        dict(blocks=lists()),
+        r"block lists must be given for \[batch, query heads, query tiles\] = \[2, 4, 1\], got \[2, 4, 3\]",
+    ),
+    (
+        dict(blocks=lists(1), spans=make_spans(2)),
+        r"block lists must be given for \[batch, query heads, query tiles\] = \[2, 4, 2\], got \[2, 4, 1\]",
+    ),
+    (dict(blocks=lists().to("meta")), r"block lists are on meta, but q is on cpu"),
     (dict(backend="cuda"), r"backend must be 'auto' or one of hopper, triton, torch, reference; got 'cuda'"),
 ]
 

@@ -5,6 +5,7 @@ Imports neither the command-line tool nor transformers; a serving engine needs o
 
 from .api import Attention, TileStatistics, block_sparse_attention, explain, tile_statistics
 from .backends import BackendUnavailable
+from .blocks import BlockLists
 from .gates import Gate
 from .request import make_spans
 from .tiles import TileShape
@@ -12,6 +13,7 @@ from .tiles import TileShape
 __all__ = [
     "Attention",
     "BackendUnavailable",
+    "BlockLists",
     "Gate",
     "TileShape",
     "TileStatistics",

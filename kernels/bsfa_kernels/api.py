@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from . import backends
+from .blocks import BlockLists
 from .gates import Gate
-from .request import Request
+from .request import Request, query_tiles
 from .tiles import TileShape
 
 OPEN = Gate()
@@ -46,6 +47,7 @@ def block_sparse_attention(
     v: torch.Tensor,
     gate: Gate = OPEN,
     *,
+    blocks: BlockLists | None = None,
     scale: float | None = None,
     causal: bool = True,
     q_offset: int = 0,
@@ -61,15 +63,20 @@ def block_sparse_attention(
     q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], Hq a multiple of Hkv; float16, bfloat16, float32 or float64; any
     strides with a contiguous last axis. `scale` defaults to D ** -0.5. `q_offset` is the absolute position of query
     row 0 while key row 0 stands at 0; batches whose sequences differ give `spans` (see `make_spans`) instead.
-    `keep_sink` exempts key tile 0 from the gate. `backend`: "auto" takes the fastest that can serve the call, a name
-    demands that one.
+    `keep_sink` exempts key tile 0 from the gate. `blocks` restricts each query tile to the key tiles on its list, and
+    `gate` then judges only those; forced tiles (diagonal, sink) are visited whether listed or not. It holds one list
+    per batch, query head and query tile: ceil((q_offset + Tq) / rows) - q_offset // rows tiles, with `spans`
+    ceil(Tq / rows) + 1. `backend`: "auto" takes the fastest that can serve the call, a name demands that one.
 
     Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
     """
     _check(q, k, v, gate, scale, q_offset, spans)
+    if blocks is not None:
+        _check_blocks(blocks, q, q_offset, spans, tile)
+    indices, counts = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     out, lse, kept, candidates = torch.ops.bsfa.attention(
-        q, k, v, gate.absolute, gate.gap, spans, q_offset, _scale(q, scale), causal, tile.rows, tile.keys, keep_sink,
-        return_lse, return_counts, backend,
+        q, k, v, gate.absolute, gate.gap, spans, indices, counts, q_offset, _scale(q, scale), causal, tile.rows,
+        tile.keys, keep_sink, return_lse, return_counts, backend,
     )  # fmt: skip
     return Attention(
         out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
@@ -110,6 +117,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN
     request = Request(
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
         options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
+        options.get("blocks"),
     )  # fmt: skip
     name, _, passed_over = backends.choose(request)
     return name, passed_over
@@ -158,6 +166,17 @@ def _check(q, k, v, gate, scale, q_offset, spans):
             raise ValueError(f"gate '{name}' is on {thresholds.device}, but q is on {q.device}")
 
 
+def _check_blocks(blocks, q, q_offset, spans, tile):
+    if blocks.counts.device != q.device:
+        raise ValueError(f"block lists are on {blocks.counts.device}, but q is on {q.device}")
+    tiles = query_tiles(q.shape[2], q_offset, spans is not None, tile)
+    if blocks.counts.shape != (*q.shape[:2], tiles):
+        raise ValueError(
+            f"block lists must be given for [batch, query heads, query tiles] = {[*q.shape[:2], tiles]}, "
+            f"got {list(blocks.counts.shape)}"
+        )
+
+
 @torch.library.custom_op("bsfa::attention", mutates_args=())
 def _attention(
     q: torch.Tensor,
@@ -166,6 +185,8 @@ def _attention(
     absolute: torch.Tensor | None,
     gap: torch.Tensor | None,
     spans: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
+    block_counts: torch.Tensor | None,
     q_offset: int,
     scale: float,
     causal: bool,
@@ -178,7 +199,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     request = Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
-        want_lse, want_counts,
+        want_lse, want_counts, None if block_indices is None else BlockLists(block_indices, block_counts),
     )  # fmt: skip
     _, module, _ = backends.choose(request, backend)
     out, lse, kept, candidates = module.attention(request)
@@ -190,8 +211,8 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, absolute, gap, spans, q_offset, scale, causal, tile_rows, tile_keys, keep_sink, want_lse, want_counts,
-      backend):  # fmt: skip
+def _(q, k, v, absolute, gap, spans, block_indices, block_counts, q_offset, scale, causal, tile_rows, tile_keys,
+      keep_sink, want_lse, want_counts, backend):  # fmt: skip
     request = Request(
         q, k, v, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, want_lse, want_counts
     )

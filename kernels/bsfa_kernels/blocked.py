@@ -2,7 +2,7 @@
 
 One query tile of all heads at a time: scores against every visible key, the gate, then exp and PV only over the tiles
 that were kept. Keys and values are read once per group of query heads, never repeated. Half precisions are computed
-in float32, float64 in float64.
+in float32, float64 in float64. Block lists save exp and PV here, not QK.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def attention(request: Request):
         for t, query_tile in valid_query_tiles(request, span):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
-            order = plan.candidates()
-            keep = _gate(request, scores, plan, order, query_tile)
-            kept[b, :, t] = keep[:, order].sum(1, dtype=torch.int32)
-            candidates[b, :, t] = len(order)
+            order, listed = _candidates(request, plan, b, t)
+            passed = _gate(request, scores, plan, order, listed, query_tile)
+            kept[b, :, t] = passed.sum(1, dtype=torch.int32)
+            candidates[b, :, t] = listed.sum(1, dtype=torch.int32)
+            keep = _keep(plan, order, passed)
             values = v_b[:, -span.k_offset :][:, : scores.shape[-1]]
             for h in range(heads):
                 columns = _columns(keep[h], scores.shape[-1], request.tile.keys)
@@ -113,20 +114,47 @@ def _by_tile(scores: torch.Tensor, keys: int) -> torch.Tensor:
     return scores.unflatten(-1, (-1, keys))
 
 
-def _gate(request: Request, scores, plan: Visit, order: list[int], query_tile: int) -> torch.Tensor:
-    """bool [Hq, key tiles]: the tiles each head keeps, forced ones included."""
-    row_max = _by_tile(scores, request.tile.keys).amax(-1)
-    keep = torch.ones(row_max.shape[0], row_max.shape[2], dtype=torch.bool, device=scores.device)
-    gate = request.gate
+def _candidates(request: Request, plan: Visit, b: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(key tiles in visiting order, int64 [Hq, steps]; which of these steps count, bool [Hq, steps]).
+
+    Steps that do not count name a key tile all the same, so that they can be gathered.
+    """
+    heads, device = request.q.shape[1], request.q.device
+    if request.blocks is None:
+        order = torch.tensor(plan.candidates(), dtype=torch.int64, device=device).expand(heads, -1)
+        return order, torch.ones_like(order, dtype=torch.bool)
+    indices, counts = request.blocks.indices[b, :, t].long(), request.blocks.counts[b, :, t]
+    step = torch.arange(indices.shape[1], device=device)
+    forced = ((indices >= plan.first_diagonal) & (indices < plan.end_diagonal)) | (indices < plan.sink)
+    listed = (step < counts[:, None]) & (indices >= 0) & (indices < plan.end_keys) & ~forced
+    return indices.where(listed, 0), listed
+
+
+def _gate(request: Request, scores, plan: Visit, order, listed, query_tile: int) -> torch.Tensor:
+    """bool [Hq, steps]: the candidates that each head keeps, in visiting order."""
+    gate, passed = request.gate, listed.clone()
+    if gate.open:
+        return passed
+    row_max = _by_tile(scores, request.tile.keys).amax(-1)  # [Hq, rows, key tiles]
+    steps = row_max.gather(2, order[:, None].expand(-1, row_max.shape[1], -1))  # [Hq, rows, steps]
     if gate.absolute is not None:
-        keep[:, order] = row_max[..., order].amax(1) >= column(gate.absolute, query_tile)[:, None]
+        passed &= steps.amax(1) >= column(gate.absolute, query_tile)[:, None]
     if gate.gap is not None:
         running = row_max[..., plan.forced()].amax(-1)  # [Hq, rows]
         least = column(gate.gap, query_tile)
-        for j in order:
-            keep[:, j] &= (row_max[..., j] - running).amax(1) >= least
-            running = torch.where(keep[:, j, None], torch.maximum(running, row_max[..., j]), running)
-    return keep
+        for i in range(steps.shape[2]):
+            passed[:, i] &= (steps[..., i] - running).amax(1) >= least
+            running = torch.where(passed[:, i, None], torch.maximum(running, steps[..., i]), running)
+    return passed
+
+
+def _keep(plan: Visit, order: torch.Tensor, passed: torch.Tensor) -> torch.Tensor:
+    """bool [Hq, key tiles]: the tiles each head keeps, forced ones included."""
+    unused = plan.end_keys
+    keep = torch.zeros(order.shape[0], plan.end_keys + 1, dtype=torch.bool, device=order.device)
+    keep.scatter_(1, order.where(passed, unused), True)
+    keep[:, plan.forced()] = True
+    return keep[:, : plan.end_keys]
 
 
 def _columns(keep: torch.Tensor, keys: int, tile_keys: int) -> torch.Tensor | None:

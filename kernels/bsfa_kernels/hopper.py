@@ -54,6 +54,8 @@ def unsupported(request: Request) -> str | None:
         return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
+    if request.blocks is not None:
+        return "block lists are not built into this kernel yet"
     return None
 
 

@@ -3,7 +3,8 @@
 One program computes one query tile of one head. Forced tiles come first (which also keeps the masked code ahead of
 the main loop: ptxas serializes wgmma when it follows), then the candidates from right to left. A dropped tile costs
 its QK product and a vote. V is loaded after the vote: Triton pipelines no load whose only use is inside a branch, so
-that loading it earlier would merely wait for tiles that are dropped.
+that loading it earlier would merely wait for tiles that are dropped. With block lists a program walks its own list
+and passes over the entries that are no candidates.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def attention(request: Request):
     gate = request.gate
     absolute = gate.absolute.contiguous() if gate.absolute is not None else None
     gap = gate.gap.contiguous() if gate.gap is not None else None
+    indices = request.blocks.indices.contiguous() if request.blocks is not None else None
+    counts = request.blocks.counts.contiguous() if request.blocks is not None else None
     block_d = triton.next_power_of_2(head_dim)
     rows, keys = request.tile.rows, request.tile.keys
     with device_guard(q):
@@ -65,9 +68,10 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
-            out, lse, kept, candidates, absolute, gap, request.spans,
+            out, lse, kept, candidates, absolute, gap, request.spans, indices, counts,
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
+            0 if indices is None else indices.shape[3],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, **launch_shape(q.dtype, head_dim, rows),
         )  # fmt: skip
@@ -165,10 +169,42 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
     return new_max, row_sum, acc
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles"])
+@triton.jit
+def visit_candidate(
+    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
+    running_max, row_sum, acc, kept,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
+    row = j * KEYS - k_offset
+    scale_log2 = scale * LOG2E
+    s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
+    if not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
+        s = mask_tile(s, q_position, j * KEYS, length, KEYS, False)
+    row_max = tl.max(s, 1)
+    if (absolute is not None) or (gap is not None):
+        vote = tl.where(valid, row_max, float("-inf"))
+        keep = True
+        if absolute is not None:
+            keep = tl.max(vote, 0) * scale >= absolute
+        if gap is not None:
+            keep = keep & (tl.max(vote * scale_log2 - running_max, 0) >= gap)
+        if keep:
+            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
+            running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+            kept += 1
+    else:
+        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
+        running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+        kept += 1
+    return running_max, row_sum, acc, kept
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "capacity"])
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles,
+    indices_ptr, counts_ptr,
+    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, capacity,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
 ):  # fmt: skip
@@ -205,38 +241,40 @@ def _forward(
         s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
         running_max, row_sum, acc = online_softmax_update(s, tl.max(s, 1), v, running_max, row_sum, acc, scale_log2)
 
+    absolute = None
     if absolute_ptr is not None:
         absolute = tl.load(absolute_ptr + head * absolute_tiles + tl.minimum(query_tile, absolute_tiles - 1))
+    gap = None
     if gap_ptr is not None:
         gap = tl.load(gap_ptr + head * gap_tiles + tl.minimum(query_tile, gap_tiles - 1)) * LOG2E
+    plane = tl.program_id(0).to(tl.int64)
     end_tiles = end_diagonal if CAUSAL else last + 1
-    candidates = end_tiles - diagonals - sink
     kept = 0
-    for i in tl.range(0, candidates):
-        j = candidate(i, end_tiles, first_diagonal, end_diagonal)
-        row = j * KEYS - k_offset
-        s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
-        if not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
-            s = mask_tile(s, q_position, j * KEYS, length, KEYS, False)
-        row_max = tl.max(s, 1)
-        if (absolute_ptr is not None) or (gap_ptr is not None):
-            vote = tl.where(valid, row_max, float("-inf"))
-            keep = True
-            if absolute_ptr is not None:
-                keep = tl.max(vote, 0) * scale >= absolute
-            if gap_ptr is not None:
-                keep = keep & (tl.max(vote * scale_log2 - running_max, 0) >= gap)
-            if keep:
-                v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
-                running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
-                kept += 1
-        else:
-            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
-            running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
-            kept += 1
+    if indices_ptr is None:
+        candidates = end_tiles - diagonals - sink
+        for i in tl.range(0, candidates):
+            j = candidate(i, end_tiles, first_diagonal, end_diagonal)
+            running_max, row_sum, acc, kept = visit_candidate(
+                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
+                running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
+            )  # fmt: skip
+    else:
+        candidates = 0
+        indices_ptr += (plane * tiles + t) * capacity
+        count = tl.minimum(tl.load(counts_ptr + plane * tiles + t), capacity)
+        following = tl.load(indices_ptr, mask=count > 0, other=-1)
+        for i in tl.range(0, count):
+            j = following
+            # Read one ahead, so that no product waits for its own index.
+            following = tl.load(indices_ptr + i + 1, mask=i + 1 < count, other=-1)
+            if (j >= sink) & (j < end_tiles) & ((j < first_diagonal) | (j >= end_diagonal)):
+                candidates += 1
+                running_max, row_sum, acc, kept = visit_candidate(
+                    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
+                    running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
+                )  # fmt: skip
 
     acc = acc * (1.0 / row_sum)[:, None]
-    plane = tl.program_id(0).to(tl.int64)
     row_in_plane = plane * q_rows + rows
     columns = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (columns < D)[None, :]

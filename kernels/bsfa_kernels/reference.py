@@ -4,13 +4,18 @@ Every backend is tested against this file. Written for reading, not for speed: o
 time, nothing fused. For each sequence b, query head h (reading key/value head h // (Hq // Hkv)) and query tile:
 
     running_max = -inf per row
-    for key_tile in diagonal tiles, sink, then the candidates from right to left:
+    for key_tile in diagonal tiles, sink, then the candidates:
         s = scale * q_tile @ k_tile^T                 masked entries (causal, padding) -> -inf
         if key_tile is a candidate:
             keep = max(s over valid rows) >= absolute                       absolute gate, if set
                and any(row_max(s) - running_max >= gap over valid rows)     gap gate, if set
         if kept: running_max = max(running_max, row_max(s)); s joins the row's softmax, numerator and denominator
     out = softmax(kept s) @ v;  lse = logsumexp(kept s)
+
+Diagonal tiles and (with keep_sink) the sink are forced: always visited, once. Candidates are all other key tiles that
+hold a key visible to the query tile, from right to left. Block lists narrow them to the listed ones, in the order of
+the list, which the gap gate depends on; listed tiles that are forced, invisible or nonexistent are passed over. Only
+candidates are counted.
 
 Positions: query row i of sequence b stands at q_offset[b] + i, key row j at k_offset[b] + j. Rows and keys at
 negative positions or at positions >= length[b] are padding: no vote, no share; padding queries give out = 0 and
@@ -23,8 +28,9 @@ from typing import NamedTuple
 
 import torch
 
+from .blocks import BlockLists
 from .gates import Gate, column
-from .tiles import TileShape, query_tile_count, visit
+from .tiles import TileShape, Visit, query_tile_count, visit
 
 
 class Span(NamedTuple):
@@ -87,6 +93,7 @@ def attention(
     tile: TileShape,
     keep_sink: bool,
     query_tiles: int,
+    blocks: BlockLists | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> ReferenceOutput:
     """The module docstring, literally. q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; computed in `dtype`."""
@@ -100,8 +107,9 @@ def attention(
     for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
         span, kb, vb = spans[b], k[b, h // group], v[b, h // group]
         plan = visit(query_tile, span.length, causal, keep_sink, tile)
+        allowed = plan.candidates() if blocks is None else _listed(blocks, b, h, t, plan)
         running_max, scores, values = None, [], []
-        for key_tile in plan.forced() + plan.candidates():
+        for key_tile in plan.forced() + allowed:
             s, rows, keys = tile_scores(q[b, h], kb, span, query_tile, key_tile, scale, causal, tile)
             row_max = s.amax(-1)
             if key_tile not in plan.forced():
@@ -150,6 +158,13 @@ def _keep(gate: Gate, head: int, query_tile: int, row_max: torch.Tensor, running
     if gate.gap is not None:
         keep = keep and bool(((row_max - running_max) >= column(gate.gap, query_tile)[head]).any())
     return keep
+
+
+def _listed(blocks: BlockLists, b: int, h: int, t: int, plan: Visit) -> list[int]:
+    """The candidates on one query tile's list, in its order."""
+    candidates = set(plan.candidates())
+    count = max(int(blocks.counts[b, h, t]), 0)
+    return [j for j in blocks.indices[b, h, t, :count].tolist() if j in candidates]
 
 
 def _query_tiles(spans: list[Span], heads: int, q_rows: int, tile: TileShape):

@@ -24,6 +24,7 @@ def attention(request: Request):
         tile=request.tile,
         keep_sink=request.keep_sink,
         query_tiles=request.query_tiles,
+        blocks=request.blocks,
         dtype=torch.float64,
     )
     return result.out.to(request.q.dtype), result.lse.float(), result.kept, result.candidates

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .blocks import BlockLists
 from .gates import Gate
 from .reference import Span
 from .tiles import TileShape, query_tile_count
@@ -29,13 +30,11 @@ class Request:
     spans: torch.Tensor | None
     want_lse: bool
     want_counts: bool
+    blocks: BlockLists | None = None
 
     @property
     def query_tiles(self) -> int:
-        """Query tiles in per-tile outputs. With spans, an upper bound: a sequence's first tile comes first."""
-        if self.spans is None:
-            return query_tile_count(self.q_offset, self.q.shape[2], self.tile)[1]
-        return -(-self.q.shape[2] // self.tile.rows) + 1
+        return query_tiles(self.q.shape[2], self.q_offset, self.spans is not None, self.tile)
 
     @property
     def key_tiles(self) -> int:
@@ -47,6 +46,11 @@ class Request:
         if self.spans is None:
             return [Span(self.q_offset, 0, keys, UNBOUNDED)] * self.q.shape[0]
         return [Span(q0, k0, min(n, k0 + keys), nq) for q0, k0, n, nq in self.spans.tolist()]
+
+
+def query_tiles(q_rows: int, q_offset: int, spans: bool, tile: TileShape) -> int:
+    """Query tiles in per-tile inputs and outputs. With spans, an upper bound: a sequence's first tile comes first."""
+    return -(-q_rows // tile.rows) + 1 if spans else query_tile_count(q_offset, q_rows, tile)[1]
 
 
 def make_spans(

@@ -1,0 +1,67 @@
+"""Block lists: which key tiles each query tile may visit, chosen by any selection method before the kernel runs.
+
+    from bsfa_kernels import BlockLists, block_sparse_attention
+    result = block_sparse_attention(q, k, v, blocks=BlockLists.from_mask(mask))
+
+What a kernel does with them: reference.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """One list of key tiles per sequence, query head and query tile.
+
+    `indices` int32 [B, Hq, query tiles, capacity] holds key tile indices, counted from position 0, in visiting order;
+    `counts` int32 [B, Hq, query tiles] says how many leading entries of each list are valid (0 .. capacity). The query
+    tiles are those of `Attention.kept`: a sequence's first query tile comes first. Forced tiles need not be listed,
+    and indices that do not exist or are not visible are ignored, but no list may name a tile twice: that is not
+    checked, and the tile would weigh double.
+
+    Contents are run-time data: no backend that runs in a CUDA graph reads them on the host.
+
+    Raises ValueError for tensors of other types or shapes, or on two devices.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+
+    def __post_init__(self):
+        for name, value, axes in (
+            ("indices", self.indices, "[batch, query heads, query tiles, capacity]"),
+            ("counts", self.counts, "[batch, query heads, query tiles]"),
+        ):
+            if value.dtype != torch.int32 or value.dim() != axes.count(",") + 1:
+                raise ValueError(
+                    f"block lists' '{name}' must be an int32 tensor {axes}, got {value.dtype} {list(value.shape)}"
+                )
+        if self.counts.shape != self.indices.shape[:3] or self.counts.device != self.indices.device:
+            raise ValueError(
+                f"block lists need one count a list: counts {list(self.counts.shape)} on {self.counts.device} do not "
+                f"fit indices {list(self.indices.shape)} on {self.indices.device}"
+            )
+
+    @staticmethod
+    def from_mask(mask: torch.Tensor) -> BlockLists:
+        """The tiles set in `mask`, bool [B, Hq, query tiles, key tiles], each list from right to left.
+
+        Runs on the mask's device without waiting for it; the capacity is the number of key tiles.
+
+        Raises ValueError for a mask of another type or number of axes.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 4:
+            raise ValueError(
+                "mask must be a bool tensor [batch, query heads, query tiles, key tiles], "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        tile = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+        indices = torch.where(mask, tile, -1).sort(-1, descending=True).values
+        return BlockLists(indices, mask.sum(-1, dtype=torch.int32))
+
+    def to(self, device: torch.device | str) -> BlockLists:
+        return BlockLists(self.indices.to(device), self.counts.to(device))
