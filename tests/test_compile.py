@@ -70,6 +70,15 @@ def test_portable_uses_tensor_cores_and_fits_any_gpu(capability, head_dim, shape
     assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_portable_with_block_lists_uses_tensor_cores_and_fits_as_well(capability, head_dim, tmp_path):
+    code = sass.portable(tmp_path, BF16, head_dim, 64, 128, capability, lists=True)
+    assert not code.serialized, code.notes
+    assert code.count("HGMMA" if capability == 90 else "HMMA") >= 16
+    assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
+
+
 def test_a_spill_and_a_serialized_product_would_be_seen():
     notes = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
     notes += "    8 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads\n"

@@ -1,6 +1,7 @@
 """Both Triton kernels on a GPU against the float64 reference: hundreds of odd shapes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_triton(case):
 @pytest.mark.parametrize("case", cases("hopper", 240))
 def test_hopper(case):
     check(case, "hopper", "cuda")
+
+
+@pytest.mark.parametrize("blocks", ("ordered", "shuffled"))
+@pytest.mark.parametrize("case", cases("triton", 48))
+def test_triton_with_block_lists(case, blocks):
+    check(replace(case, blocks=blocks), "triton", "cuda")
 
 
 @pytest.mark.parametrize("case", cases("triton", 24))

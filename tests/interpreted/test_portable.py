@@ -26,11 +26,29 @@ def grid():
     yield Case(1, 1, 1, 500, 500, 64, TileShape(128, 64), gate="both", skip=0.7)
 
 
+def listed():
+    for tile, causal, gate in itertools.product((WIDE, TALL), (True, False), ("", "gap", "both")):
+        yield Case(1, 4, 2, 173, 173, 16, tile, causal, gate, blocks="ordered")
+    for tile, causal in itertools.product((WIDE, TALL), (True, False)):
+        yield Case(3, 2, 1, 150, 150, 32, tile, causal, "gap", padded=True, blocks="shuffled")
+        yield Case(3, 2, 2, 40, 170, 16, tile, causal, "absolute", padded=True, blocks="ordered")
+        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False, blocks="shuffled")
+        yield Case(1, 2, 2, 120, 50, 16, tile, causal, "", keep_sink=False, blocks="shuffled")
+        yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap", blocks="shuffled")
+    yield Case(1, 2, 1, 200, 200, 96, WIDE, dtype=torch.float16, blocks="shuffled")
+    yield Case(1, 1, 1, 700, 700, 64, TileShape(64, 128), gate="", blocks="ordered")
+
+
 @pytest.mark.parametrize("case", list(grid()), ids=str)
 def test_attention(case):
     skipped = check(case, "triton")
     if case.gate and case.k_rows >= 170 and not case.padded:
         assert skipped > 0.1
+
+
+@pytest.mark.parametrize("case", list(listed()), ids=str)
+def test_block_lists(case):
+    check(case, "triton")
 
 
 @pytest.mark.parametrize("padded", (False, True))
