@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 TILES = (TileShape(8, 16), TileShape(16, 8), TileShape(32, 32))
 SETTINGS = {
     "sliding_window": [dict(sinks=3, window=9), dict(sinks=0, window=1), dict(sinks=17, window=40)],
-    "tri_shape": [dict(sinks=3, window=9, last=10)],
+    "tri_shape": [dict(sinks=3, window=9, last=10), dict(sinks=3, window=9, last=12)],
     "strided": [dict(window=5, stride=41), dict(window=1, stride=53)],
     "dilated": [dict(window=5, stride=41), dict(window=1, stride=53)],
     "vertical_slash": [
@@ -343,6 +343,15 @@ def test_forced_tiles():
                 assert not mask[:, :, t, plan.end_keys :].any(), name
             if name in first_column:
                 assert mask[..., 0].all(), name
+
+
+def test_rows_past_the_end_have_no_energy():
+    """9 of 16 queries in the last block, logits 2 and -2: exp(-4) lies below alpha, zero rows would lift it above."""
+    q, k = torch.ones(1, 1, 41, 4), torch.ones(1, 1, 41, 4)
+    k[:, :, 16:32] = -1
+    settings = dict(alpha=0.08, sinks=0, window=0, last=0, block=16)
+    mask = select("flashprefill", q, k, scale=0.5, causal=True, tile=TileShape(16, 16), **settings)
+    assert mask[0, 0, 2].tolist() == [True, False, True]
 
 
 def test_special_tokens_stay_dense():

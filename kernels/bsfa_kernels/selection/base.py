@@ -38,7 +38,9 @@ class Selector:
         """bool [B, Hq, query tiles, key tiles]: the tiles to compute. q [B, Hq, Tq, D], k [B, Hkv, Tk, D].
 
         Tiles of the diagonal are always kept, tiles hidden by causality never. Query row i and key row i stand at
-        position i. Raises ValueError for shapes that do not fit together, causal attention with Tq != Tk, a direction
+        position i. Heads that share a mask may share its memory (stride 0).
+
+        Raises ValueError for shapes that do not fit together, causal attention with Tq != Tk, a direction
         the method is not defined for, and block sizes that do not fit the tile.
         """
         self._check(q, k, causal)

@@ -122,14 +122,13 @@ def largest(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen)
 
 
-def to_tiles(mask: torch.Tensor, blocks: TileShape, tile: TileShape, lengths: tuple[int, int], causal: bool):
+def to_tiles(mask: torch.Tensor, blocks: TileShape, tile: TileShape, lengths: tuple[int, int]):
     """A mask over blocks, [..., query blocks, key blocks], on the tile grid, [..., query tiles, key tiles].
 
     Exact where a block is a multiple of the tile; where the tile is a multiple of the block, a tile is kept if any of
-    its visible blocks is. `lengths` is (Tq, Tk). Raises ValueError when neither divides the other.
+    its blocks is (a hidden block only ever lies in a hidden tile or in one of the diagonal). `lengths` is (Tq, Tk).
+    Raises ValueError when neither divides the other.
     """
-    if causal:
-        mask = mask & visible(*mask.shape[-2:], blocks, mask.device)
     mask = _resize(mask.transpose(-1, -2), blocks.rows, tile.rows, lengths[0], "rows").transpose(-1, -2)
     return _resize(mask, blocks.keys, tile.keys, lengths[1], "keys")
 

@@ -47,7 +47,7 @@ class FlashPrefill(Selector):
         keep = keep | (key < block_count(self.sinks, self.block))
         keep = keep | (query - key < block_count(self.window, self.block))
         keep = keep | (query >= scores.shape[-2] - block_count(self.last, self.block))
-        return to_tiles(keep, TileShape(self.block, self.block), tile, (q.shape[2], k.shape[2]), causal)
+        return to_tiles(keep, TileShape(self.block, self.block), tile, (q.shape[2], k.shape[2]))
 
     def _energy(self, q, k, scale):
         """log score [B, Hq, query blocks, key blocks]; -inf where no query of the block is past the key block."""

@@ -64,11 +64,11 @@ class FlexPrefill(Selector):
 
         vertical, slash = self._blocks(columns, trusted), self._blocks(diagonals, trusted)
         index = torch.arange(vertical.shape[-1], device=q.device)
-        offset = index[:, None] - index
-        mask = vertical[..., None, :] | (slash[..., offset.clamp(min=0)] & (offset >= 0))
+        offset = (index[:, None] - index).clamp(min=0)  # above the diagonal select() drops what is kept
+        mask = vertical[..., None, :] | slash[..., offset]
         weights = pooled.softmax(-1).flatten(-2)
         mask = mask | (cover(weights, self.gamma).unflatten(-1, offset.shape) & trusted[..., None])
-        return to_tiles(mask, blocks, tile, (q.shape[2], k.shape[2]), causal)
+        return to_tiles(mask, blocks, tile, (q.shape[2], k.shape[2]))
 
     def _blocks(self, mass, trusted):
         """bool [B, Hq, blocks] of the lines' masses [B, Hq, T]: as many blocks as the budget allows, block 0 first."""

@@ -35,7 +35,7 @@ class PooledTopK(Selector):
         blocks = TileShape(self.block, self.block)
         scores = pooled_scores(q, k, scale, causal, blocks)
         scores = scores.masked_fill(diagonal(*scores.shape[-2:], blocks, q.device), torch.inf)
-        return to_tiles(largest(scores, self.count), blocks, tile, (q.shape[2], k.shape[2]), causal)
+        return to_tiles(largest(scores, self.count), blocks, tile, (q.shape[2], k.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -52,4 +52,4 @@ class PooledTopP(Selector):
     def _tiles(self, q, k, scale, causal, tile):
         blocks = TileShape(self.block, self.block)
         scores = pooled_scores(q, k, scale, causal, blocks).softmax(-1)
-        return to_tiles(cover(scores, self.coverage), blocks, tile, (q.shape[2], k.shape[2]), causal)
+        return to_tiles(cover(scores, self.coverage), blocks, tile, (q.shape[2], k.shape[2]))

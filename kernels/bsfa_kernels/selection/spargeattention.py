@@ -49,7 +49,7 @@ class SpargeAttention(Selector):
         # A row without a self-similar key block has no softmax; its visible blocks are dense already.
         keep = top_cdf(scores.softmax(-1).nan_to_num(0.0), self.coverage)
         keep = keep | dense_rows[..., None] | dense_columns[..., None, :]
-        return to_tiles(keep, blocks, tile, (q.shape[2], k.shape[2]), causal)
+        return to_tiles(keep, blocks, tile, (q.shape[2], k.shape[2]))
 
 
 def self_similarity(x: torch.Tensor, size: int) -> torch.Tensor:

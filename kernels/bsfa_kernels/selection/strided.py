@@ -34,8 +34,6 @@ class Strided(Selector):
         first_query, last_query = (x[:, None] for x in bounds(q.shape[2], tile.rows, q.device))
         first_key, last_key = bounds(k.shape[2], tile.keys, q.device)
         nearest, farthest = first_query - last_key, last_query - first_key
-        if causal:
-            nearest = nearest.clamp(min=0)
         touched = farthest.div(self.stride, rounding_mode="floor") * self.stride >= nearest
         return within_window(q, k, self.window, tile) | touched
 

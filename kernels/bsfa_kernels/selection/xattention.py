@@ -47,7 +47,7 @@ class XAttention(Selector):
             forced = diagonal(*scores.shape[-2:], blocks, q.device)
             forced[:, 0] = True
             forced = forced.expand_as(scores)
-        return to_tiles(cover(scores, self.coverage, forced), blocks, tile, (q.shape[2], k.shape[2]), causal)
+        return to_tiles(cover(scores, self.coverage, forced), blocks, tile, (q.shape[2], k.shape[2]))
 
     def _scores(self, q, k, scale, causal):
         strided_q, strided_k = self._strided(q, reverse=True), self._strided(k, reverse=False)
