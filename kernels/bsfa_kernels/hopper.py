@@ -62,13 +62,8 @@ def unsupported(request: Request) -> str | None:
 def attention(request: Request):
     q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
     batch, heads, q_rows, head_dim = q.shape
-    tiles, block_d = request.query_tiles, HEAD_DIMS[head_dim]
-    # Rows that are padding belong to no query tile: nobody writes them.
-    new = torch.empty if request.spans is None else torch.zeros
-    out = new((batch, heads, q_rows, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
-    kept, candidates = (new((batch, heads, tiles), dtype=torch.int32, device=q.device) for _ in range(2))
-    gate = request.gate
+    tiles, gate, block_d = request.query_tiles, request.gate, HEAD_DIMS[head_dim]
+    out, lse, kept, candidates = request.new_outputs()
     absolute = gate.absolute.contiguous() if gate.absolute is not None else None
     gap = gate.gap.contiguous() if gate.gap is not None else None
     element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16

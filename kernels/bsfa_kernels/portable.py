@@ -51,12 +51,8 @@ def unsupported(request: Request) -> str | None:
 def attention(request: Request):
     q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
     batch, heads, q_rows, head_dim = q.shape
-    tiles, padded = request.query_tiles, request.spans is not None
-    new = torch.zeros if padded else torch.empty
-    out = new((batch, heads, q_rows, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
-    kept, candidates = (new((batch, heads, tiles), dtype=torch.int32, device=q.device) for _ in range(2))
-    gate = request.gate
+    tiles, gate = request.query_tiles, request.gate
+    out, lse, kept, candidates = request.new_outputs()
     absolute = gate.absolute.contiguous() if gate.absolute is not None else None
     gap = gate.gap.contiguous() if gate.gap is not None else None
     indices = request.blocks.indices.contiguous() if request.blocks is not None else None
@@ -114,6 +110,20 @@ def load_span(spans_ptr, b, q_offset, k_rows):
         k_first = tl.load(spans_ptr + b * 4 + 1)
         length = tl.minimum(tl.load(spans_ptr + b * 4 + 2), k_first + k_rows)
         return q_first, k_first, length, tl.load(spans_ptr + b * 4 + 3)
+
+
+@triton.jit
+def query_rows(t, q_first, length, q_length, q_rows, ROWS: tl.constexpr):
+    """The t-th query tile of a sequence: (its absolute index, its first row in memory, the rows' indices in memory and
+    positions, which rows are no padding, whether there is anything to compute).
+    """
+    query_tile = tl.maximum(q_first, 0) // ROWS + t
+    first_row = query_tile * ROWS - q_first
+    rows = first_row + tl.arange(0, ROWS)
+    position = query_tile * ROWS + tl.arange(0, ROWS)
+    valid = (rows >= 0) & (rows < q_rows) & (position < q_length)
+    inhabited = (length > 0) & (query_tile * ROWS < tl.minimum(q_length, q_first + q_rows))
+    return query_tile, first_row, rows, position, valid, inhabited
 
 
 @triton.jit
@@ -213,14 +223,10 @@ def _forward(
     kv_head = head // GROUP
     t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
     q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
-    query_tile = tl.maximum(q_first, 0) // ROWS + t
-    first_row = query_tile * ROWS - q_first
-    if (length <= 0) | (query_tile * ROWS >= tl.minimum(q_length, q_first + q_rows)):
+    query_tile, first_row, rows, q_position, valid, inhabited = query_rows(t, q_first, length, q_length, q_rows, ROWS)
+    if not inhabited:
         return
 
-    rows = first_row + tl.arange(0, ROWS)
-    q_position = query_tile * ROWS + tl.arange(0, ROWS)
-    valid = (rows >= 0) & (rows < q_rows) & (q_position < q_length)
     scale_log2 = scale * LOG2E
     q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     running_max = tl.full([ROWS], float("-inf"), tl.float32)

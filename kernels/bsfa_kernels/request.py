@@ -40,6 +40,16 @@ class Request:
     def key_tiles(self) -> int:
         return -(-self.k.shape[2] // self.tile.keys)
 
+    def new_outputs(self):
+        """(out, lse, kept, candidates) for a kernel to fill. With spans some rows and tiles are padding that no
+        program writes: they are zero from the start, and every lse is -inf.
+        """
+        batch, heads, rows, _ = self.q.shape
+        new = self.q.new_empty if self.spans is None else self.q.new_zeros
+        lse = self.q.new_full((batch, heads, rows), -torch.inf, dtype=torch.float32)
+        kept, candidates = (new((batch, heads, self.query_tiles), dtype=torch.int32) for _ in range(2))
+        return new(self.q.shape), lse, kept, candidates
+
     def host_spans(self) -> list[Span]:
         """The spans as Python numbers. Waits for the device when they live on one."""
         keys = self.k.shape[2]

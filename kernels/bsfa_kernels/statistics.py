@@ -15,6 +15,7 @@ from .portable import (
     diagonal,
     load_span,
     mask_tile,
+    query_rows,
     tile_scores,
     unsupported,
 )
@@ -80,14 +81,10 @@ def _statistics(
     kv_head = head // GROUP
     t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
     q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
-    query_tile = tl.maximum(q_first, 0) // ROWS + t
-    first_row = query_tile * ROWS - q_first
-    if (length <= 0) | (query_tile * ROWS >= tl.minimum(q_length, q_first + q_rows)):
+    query_tile, first_row, rows, q_position, valid, inhabited = query_rows(t, q_first, length, q_length, q_rows, ROWS)
+    if not inhabited:
         return
 
-    rows = first_row + tl.arange(0, ROWS)
-    q_position = query_tile * ROWS + tl.arange(0, ROWS)
-    valid = (rows >= 0) & (rows < q_rows) & (q_position < q_length)
     row_count = tl.sum(valid.to(tl.float32), 0)
     scale_log2 = scale * LOG2E
     plane = tl.program_id(0).to(tl.int64)
