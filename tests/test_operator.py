@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bsfa_kernels import (
@@ -13,6 +15,7 @@ from bsfa_kernels import (
     block_sparse_attention,
     explain,
     make_spans,
+    portable,
     tile_statistics,
 )
 from bsfa_kernels.request import Request
@@ -219,3 +222,15 @@ def test_a_backend_that_cannot_be_imported_is_a_reason(monkeypatch):
             backends.choose(request(), "hopper")
     finally:
         backends.load.cache_clear()
+
+
+@pytest.mark.parametrize(("room", "served"), ((101376, False), (166912, True)))
+def test_a_gpu_with_little_shared_memory_is_a_reason(monkeypatch, room, served):
+    def gpu(device):
+        return SimpleNamespace(shared_memory_per_block_optin=room)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 64, 256))
+    reason = portable.unsupported(SimpleNamespace(q=q, tile=TileShape(64, 128)))
+    assert reason is None if served else "head dim 256" in reason and "101376" in reason
+    assert portable.unsupported(SimpleNamespace(q=q, tile=TileShape(128, 64))) is None

@@ -22,6 +22,7 @@ UNBOUNDED_POSITION = tl.constexpr(UNBOUNDED)
 FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 TILE_SIZES = (16, 32, 64, 128)
+WIDE_BYTES = 112 * 1024  # shared memory of 64x128 tiles at head dim 256; sm_86 and sm_89 give a program 99 KB
 
 
 def interpreted() -> bool:
@@ -45,6 +46,12 @@ def unsupported(request: Request) -> str | None:
         return f"tile {request.tile}: both sides must be one of {', '.join(map(str, TILE_SIZES))}"
     if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
         return "float32 with head dims above 128 does not fit in shared memory"
+    if q.shape[3] > 128 and request.tile.keys >= 128 and not interpreted():
+        room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+        if room < WIDE_BYTES:
+            return (
+                f"head dim {q.shape[3]} with {request.tile} tiles needs {WIDE_BYTES} bytes of shared memory, not {room}"
+            )
     return None
 
 
