@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import fields
 from math import inf
 from typing import ClassVar
@@ -12,7 +13,7 @@ from ..tiles import TileShape
 from .blocks import block_count, diagonal, visible
 
 
-class Selector:
+class Selector(ABC):
     """Base of the methods. Fields are the method's settings; `knob` names the one that sweeps density.
 
     `sweep` holds values of the knob from sparse to dense, `directions` the values of `causal` the method is defined
@@ -50,9 +51,9 @@ class Selector:
             mask = mask & visible(*tiles, tile, q.device)
         return (mask | diagonal(*tiles, tile, q.device)).expand(*q.shape[:2], *tiles)
 
+    @abstractmethod
     def _tiles(self, q, k, scale: float, causal: bool, tile: TileShape) -> torch.Tensor:
         """The method itself: bool, broadcastable to [B, Hq, query tiles, key tiles]."""
-        raise NotImplementedError
 
     def _check(self, q, k, causal):
         for name, x in (("q", q), ("k", k)):
