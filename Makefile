@@ -62,7 +62,7 @@ gpu-install:
 		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e $(CURDIR)
 
 gpu-test: gpu-install
-	$(PYTHON) -m pytest -m gpu -n 8 --timeout-method thread
+	$(PYTHON) -m pytest -m gpu -n auto --maxprocesses 16 --timeout-method thread
 
 gpu-bench: gpu-install
 	@gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \
