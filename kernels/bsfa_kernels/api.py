@@ -68,6 +68,9 @@ def block_sparse_attention(
     per batch, query head and query tile: ceil((q_offset + Tq) / rows) - q_offset // rows tiles, with `spans`
     ceil(Tq / rows) + 1. `backend`: "auto" takes the fastest that can serve the call, a name demands that one.
 
+    Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
+    is NaN.
+
     Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
     """
     _check(q, k, v, gate, scale, q_offset, spans)
