@@ -12,7 +12,7 @@ HOPPER_SHARED = 227 * KB
 SMALLEST_SHARED = 99 * KB  # what any GPU since sm_80 gives one program (sm_86, sm_89, sm_120)
 A100_SHARED = 163 * KB
 # Bytes of spill stores a Hopper variant may have, by head dim, from Triton 3.6 and 3.7. At 64 there are registers to
-# spare; above, two of three consumers hold 128 accumulators in 160 registers. Triton 3.9 spills more (kernels/NOTES.md).
+# spare; above, two of three consumers hold 128 accumulators in 160 registers. 3.9 spills more (kernels/NOTES.md).
 HOPPER_SPILLS = {64: 0, 96: 56, 128: 56}
 
 # Every pair of values of any two columns occurs, dtype with gate, causal with spans and so on.
