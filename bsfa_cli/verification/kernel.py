@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from bsfa_kernels import Gate, block_sparse_attention, explain, reference
+from bsfa_kernels import block_sparse_attention, explain, reference
 from bsfa_kernels.integrations.transformers import SparseAttention
 from bsfa_kernels.reference import Span
 from bsfa_kernels.request import UNBOUNDED
@@ -47,8 +47,7 @@ def check_kernel(handler: SparseAttention, q, k, v, *, scale: float, causal: boo
     heads = [kv * group + member for kv in kv_heads for member in range(group)]
     start = max(0, length - QUERY_TILES * tile.rows)
     q, k, v = q[:1, heads, start:], k[:1, kv_heads], v[:1, kv_heads]
-    whole = handler.gate(length, q.device)
-    gate = Gate(*(None if values is None else values[heads].contiguous() for values in (whole.absolute, whole.gap)))
+    gate = handler.gate(length, q.device).map(lambda thresholds: thresholds[heads])
     options = dict(scale=scale, causal=causal, tile=tile, keep_sink=handler.thresholds.keep_sink)
     kernel = block_sparse_attention(
         q, k, v, gate, q_offset=start, return_counts=True, backend=handler.backend, **options

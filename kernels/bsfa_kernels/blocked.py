@@ -12,7 +12,7 @@ import torch
 from .gates import column
 from .reference import Span
 from .request import Request
-from .tiles import Visit, query_tile_count, visit
+from .tiles import Visit, visit
 
 
 def unsupported(request: Request) -> str | None:
@@ -29,7 +29,7 @@ def attention(request: Request):
     candidates = torch.zeros_like(kept)
     for b, span in enumerate(request.host_spans()):
         k_b, v_b = k[b].to(compute), v[b].to(compute)
-        for t, query_tile in valid_query_tiles(request, span):
+        for t, query_tile in span.query_tiles(q.shape[2], request.tile):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
             order, listed = _candidates(request, plan, b, t)
@@ -58,7 +58,7 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
     for b, span in enumerate(request.host_spans()):
         k_b = k[b].to(compute)
-        for t, query_tile in valid_query_tiles(request, span):
+        for t, query_tile in span.query_tiles(q.shape[2], request.tile):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
             tiles = _by_tile(scores, request.tile.keys)
@@ -75,24 +75,11 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     return maximum, gap, mass_mean, mass_worst
 
 
-def valid_query_tiles(request: Request, span: Span):
-    """(index in per-tile outputs, absolute query tile) of every query tile of the sequence that holds a valid row."""
-    if span.length < 1:
-        return
-    rows = min(request.q.shape[2], span.q_length - span.q_offset)
-    first, count = query_tile_count(span.q_offset, rows, request.tile)
-    for t in range(count):
-        yield t, first + t
-
-
 def _visible_scores(request: Request, q_b, k_b, span: Span, query_tile: int, plan: Visit):
     """Scores [Hq, rows, visible keys] of one query tile against all it may see, and the slice of query rows."""
     kv_heads, head_dim = k_b.shape[0], k_b.shape[2]
     tile, compute = request.tile, k_b.dtype
-    rows = slice(
-        max(query_tile * tile.rows, span.q_offset, 0) - span.q_offset,
-        min((query_tile + 1) * tile.rows, span.q_offset + q_b.shape[1], span.q_length) - span.q_offset,
-    )
+    rows = span.rows(query_tile, q_b.shape[1], tile)
     visible = slice(-span.k_offset, min(plan.end_keys * tile.keys, span.length) - span.k_offset)
     count = rows.stop - rows.start
     grouped = q_b[:, rows].to(compute).reshape(kv_heads, -1, head_dim)  # a KV head's query heads share one matmul

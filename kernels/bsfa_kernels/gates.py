@@ -10,6 +10,7 @@ equality keeps. Past the last query tile the last column repeats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,11 @@ class Gate:
         return self.absolute is None and self.gap is None
 
     def to(self, device: torch.device | str) -> Gate:
-        return Gate(*(None if t is None else t.to(device) for t in (self.absolute, self.gap)))
+        return self.map(lambda thresholds: thresholds.to(device))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gate:
+        """The gate with `change` applied to the thresholds it has."""
+        return Gate(*(None if thresholds is None else change(thresholds) for thresholds in (self.absolute, self.gap)))
 
 
 def column(thresholds: torch.Tensor, query_tile: int) -> torch.Tensor:

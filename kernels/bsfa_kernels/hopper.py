@@ -62,10 +62,10 @@ def unsupported(request: Request) -> str | None:
 def attention(request: Request):
     q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
     batch, heads, q_rows, head_dim = q.shape
-    tiles, gate, block_d = request.query_tiles, request.gate, HEAD_DIMS[head_dim]
+    tiles, block_d = request.query_tiles, HEAD_DIMS[head_dim]
+    gate = request.gate.map(torch.Tensor.contiguous)
+    optional = (gate.absolute, gate.gap, request.spans)
     out, lse, kept, candidates = request.new_outputs()
-    absolute = gate.absolute.contiguous() if gate.absolute is not None else None
-    gap = gate.gap.contiguous() if gate.gap is not None else None
     element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
 
     def descriptor(x, rows):
@@ -75,11 +75,11 @@ def attention(request: Request):
     with device_guard(q):
         _forward[(batch * heads, triton.cdiv(tiles, CONSUMERS.value))](
             *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
-            out, lse, kept, candidates, *(lse if x is None else x for x in (absolute, gap, request.spans)),
+            out, lse, kept, candidates, *(lse if x is None else x for x in optional),
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
-            0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
+            *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             heads, heads // k.shape[1], head_dim, block_d, request.causal, request.keep_sink,
-            absolute is not None, gap is not None, request.spans is not None,
+            *(x is not None for x in optional),
             num_warps=4, maxnreg=128,
         )  # fmt: skip
     return out, lse, kept, candidates

@@ -9,6 +9,8 @@ and passes over the entries that are no candidates.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -58,10 +60,8 @@ def unsupported(request: Request) -> str | None:
 def attention(request: Request):
     q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
     batch, heads, q_rows, head_dim = q.shape
-    tiles, gate = request.query_tiles, request.gate
+    tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
-    absolute = gate.absolute.contiguous() if gate.absolute is not None else None
-    gap = gate.gap.contiguous() if gate.gap is not None else None
     indices = request.blocks.indices.contiguous() if request.blocks is not None else None
     counts = request.blocks.counts.contiguous() if request.blocks is not None else None
     block_d = triton.next_power_of_2(head_dim)
@@ -71,9 +71,9 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
-            out, lse, kept, candidates, absolute, gap, request.spans, indices, counts,
+            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, indices, counts,
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
-            0 if absolute is None else absolute.shape[1], 0 if gap is None else gap.shape[1],
+            *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if indices is None else indices.shape[3],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, **launch_shape(q.dtype, head_dim, rows),
@@ -91,7 +91,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 def device_guard(x: torch.Tensor):
     """Make the tensor's GPU current while a kernel is launched."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.autograd.profiler.record_function("bsfa")
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def launch_shape(dtype: torch.dtype, head_dim: int, rows: int) -> dict:

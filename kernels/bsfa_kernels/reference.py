@@ -24,6 +24,7 @@ lse = -inf. So does every query of a sequence with no valid key.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,21 @@ class Span(NamedTuple):
     length: int
     q_length: int
 
+    def query_tiles(self, q_rows: int, tile: TileShape) -> Iterator[tuple[int, int]]:
+        """(index in per-tile outputs, absolute query tile) of every query tile that holds a valid one of `q_rows`."""
+        if self.length < 1:
+            return
+        first, count = query_tile_count(self.q_offset, min(q_rows, self.q_length - self.q_offset), tile)
+        yield from enumerate(range(first, first + count))
+
+    def rows(self, query_tile: int, q_rows: int, tile: TileShape) -> slice:
+        """The rows of a query tensor that belong to `query_tile` and are no padding."""
+        first, end = query_tile * tile.rows, (query_tile + 1) * tile.rows
+        return slice(
+            max(first, self.q_offset, 0) - self.q_offset,
+            min(end, self.q_offset + q_rows, self.q_length) - self.q_offset,
+        )
+
 
 class ReferenceOutput(NamedTuple):
     out: torch.Tensor  # [B, Hq, Tq, D] in the compute dtype
@@ -65,10 +81,7 @@ def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scale: float, 
 
     q [..., Tq, D], k [..., Tk, D]. Rows of the tile that are padding are left out, so every row has a vote.
     """
-    rows = slice(
-        max(query_tile * tile.rows, span.q_offset, 0) - span.q_offset,
-        min((query_tile + 1) * tile.rows, span.q_offset + q.shape[-2], span.q_length) - span.q_offset,
-    )
+    rows = span.rows(query_tile, q.shape[-2], tile)
     keys = slice(
         max(key_tile * tile.keys, span.k_offset, 0) - span.k_offset,
         min((key_tile + 1) * tile.keys, span.length) - span.k_offset,
@@ -170,10 +183,6 @@ def _listed(blocks: BlockLists, b: int, h: int, t: int, plan: Visit) -> list[int
 def _query_tiles(spans: list[Span], heads: int, q_rows: int, tile: TileShape):
     """(sequence, head, index in the output, absolute query tile) of every query tile that holds a valid row."""
     for b, span in enumerate(spans):
-        if span.length < 1:
-            continue
-        rows = min(q_rows, span.q_length - span.q_offset)
-        first, count = query_tile_count(span.q_offset, rows, tile)
         for h in range(heads):
-            for t in range(count):
-                yield b, h, t, first + t
+            for t, query_tile in span.query_tiles(q_rows, tile):
+                yield b, h, t, query_tile
