@@ -178,3 +178,15 @@ def test_running_out_of_memory_names_the_option():
         torch.empty(1 << 50, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="something else"), explain_memory("--length"):
         raise RuntimeError("something else")
+
+
+def test_a_checkpoint_with_random_weights_keeps_its_label(tmp_path, monkeypatch):
+    from bsfa_cli.models import random_weights
+
+    small = random_weights.config()
+    small.update(dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=300, head_dim=32))
+    small.update(dict(num_attention_heads=2, num_key_value_heads=1))
+    monkeypatch.setattr(random_weights, "config", lambda: small)
+    random_weights.build(0, "cpu").save_pretrained(tmp_path)
+    embedded.build_tokenizer().save_pretrained(tmp_path)
+    assert "nothing about accuracy" in load_model(tmp_path, device="cpu").label

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 LABEL = "random weights: says nothing about accuracy"
+LABEL_KEY = "bsfa_label"  # in the config.json of a checkpoint that bsfa made and must be labelled
 ID = "bsfa/embedded-random-llama"
 SEED = 20251
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 3, 4, 2, 64, 256

@@ -100,7 +100,8 @@ def load_model(
             _check_causal(source, model)
             model = model.to(device).eval()
     name = Path(source).resolve().name if os.path.isdir(source) else source
-    return LoadedModel(model, tokenizer, _identity(model, name, getattr(config, "_commit_hash", None)))
+    identity = _identity(model, name, getattr(config, "_commit_hash", None))
+    return LoadedModel(model, tokenizer, identity, getattr(config, embedded.LABEL_KEY, None))
 
 
 def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:

@@ -26,7 +26,7 @@ def config():
             rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
-        bos_token_id=256, eos_token_id=256, tie_word_embeddings=False,
+        bos_token_id=256, eos_token_id=256, tie_word_embeddings=False, **{embedded.LABEL_KEY: embedded.LABEL},
     )  # fmt: skip
 
 
