@@ -95,6 +95,23 @@ def test_thresholds_reach_the_rate_they_were_asked_for(gate, causal, skip):
     assert result.out.isfinite().all()
 
 
+def test_structured_data_are_used_labelled_and_kept_apart():
+    mixed = plan.Plan(
+        "mixed", (plan.Shape("a", 2, 1, 32), plan.Shape("a", 2, 1, 32, data="structured")), (512,), (0.5,)
+    )
+    cells = [sweep.cell(mixed, shape, length, CPU, seconds=0.01) for shape, length in mixed.cells()]
+    assert [cell["data"].split(";")[0] for cell in cells] == ["synthetic, unit normal", "synthetic, structured"]
+    assert cells[0]["shape"] == cells[1]["shape"]
+    half = next(row for row in cells[1]["contenders"] if row["skip_target"] == 0.5)
+    assert half["skip"] == pytest.approx(0.5, abs=0.15)
+    stored, result = ({"cells": cells[:1]}, {"cells": cells})
+    assert {row["cell"] for row in compare.changes(stored, result)} == {"a 512, synthetic, unit normal"}
+    assert mixed.with_flags(data="structured").cells()[0][0].data is None
+    narrow = plan.Plan("narrow", (plan.Shape("a", 2, 1, 8),), (512,), (), data="structured")
+    with pytest.raises(UsageError, match="shape a: structured data need"):
+        sweep.cell(narrow, narrow.shapes[0], 512, CPU, seconds=0.01)
+
+
 def timing(ms: float) -> interleave.Timing:
     return interleave.Timing([ms, ms, ms])
 
@@ -191,6 +208,7 @@ def test_head_flags_make_one_shape_of_their_own():
         ("shapes: [{name: a, heads: 3, kv_heads: 2, head_dim: 8}]\nlengths: [1]\nskip: []\n", "multiple of"),
         ("shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8}]\nlengths: 5\nskip: []\n", "'lengths' must be a list"),
         ("shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8}]\nlengths: [1]\nskip: [2]\n", "between 0 and 1"),
+        ("shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8, data: odd}]\n", "data must be one of normal, struct"),
         ("a: [\n", "is not YAML"),
         ("- 1\n", "expected a mapping"),
     ],
@@ -214,6 +232,7 @@ def test_a_bad_profile_is_refused_in_one_sentence(tmp_path, content, words):
         (("--skip", "1.5"), "between 0 and 1"),
         (("--heads", "3", "--kv-heads", "2"), "multiple of kv_heads"),
         (("--gate", "sharp"), "gate must be one of"),
+        (("--synthetic", "real"), "data must be one of normal, structured"),
         (("--tile", "64"), "ROWSxKEYS"),
         (("--backend", "magic"), "backend must be auto or one of"),
         (("--fail-under", "0.9"), "--baseline"),

@@ -23,6 +23,9 @@ def profile(
     causal: Annotated[bool | None, Option("--causal/--no-causal", help="Causal attention or not.")] = None,
     gate: Annotated[str | None, Option(help="gap or absolute.")] = None,
     tile: Annotated[str | None, Option(help="Tile shape, query rows x keys.")] = None,
+    synthetic: Annotated[
+        str | None, Option(help="Kind of synthetic Q, K and V: normal or structured (the patterns of real heads).")
+    ] = None,
     backend: Annotated[str | None, Option(help="Demand this backend; the fastest that can serve by default.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -74,7 +77,7 @@ def profile(
     plan = plan or load("llama-3.1-8b" if device.type == "cuda" else "tiny")
     plan = plan.with_flags(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
-        tile=tile, backend=backend, dtype=None if dtype == "auto" else dtype, seed=seed,
+        tile=tile, data=synthetic, backend=backend, dtype=None if dtype == "auto" else dtype, seed=seed,
     )  # fmt: skip
     if plan.backend != "auto":
         _known_backend(plan.backend)
