@@ -11,6 +11,7 @@ from ..errors import UsageError
 GATES = ("gap", "absolute")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DATA = ("normal", "structured")
+BASELINES = ("cuDNN", "FlashAttention-2", "efficient", "FlexAttention", "PyTorch's CPU flash attention", "math")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys."""
+    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys; the dense
+    baselines to time, all where none is named.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
@@ -54,6 +57,7 @@ class Plan:
     dtype: str = "auto"
     backend: str = "auto"
     data: str = "normal"
+    baselines: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -64,6 +68,9 @@ class Plan:
                 raise UsageError(f"lengths must be positive whole numbers, got {list(lengths)}")
         if any(not isinstance(rate, (int, float)) or not 0 < rate < 1 for rate in self.skip):
             raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}")
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise UsageError(f"baselines must be among {', '.join(BASELINES)}, got {name!r}")
         for name, allowed in (("gate", GATES), ("dtype", DTYPES), ("data", DATA)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -138,7 +145,7 @@ def _known(content, kind: type, profile: str, exclude: str = "") -> dict:
 
 
 def _make(kind: type, content: dict, profile: str):
-    for key in ("lengths", "skip"):
+    for key in ("lengths", "skip", "baselines"):
         if not isinstance(content.get(key) or (), tuple):
             raise UsageError(f"profile {profile}: '{key}' must be a list, got {content[key]!r}")
     try:

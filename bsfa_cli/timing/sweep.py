@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 OPEN, ZERO = "bsfa, skipping compiled out", "bsfa, 0 % skipped"
 LABELS = {
     "normal": "synthetic, unit normal; thresholds fitted to it",
-    "structured": "synthetic, structured; thresholds fitted to it",
+    "structured": "synthetic, structured; one threshold for all heads and positions fitted to it",
 }
 CEILING = {"cuda": (8192, torch.bfloat16), "cpu": (768, torch.float32)}
 
@@ -65,7 +65,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
             rows.append({"name": name, **facts})
         return out
 
-    for name, call in baselines.dense(q, k, v, shape.causal).items():
+    for name, call in baselines.dense(q, k, v, shape.causal, plan.baselines).items():
         out = enter(name, call, kind="dense", skip_target=None)
         dense_out = dense_out if out is None else out
     error = None
@@ -127,21 +127,23 @@ def _gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, una
         return
     yield OPEN, None, Gate()
     yield ZERO, 0.0, thresholds.inert(plan.gate, shape.heads, -(-q.shape[2] // tile.rows), q.device)
+
+    def start():
+        return thresholds.Fit(
+            plan.gate, q, k, v, causal=shape.causal, tile=tile, backend=backend, seed=plan.seed,
+            shared=plan.data_of(shape) == "structured",
+        )  # fmt: skip
+
+    fit, reason = first_call(start, q.device) if plan.skip else (None, None)
     for skip in plan.skip:
-        name, fitted = f"bsfa, {skip:.0%} skipped".replace("%", " %"), []
-
-        def fit(skip=skip, fitted=fitted):
-            fitted.append(
-                thresholds.for_skip(
-                    plan.gate, skip, q, k, v, causal=shape.causal, tile=tile, backend=backend, seed=plan.seed
-                )
-            )
-
-        _, reason = first_call(fit, q.device)
-        if reason:
+        name = f"bsfa, {skip:.0%} skipped".replace("%", " %")
+        gate = None
+        if fit is not None:
+            gate, reason = first_call(lambda skip=skip: fit.reach(skip), q.device)
+        if gate is None:
             unavailable.append({"name": name, "reason": f"no thresholds for it: {reason}"})
         else:
-            yield name, skip, fitted[0]
+            yield name, skip, gate
 
 
 def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:
