@@ -18,6 +18,7 @@ REPEATS = "repeats"
 KINDS = (REPEATS, *tasks.NAMES)
 WEIGHTS = {"single": 0.5, **{name: 0.5 for name in tasks.TASKS if name.startswith("tracking")}}
 MOST_QUESTIONS = 64
+SHORTEST_PERIOD = 8  # of repeats, in tokens
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,14 @@ def _rows(kind: str, length: int, rows: int, rng: random.Random, generator: torc
 
 
 def _repeats(length: int, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens of the whole vocabulary, the same segment again and again; an answer from its second time on."""
+    """Random tokens of the whole vocabulary, the same segment again and again; answers from its second time on.
+
+    Periods are spread evenly over their logarithm: the short ones teach looking back first.
+    """
     device = generator.device
     segment = torch.randint(len(WORDS), (rows, length), generator=generator, device=device)
-    shortest, longest = length // 16, length // 2
-    period = torch.randint(shortest, longest + 1, (rows, 1), generator=generator, device=device)
+    uniform = torch.rand(rows, 1, generator=generator, device=device)
+    period = (SHORTEST_PERIOD * (length / 2 / SHORTEST_PERIOD) ** uniform).long()
     positions = torch.arange(length, device=device).expand(rows, -1)
     return segment.gather(1, positions % period), positions >= period
 
