@@ -54,6 +54,7 @@ class Trainer:
         self.learning_rate = learning_rate
         self.device = next(model.parameters()).device
         self.position = Position()
+        self._printed = -math.inf
         matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
         self.optimizer = torch.optim.AdamW(
@@ -102,7 +103,7 @@ class Trainer:
         """One update. Per row: mean loss of the answers, share of their tokens right, last question right."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with autocast(self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[:, :-1])
         targets, weight = rows.tokens[:, 1:], rows.weight[:, 1:]
@@ -116,11 +117,12 @@ class Trainer:
         return loss.detach(), (right * weight).sum(1), (right | ~rows.final[:, 1:]).all(1)
 
     def log(self, entry: dict) -> None:
-        """Append to log.jsonl, and print it."""
+        """Append to log.jsonl; every ten seconds, print [loss/last question right] by kind."""
         self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
-        if "kinds" in entry:
+        if "kinds" in entry and time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
             kinds = " ".join(f"{name} {value[0]:.2f}/{value[2]:.2f}" for name, value in entry["kinds"].items())
             print(
                 f"{entry['seconds']:7.1f} s  step {entry['step']:6d}  {entry['length']:5d} tokens  "
@@ -158,11 +160,6 @@ class Trainer:
                 "step": step.clone() if self.device.type == "cuda" else step.cpu().clone(),
                 **{moment: tensors[moment][name].to(self.device) for moment in MOMENTS},
             }
-
-
-def autocast(device: torch.device):
-    """bfloat16 on a GPU, as it is on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _by_kind(kind: torch.Tensor, *columns: torch.Tensor) -> dict[str, list[float]]:

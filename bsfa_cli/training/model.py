@@ -44,7 +44,10 @@ def export(model, folder: Path) -> None:
 
 @torch.no_grad()
 def accuracy(model, name: str, length: int, documents: int, rows: int = 1) -> tuple[float, float]:
-    """(share of questions answered exactly, share of answer tokens right), one question a document, in one prefill."""
+    """(share of questions answered exactly, share of answer tokens right), one question a document, in one prefill.
+
+    `documents` is a multiple of `rows`.
+    """
     device = next(model.parameters()).device
     exact = right = 0.0
     for index in range(0, documents, rows):
