@@ -130,6 +130,18 @@ def test_readme_block_is_made_from_the_results(result, tmp_path):
     assert readme.rendered(tmp_path) == files
 
 
+def test_structured_rows_are_told_apart_and_a_missed_rate_is_shown(result):
+    structured = cell(4096)
+    structured["data"] = "synthetic, structured; thresholds fitted to it"
+    structured["contenders"][2]["skip"] = 0.43
+    result["cells"].append(structured)
+    text = readme.block(result, "a.json", Path("a.svg"))
+    assert "**text: 32/8 heads" in text and "**text: structured data, 32/8 heads" in text
+    assert "1.40x \\* at 43% (bound 1.33x)" in text
+    titles = [element.text for element in ElementTree.fromstring(plot.speedup_plot(result)).iter(f"{SVG}text")]
+    assert any(title.startswith("text: structured data, ") for title in titles)
+
+
 def test_readme_needs_its_markers(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(InputError, match="results: begin"):

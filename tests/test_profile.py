@@ -11,6 +11,7 @@ import torch
 from bsfa_kernels import TileShape, block_sparse_attention
 
 from bsfa_cli import app as cli
+from bsfa_cli import structured
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing import baselines, compare, interleave, plan, sweep, thresholds
 
@@ -85,14 +86,70 @@ def test_reached_skip_rate_is_counted_not_assumed(cell):
 @pytest.mark.parametrize("gate", plan.GATES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("skip", [0.25, 0.75])
-def test_thresholds_reach_the_rate_they_were_asked_for(gate, causal, skip):
+@pytest.mark.parametrize("shared", [False, True])
+def test_thresholds_reach_the_rate_they_were_asked_for(gate, causal, skip, shared):
     q, k, v = (torch.randn(1, heads, 1000, 16, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
     options = {"causal": causal, "tile": TileShape(64, 32), "backend": "torch"}
-    fitted = thresholds.for_skip(gate, skip, q, k, v, **options)
+    fitted = thresholds.Fit(gate, q, k, v, shared=shared, **options).reach(skip)
     result = block_sparse_attention(q, k, v, fitted, return_counts=True, **options)
     reached = 1 - result.kept.sum() / result.candidates.sum()
     assert reached == pytest.approx(skip, abs=0.02)
     assert result.out.isfinite().all()
+    by_head = 1 - result.kept.sum((0, 2)) / result.candidates.sum((0, 2))
+    assert shared or by_head == pytest.approx(torch.full((4,), skip), abs=0.03)
+
+
+def test_one_threshold_for_all_lets_heads_of_structured_data_differ():
+    q, k, v, _ = structured.generate(heads=8, kv_heads=2, length=2048, head_dim=32)
+    options = {"causal": True, "tile": TileShape(64, 64), "backend": "torch"}
+    gate = thresholds.Fit("gap", q, k, v, shared=True, **options).reach(0.6)
+    assert gate.gap.unique().numel() == 1
+    result = block_sparse_attention(q, k, v, gate, return_counts=True, **options)
+    by_head = 1 - result.kept.sum((0, 2)) / result.candidates.sum((0, 2))
+    assert 1 - result.kept.sum() / result.candidates.sum() == pytest.approx(0.6, abs=0.02)
+    assert by_head.max() - by_head.min() > 0.25
+
+
+@pytest.mark.parametrize("length", [64, 128, 512, 700])
+def test_the_causal_block_mask_is_the_one_that_pytorch_would_compile(length):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ours = baselines.causal_block_mask(length, CPU)
+    theirs = create_block_mask(baselines._causal, None, None, length, length, device="cpu")
+    assert (ours.shape, ours.BLOCK_SIZE, ours.sparsity()) == (theirs.shape, theirs.BLOCK_SIZE, theirs.sparsity())
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, expected = (getattr(mask, f"{kind}_num_blocks") for mask in (ours, theirs))
+        assert torch.equal(counts, expected)
+        for row, count in enumerate(expected[0, 0].tolist()):
+            indices, wanted = (getattr(mask, f"{kind}_indices")[0, 0, row, :count] for mask in (ours, theirs))
+            assert torch.equal(indices, wanted)
+
+
+def test_a_profile_names_its_baselines():
+    small = plan.Plan("small", (plan.Shape("text", 2, 1, 32),), (256,), (), baselines=("math",))
+    cell = sweep.cell(small, small.shapes[0], 256, CPU, seconds=0.01)
+    assert [row["name"] for row in cell["contenders"] if row["kind"] == "dense"] == ["math"]
+    assert {entry["reason"] for entry in cell["unavailable"]} == {"not asked for"}
+    q = torch.zeros(1, 1, 4, 8)
+    known = {*baselines.SDPA, *baselines.dense(q, q, q, True)}
+    assert known == set(plan.BASELINES)
+
+
+def test_structured_data_are_used_labelled_and_kept_apart():
+    mixed = plan.Plan(
+        "mixed", (plan.Shape("a", 2, 1, 32), plan.Shape("a", 2, 1, 32, data="structured")), (512,), (0.5,)
+    )
+    cells = [sweep.cell(mixed, shape, length, CPU, seconds=0.01) for shape, length in mixed.cells()]
+    assert [cell["data"].split(";")[0] for cell in cells] == ["synthetic, unit normal", "synthetic, structured"]
+    assert cells[0]["shape"] == cells[1]["shape"]
+    half = next(row for row in cells[1]["contenders"] if row["skip_target"] == 0.5)
+    assert half["skip"] == pytest.approx(0.5, abs=0.15)
+    stored, result = ({"cells": cells[:1]}, {"cells": cells})
+    assert {row["cell"] for row in compare.changes(stored, result)} == {"a 512, synthetic, unit normal"}
+    assert mixed.with_flags(data="structured").cells()[0][0].data is None
+    narrow = plan.Plan("narrow", (plan.Shape("a", 2, 1, 8),), (512,), (), data="structured")
+    with pytest.raises(UsageError, match="shape a: structured data need"):
+        sweep.cell(narrow, narrow.shapes[0], 512, CPU, seconds=0.01)
 
 
 def timing(ms: float) -> interleave.Timing:
@@ -191,6 +248,11 @@ def test_head_flags_make_one_shape_of_their_own():
         ("shapes: [{name: a, heads: 3, kv_heads: 2, head_dim: 8}]\nlengths: [1]\nskip: []\n", "multiple of"),
         ("shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8}]\nlengths: 5\nskip: []\n", "'lengths' must be a list"),
         ("shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8}]\nlengths: [1]\nskip: [2]\n", "between 0 and 1"),
+        ("shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8, data: odd}]\n", "data must be one of normal, struct"),
+        (
+            "shapes: [{name: a, heads: 2, kv_heads: 2, head_dim: 8}]\nlengths: [1]\nskip: []\nbaselines: math\n",
+            "'baselines' must be a list",
+        ),
         ("a: [\n", "is not YAML"),
         ("- 1\n", "expected a mapping"),
     ],
@@ -214,6 +276,8 @@ def test_a_bad_profile_is_refused_in_one_sentence(tmp_path, content, words):
         (("--skip", "1.5"), "between 0 and 1"),
         (("--heads", "3", "--kv-heads", "2"), "multiple of kv_heads"),
         (("--gate", "sharp"), "gate must be one of"),
+        (("--baselines", "cuDNN,cudnn"), "baselines must be among"),
+        (("--synthetic", "real"), "data must be one of normal, structured"),
         (("--tile", "64"), "ROWSxKEYS"),
         (("--backend", "magic"), "backend must be auto or one of"),
         (("--fail-under", "0.9"), "--baseline"),

@@ -23,6 +23,12 @@ def profile(
     causal: Annotated[bool | None, Option("--causal/--no-causal", help="Causal attention or not.")] = None,
     gate: Annotated[str | None, Option(help="gap or absolute.")] = None,
     tile: Annotated[str | None, Option(help="Tile shape, query rows x keys.")] = None,
+    synthetic: Annotated[
+        str | None, Option(help="Kind of synthetic Q, K and V: normal or structured (the patterns of real heads).")
+    ] = None,
+    baselines: Annotated[
+        str | None, Option(help="Dense baselines to time, separated by commas; all that run here by default.")
+    ] = None,
     backend: Annotated[str | None, Option(help="Demand this backend; the fastest that can serve by default.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -59,6 +65,7 @@ def profile(
         raise UsageError(f"--seconds must be positive, got {seconds}")
     # Everything that can be refused without torch is refused before its import.
     lengths, skip = _numbers(lengths, int, "--lengths"), _numbers(skip, float, "--skip")
+    names = None if baselines is None else tuple(name.strip() for name in baselines.split(","))
     plan = load(profile) if profile else None
 
     import torch
@@ -74,7 +81,8 @@ def profile(
     plan = plan or load("llama-3.1-8b" if device.type == "cuda" else "tiny")
     plan = plan.with_flags(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
-        tile=tile, backend=backend, dtype=None if dtype == "auto" else dtype, seed=seed,
+        tile=tile, data=synthetic, backend=backend, baselines=names, seed=seed,
+        dtype=None if dtype == "auto" else dtype,
     )  # fmt: skip
     if plan.backend != "auto":
         _known_backend(plan.backend)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from html import escape
 
 from ..errors import UsageError
+from .profile_table import head_shape
 
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, TOP, BOTTOM, TITLE = 820, 280, 64, 190, 56, 52, 34
 # Told apart by colour-blind readers and on both backgrounds; dashes and labels say the same once more.
@@ -53,12 +54,7 @@ def _panels(cells: Iterable[dict]):
     """(title, {(target skip, label): [(length, speedup, bound), ...]}) for each head shape, in the order measured."""
     found: dict[str, dict] = {}
     for cell in cells:
-        shape = cell["shape"]
-        title = (
-            f"{shape['name']}: {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
-            f"{'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, {cell['gate']} gate, {cell['backend']}"
-        )
-        series = found.setdefault(title, {})
+        series = found.setdefault(f"{head_shape(cell)}, {cell['backend']}", {})
         for row in cell["contenders"]:
             if row["kind"] == "bsfa" and row["skip_target"] is not None and row["speedup"] is not None:
                 points = series.setdefault(row["skip_target"], [])

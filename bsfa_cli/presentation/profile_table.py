@@ -26,16 +26,22 @@ def cell_rows(cell: dict) -> list[tuple[str, ...]]:
     return rows
 
 
+def head_shape(cell: dict) -> str:
+    """One cell's heads, direction, dtype, gate and, where it is not unit-normal, data."""
+    shape = cell["shape"]
+    structured = "structured data, " if "structured" in cell["data"] else ""
+    return (
+        f"{shape['name']}: {structured}{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
+        f"{'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, {cell['gate']} gate"
+    )
+
+
 def show_cell(cell: dict) -> None:
     """Print one cell to stderr."""
     from .console import note
 
-    shape = cell["shape"]
-    note(
-        f"\n{shape['name']}: {cell['length']:,} tokens, {shape['heads']}/{shape['kv_heads']} heads of "
-        f"{shape['head_dim']}, {'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, "
-        f"{cell['gate']} gate, {cell['tile']} tiles, backend {cell['backend']}; data {cell['data']}"
-    )
+    note(f"\n{cell['length']:,} tokens, {head_shape(cell)}, {cell['tile']} tiles, backend {cell['backend']}")
+    note(f"  data {cell['data']}")
     for name, reason in cell["passed_over"].items():
         note(f"  backend {name} not used: {reason}")
     for line in aligned([HEADINGS, *cell_rows(cell)]):

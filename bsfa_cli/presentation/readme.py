@@ -12,8 +12,10 @@ from ..errors import BsfaError, InputError
 from ..files import write_whole
 from ..timing.compare import read
 from .plot import speedup_plot
+from .profile_table import head_shape
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NOTABLE = 0.02  # distance between skip rates asked for and reached from which the table says so
 NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to `profiles/results/`."
 
 
@@ -69,13 +71,7 @@ VERSIONS = (
 def _by_shape(cells: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for cell in cells:
-        shape = cell["shape"]
-        title = (
-            f"{shape['name']}: {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
-            f"{'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, {cell['gate']} gate, "
-            f"{cell['tile']} tiles, `{cell['backend']}` backend"
-        )
-        found.setdefault(title, []).append(cell)
+        found.setdefault(f"{head_shape(cell)}, {cell['tile']} tiles, `{cell['backend']}` backend", []).append(cell)
     return found
 
 
@@ -100,7 +96,10 @@ def _speedup(row: dict | None) -> str:
     if row is None or row["speedup"] is None:
         return "-"
     star = " \\*" if row["suspect"] else ""
-    return f"{row['speedup']:.2f}x{star} (bound {row['bound']:.2f}x)"
+    reached = ""
+    if abs(row["skip"] - row["skip_target"]) > NOTABLE:
+        reached = f" at {row['skip']:.0%}"
+    return f"{row['speedup']:.2f}x{star}{reached} (bound {row['bound']:.2f}x)"
 
 
 def _prefill(entry: dict) -> list[str]:

@@ -16,11 +16,17 @@ SDPA = {
     "math": SDPBackend.MATH,
 }
 CPU_SDPA = {"PyTorch's CPU flash attention": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+FLEX_BLOCK = 128
 MATH_LIMIT = 2048  # tokens; beyond, its score matrix dwarfs what is measured
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, Callable | str]:
-    """{name: call, or the reason why it is left out}. q [B, Hq, T, D]; k, v [B, Hkv, T, D]; calls return q's shape."""
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, wanted: tuple[str, ...] = ()
+) -> dict[str, Callable | str]:
+    """{name: call, or the reason why it is left out}. q [B, Hq, T, D]; k, v [B, Hkv, T, D]; calls return q's shape.
+
+    `wanted` names those to run, of plan.BASELINES; all where it names none.
+    """
     cpu = q.device.type == "cpu"
     found: dict[str, Callable | str] = {}
     for name, backend in (CPU_SDPA if cpu else SDPA).items():
@@ -33,7 +39,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> di
         else:
             found[name] = _sdpa(q, k, v, causal, backend)
     found["FlexAttention"] = "timed on CUDA only" if cpu else _Flex(q, k, v, causal)
-    return found
+    return {name: call if not wanted or name in wanted else "not asked for" for name, call in found.items()}
 
 
 def _sdpa(q, k, v, causal: bool, backend: SDPBackend) -> Callable:
@@ -60,7 +66,7 @@ class _Repeated:
 
 
 class _Flex:
-    """FlexAttention, compiled for this shape alone, with a causal block mask; both are made on the first call."""
+    """FlexAttention, compiled for this shape alone on the first call, with a causal block mask."""
 
     def __init__(self, q, k, v, causal: bool):
         self.q, self.k, self.v, self.causal, self.mask, self.compiled = q, k, v, causal, None, None
@@ -72,16 +78,31 @@ class _Flex:
         return self.compiled(self.q, self.k, self.v, block_mask=self.mask, enable_gqa=grouped)
 
     def _compile(self):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
         # After a few recompilations Dynamo would quietly run FlexAttention uncompiled: start afresh for every shape.
         torch._dynamo.reset()
         if self.causal:
-            length = self.q.shape[2]
-            self.mask = torch.compile(create_block_mask, dynamic=False)(
-                _causal, None, None, length, length, device=self.q.device
-            )
+            self.mask = causal_block_mask(self.q.shape[2], self.q.device)
         self.compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def causal_block_mask(length: int, device):
+    """What `create_block_mask` makes of causality, without compiling it for every length (and without T x T bools)."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks = -(-length // FLEX_BLOCK)
+    block = torch.arange(blocks, dtype=torch.int32, device=device)
+    full, partial = block.clone(), torch.ones_like(block)
+    earlier = block.expand(blocks, blocks)
+    own = torch.where(earlier == 0, block[:, None], 0)
+    if length % FLEX_BLOCK:
+        # Its rows past the end see nothing, so no block of the last row is full.
+        full[-1], partial[-1], own[-1] = 0, blocks, block
+    return BlockMask.from_kv_blocks(
+        *(x.contiguous()[None, None] for x in (partial, own, full, earlier)),
+        BLOCK_SIZE=FLEX_BLOCK, mask_mod=_causal, seq_lengths=(length, length),
+    )  # fmt: skip
 
 
 def _causal(batch, head, q_index, k_index):

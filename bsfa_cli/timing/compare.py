@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 
 SAME = ("gpu", "driver", "capability", "cuda", "cudnn", "torch", "triton", "platform")
+SETTINGS = ("dtype", "tile", "gate", "data")
 FORMAT = 1
 
 
@@ -47,7 +48,7 @@ def changes(stored: dict, result: dict) -> list[dict]:
             if row["kind"] == "bsfa" and before:
                 found.append(
                     {
-                        "cell": f"{cell['shape']['name']} {cell['length']}",
+                        "cell": f"{cell['shape']['name']} {cell['length']}, {cell['data'].partition(';')[0]}",
                         "name": row["name"],
                         "old_ms": before["ms_median"],
                         "new_ms": row["ms_median"],
@@ -58,4 +59,4 @@ def changes(stored: dict, result: dict) -> list[dict]:
 
 
 def _key(cell: dict) -> tuple:
-    return (json.dumps(cell["shape"], sort_keys=True), cell["length"], cell["dtype"], cell["tile"], cell["gate"])
+    return (json.dumps(cell["shape"], sort_keys=True), cell["length"], *(cell[key] for key in SETTINGS))

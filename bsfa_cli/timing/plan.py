@@ -10,11 +10,13 @@ from ..errors import UsageError
 
 GATES = ("gap", "absolute")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DATA = ("normal", "structured")
+BASELINES = ("cuDNN", "FlashAttention-2", "efficient", "FlexAttention", "PyTorch's CPU flash attention", "math")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call's heads. `lengths` overrides the plan's for this shape."""
+    """One attention call's heads. `lengths` and `data` override the plan's for this shape."""
 
     name: str
     heads: int
@@ -23,6 +25,7 @@ class Shape:
     causal: bool = True
     batch: int = 1
     lengths: tuple[int, ...] | None = None
+    data: str | None = None
 
     def __post_init__(self):
         for name in ("heads", "kv_heads", "head_dim", "batch"):
@@ -32,14 +35,18 @@ class Shape:
             raise UsageError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if not isinstance(self.causal, bool):
             raise UsageError(f"causal must be true or false, got {self.causal!r}")
+        if self.data is not None and self.data not in DATA:
+            raise UsageError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
 
     def describe(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key != "lengths"}
+        return {key: value for key, value in asdict(self).items() if key not in ("lengths", "data")}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys."""
+    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys; the dense
+    baselines to time, all where none is named.
+    """
 
     name: str
     shapes: tuple[Shape, ...]
@@ -49,6 +56,8 @@ class Plan:
     tile: str = "64x128"
     dtype: str = "auto"
     backend: str = "auto"
+    data: str = "normal"
+    baselines: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -59,11 +68,17 @@ class Plan:
                 raise UsageError(f"lengths must be positive whole numbers, got {list(lengths)}")
         if any(not isinstance(rate, (int, float)) or not 0 < rate < 1 for rate in self.skip):
             raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}")
-        for name, allowed in (("gate", GATES), ("dtype", DTYPES)):
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise UsageError(f"baselines must be among {', '.join(BASELINES)}, got {name!r}")
+        for name, allowed in (("gate", GATES), ("dtype", DTYPES), ("data", DATA)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(self.tile)):
             raise UsageError(f"tile must be ROWSxKEYS, such as 64x128, got {self.tile!r}")
+
+    def data_of(self, shape: Shape) -> str:
+        return shape.data or self.data
 
     def cells(self) -> list[tuple[Shape, int]]:
         """Every (shape, length), shortest first within a shape."""
@@ -81,6 +96,8 @@ class Plan:
             changes["name"] = "custom"
         elif "lengths" in changes:
             changes["shapes"] = tuple(replace(shape, lengths=None) for shape in self.shapes)
+        if "data" in changes:
+            changes["shapes"] = tuple(replace(shape, data=None) for shape in changes.get("shapes", self.shapes))
         return replace(self, **changes)
 
 
@@ -128,7 +145,7 @@ def _known(content, kind: type, profile: str, exclude: str = "") -> dict:
 
 
 def _make(kind: type, content: dict, profile: str):
-    for key in ("lengths", "skip"):
+    for key in ("lengths", "skip", "baselines"):
         if not isinstance(content.get(key) or (), tuple):
             raise UsageError(f"profile {profile}: '{key}' must be a list, got {content[key]!r}")
     try:

@@ -1,7 +1,7 @@
 """One cell of a profile: every dense baseline and our kernel at every skip rate, timed in one interleaved run.
 
-Data are synthetic: Q, K and V are unit-normal, thresholds are fitted to them (thresholds.py). What a real model skips
-is for `bsfa verify` to say.
+Data are synthetic, unit-normal or structured (../structured.py), and thresholds are fitted to them (thresholds.py).
+What a real model skips is for `bsfa verify` to say.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from bsfa_kernels import Gate, TileShape, block_sparse_attention, explain
 
+from .. import structured
+from ..errors import UsageError
 from . import baselines, thresholds
 from .interleave import Contender, Timing, first_call, measure
 from .plan import Plan, Shape
@@ -16,6 +18,10 @@ from .plan import Plan, Shape
 NOT_FOR_GPU = ("torch", "reference")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 OPEN, ZERO = "bsfa, skipping compiled out", "bsfa, 0 % skipped"
+LABELS = {
+    "normal": "synthetic, unit normal; thresholds fitted to it",
+    "structured": "synthetic, structured; one threshold for all heads and positions fitted to it",
+}
 CEILING = {"cuda": (8192, torch.bfloat16), "cpu": (768, torch.float32)}
 
 
@@ -38,11 +44,8 @@ def ceiling(device: torch.device, seconds: float) -> dict:
 def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: float) -> dict:
     """Measure one (shape, length); `seconds` bounds the timed part. The keys are described in profiles/README.md."""
     dtype, tile = resolve_dtype(plan.dtype, device), TileShape(*map(int, plan.tile.split("x")))
-    generator = torch.Generator(device=device).manual_seed(plan.seed)
-    q, k, v = (
-        torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator, device=device, dtype=dtype)
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
+    data = plan.data_of(shape)
+    q, k, v = tensors(data, shape, length, device, dtype, plan.seed)
     backend, passed_over = plan.backend, {}
     if backend == "auto":
         gate = thresholds.inert(plan.gate, shape.heads, 1, device)
@@ -62,7 +65,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
             rows.append({"name": name, **facts})
         return out
 
-    for name, call in baselines.dense(q, k, v, shape.causal).items():
+    for name, call in baselines.dense(q, k, v, shape.causal, plan.baselines).items():
         out = enter(name, call, kind="dense", skip_target=None)
         dense_out = dense_out if out is None else out
     error = None
@@ -92,7 +95,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         "gate": plan.gate,
         "backend": backend,
         "passed_over": passed_over,
-        "data": "synthetic, unit normal; thresholds fitted to it",
+        "data": LABELS[data],
         "flops_dense": flops,
         "error_at_zero": error,
         "error_tolerance": TOLERANCE[dtype],
@@ -101,27 +104,46 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
     return result | summarise(rows, timings, flops)
 
 
+def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: torch.dtype, seed: int):
+    """q [batch, heads, length, head_dim], k and v [batch, kv_heads, length, head_dim] of the kind `data`."""
+    if data == "structured":
+        try:
+            return structured.generate(
+                heads=shape.heads, kv_heads=shape.kv_heads, length=length, head_dim=shape.head_dim, batch=shape.batch,
+                device=device, dtype=dtype, seed=seed,
+            )[:3]  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"shape {shape.name}: {error}") from error
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return tuple(
+        torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator, device=device, dtype=dtype)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+
+
 def _gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unavailable: list):
     """(contender name, target skip rate, gate) of each of our kernel's runs; what cannot be fitted is reported."""
     if any(absent["name"] == "bsfa" for absent in unavailable):
         return
     yield OPEN, None, Gate()
     yield ZERO, 0.0, thresholds.inert(plan.gate, shape.heads, -(-q.shape[2] // tile.rows), q.device)
+
+    def start():
+        return thresholds.Fit(
+            plan.gate, q, k, v, causal=shape.causal, tile=tile, backend=backend, seed=plan.seed,
+            shared=plan.data_of(shape) == "structured",
+        )  # fmt: skip
+
+    fit, reason = first_call(start, q.device) if plan.skip else (None, None)
     for skip in plan.skip:
-        name, fitted = f"bsfa, {skip:.0%} skipped".replace("%", " %"), []
-
-        def fit(skip=skip, fitted=fitted):
-            fitted.append(
-                thresholds.for_skip(
-                    plan.gate, skip, q, k, v, causal=shape.causal, tile=tile, backend=backend, seed=plan.seed
-                )
-            )
-
-        _, reason = first_call(fit, q.device)
-        if reason:
+        name = f"bsfa, {skip:.0%} skipped".replace("%", " %")
+        gate = None
+        if fit is not None:
+            gate, reason = first_call(lambda skip=skip: fit.reach(skip), q.device)
+        if gate is None:
             unavailable.append({"name": name, "reason": f"no thresholds for it: {reason}"})
         else:
-            yield name, skip, fitted[0]
+            yield name, skip, gate
 
 
 def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:

@@ -10,8 +10,8 @@ PyTorch, run on any device without reading a value back to the host, and never h
 keys. Methods defined on blocks of their own (128 x 128, say) are computed on those and brought to the tile grid: exact
 where a block is a multiple of the tile, the union where the tile is a multiple of the block, ValueError otherwise.
 
-Left out: PBS-Attn (arXiv 2510.21270), which permutes keys inside segments first and is no block mask over positions;
-it belongs to `bsfa compare`, which can permute. BLASST and BSFA are gates, not selections: see gates.py.
+PBS-Attn permutes keys before it selects and so is no block mask over positions: `PBS` arranges K and V for the kernels
+instead. BLASST and BSFA are gates, not selections: see gates.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .blocks import visible
 from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
 from .global_attention import GlobalAttention
+from .pbs import PBS
 from .pooled import PooledTopK, PooledTopP
 from .sliding_window import SlidingWindow, TriShape
 from .spargeattention import SpargeAttention
@@ -51,7 +52,7 @@ METHODS: dict[str, type[Selector]] = {
     )
 }
 
-__all__ = ["METHODS", "Selector", "density", "select", *(method.__name__ for method in METHODS.values())]
+__all__ = ["METHODS", "PBS", "Selector", "density", "select", *(method.__name__ for method in METHODS.values())]
 
 
 def select(

@@ -1,4 +1,4 @@
-"""What every selection method is: a frozen dataclass of published defaults with one method, select()."""
+"""What every selection method is: a frozen dataclass of published defaults; most have one method, select()."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..tiles import TileShape
 from .blocks import block_count, diagonal, visible
 
 
-class Selector(ABC):
-    """Base of the methods. Fields are the method's settings; `knob` names the one that sweeps density.
+class Settings:
+    """Base of all methods. Fields are the method's settings; `knob` names the one that sweeps density.
 
     `sweep` holds values of the knob from sparse to dense, `directions` the values of `causal` the method is defined
     for, `limits` the closed range of a field (default: [1, inf] for integers, [0, 1] for floats).
@@ -35,6 +35,23 @@ class Selector(ABC):
             if not low <= value <= high:
                 raise ValueError(f"{self.name}: {field.name} must lie in [{low}, {high}], got {value}")
 
+    def _check(self, q, k, causal):
+        for name, x in (("q", q), ("k", k)):
+            if x.dim() != 4 or min(x.shape) < 1:
+                raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
+        if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+            raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch size and head dim")
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
+        if causal not in self.directions:
+            raise ValueError(f"{self.name} is not defined for {'causal' if causal else 'non-causal'} attention")
+        if causal and q.shape[2] != k.shape[2]:
+            raise ValueError(f"causal selection needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+
+
+class Selector(Settings, ABC):
+    """A method whose choice is a block mask over positions."""
+
     def select(self, q: torch.Tensor, k: torch.Tensor, *, scale: float, causal: bool, tile: TileShape) -> torch.Tensor:
         """bool [B, Hq, query tiles, key tiles]: the tiles to compute. q [B, Hq, Tq, D], k [B, Hkv, Tk, D].
 
@@ -54,16 +71,3 @@ class Selector(ABC):
     @abstractmethod
     def _tiles(self, q, k, scale: float, causal: bool, tile: TileShape) -> torch.Tensor:
         """The method itself: bool, broadcastable to [B, Hq, query tiles, key tiles]."""
-
-    def _check(self, q, k, causal):
-        for name, x in (("q", q), ("k", k)):
-            if x.dim() != 4 or min(x.shape) < 1:
-                raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
-        if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch size and head dim")
-        if q.shape[1] % k.shape[1]:
-            raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key heads ({k.shape[1]})")
-        if causal not in self.directions:
-            raise ValueError(f"{self.name} is not defined for {'causal' if causal else 'non-causal'} attention")
-        if causal and q.shape[2] != k.shape[2]:
-            raise ValueError(f"causal selection needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
