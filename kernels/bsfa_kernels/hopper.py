@@ -40,7 +40,7 @@ HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128}  # head dim: columns of its til
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
-STAGES = {64: 4, 128: 2}  # tiles of K and V in flight, by columns
+STAGES = {64: (4, 4), 128: (3, 2)}  # tiles of K and of V in flight, by columns
 
 
 def unsupported(request: Request) -> str | None:
@@ -85,7 +85,7 @@ def attention(request: Request):
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
-            heads, heads // k.shape[1], head_dim, block_d, STAGES[block_d], request.causal, request.keep_sink,
+            heads, heads // k.shape[1], head_dim, block_d, *STAGES[block_d], request.causal, request.keep_sink,
             *(x is not None for x in (*optional, entries)),
             num_warps=4, maxnreg=128,
         )  # fmt: skip
@@ -106,23 +106,26 @@ def stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL: gl.constexp
 def producer(
     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
     b, head, kv_head, first_row, k_offset, entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
-    CAUSAL: gl.constexpr, LISTS: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, LISTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     if stream > 0:
         mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             tma_load(q_desc, [b, head, first_row + w * ROWS, 0], q_full, q_bufs.index(w))
     for i in range(stream):
-        slot = i % STAGES
-        phase = (i // STAGES) & 1
         if LISTS:
             tile = gl.load(entries_ptr + i) >> 2 * CONSUMERS
         else:
             tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
         row = tile * KEYS - k_offset
-        mbarrier.wait(empty.index(slot), phase ^ 1)
+        # Consumers release a tile's K and V together, on barrier i % K_STAGES; V needs the tile V_STAGES before.
+        slot = i % K_STAGES
+        mbarrier.wait(empty.index(slot), (i // K_STAGES & 1) ^ 1)
         mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
         tma_load(k_desc, [b, kv_head, row, 0], k_full.index(slot), k_bufs.index(slot))
+        freed = i + K_STAGES - V_STAGES
+        slot = i % V_STAGES
+        mbarrier.wait(empty.index(freed % K_STAGES), (freed // K_STAGES & 1) ^ 1)
         mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
         tma_load(v_desc, [b, kv_head, row, 0], v_full.index(slot), v_bufs.index(slot))
 
@@ -189,7 +192,7 @@ def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, 
 @gluon.jit
 def consumer(
     WG: gl.constexpr, shared, HEAD_DIM: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
-    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, LISTS: gl.constexpr, STAGES: gl.constexpr,
+    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, LISTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
@@ -251,8 +254,9 @@ def consumer(
     if LISTS:
         following = gl.load(entries_ptr)
     for i in range(stream):
-        slot = i % STAGES
-        parity = (i // STAGES) & 1
+        slot = i % K_STAGES
+        v_slot = i % V_STAGES
+        v_parity = i // V_STAGES & 1
         if LISTS:
             tile = following >> 2 * CONSUMERS
             forced = (following >> CONSUMERS + WG & 1) == 1
@@ -268,26 +272,25 @@ def consumer(
             masked = i <= own_at
         if not CAUSAL:
             masked = (tile + 1) * KEYS > length
-        mbarrier.wait(k_full.index(slot), parity)
+        mbarrier.wait(k_full.index(slot), i // K_STAGES & 1)
         if not LISTS or forced | candidate:
             s = scores(q, k_bufs, slot, D)
             if masked:
                 key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
-                visible = (key < length)[None, :]
+                last = length - 1
                 if CAUSAL:
-                    position = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows)
-                    visible = visible & (key[None, :] <= position[:, None])
-                s = gl.where(visible, s, -float("inf"))
+                    last = gl.minimum(query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows), last)[:, None]
+                s = gl.where(key[None, :] <= last, s, -float("inf"))
             largest = per_thread(s, partial, False)
             passes = vote(largest, valid, running_max, scale, absolute, gap, ballots.index(WG), ABSOLUTE, GAP)
-            mbarrier.wait(v_full.index(slot), parity)
+            mbarrier.wait(v_full.index(v_slot), v_parity)
             if forced | (candidate & passes):
                 acc, running_max, row_sum = accumulate(
-                    s, largest, acc, running_max, row_sum, v_bufs, slot, scale * LOG2E, D
+                    s, largest, acc, running_max, row_sum, v_bufs, v_slot, scale * LOG2E, D
                 )
                 kept += gl.where(forced, 0, 1)
         else:
-            mbarrier.wait(v_full.index(slot), parity)
+            mbarrier.wait(v_full.index(v_slot), v_parity)
         mbarrier.arrive(empty.index(slot), count=1)
 
     if alive & (stream > 0):
@@ -319,7 +322,8 @@ def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
     entries_ptr, lengths_ptr, order_ptr,
     scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
     LISTS: gl.constexpr,
 ):  # fmt: skip
@@ -368,18 +372,19 @@ def _forward(
     dtype: gl.constexpr = q_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], v_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, KEYS, D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, KEYS, D], v_desc.layout)
     ballots = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
     mbarrier.init(q_full, count=1)
-    for stage in gl.static_range(STAGES):
+    for stage in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(stage), count=1)
     fence_async_shared()
     shared = (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
@@ -389,13 +394,13 @@ def _forward(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consumer, (0, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, STAGES)),
-            (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, STAGES)),
-            (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, STAGES)),
+            (consumer, (0, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
             (producer, (
                 q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
                 b, head, kv_head, block_tile * ROWS - q_first, k_offset, entries_ptr, stream, diagonals, sink,
-                end_diagonal, end_tiles, CAUSAL, LISTS, STAGES,
+                end_diagonal, end_tiles, CAUSAL, LISTS, K_STAGES, V_STAGES,
             )),
         ],
         [4, 4, 1],
