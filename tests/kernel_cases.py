@@ -29,7 +29,7 @@ class Case:
     padded: bool = False
     keep_sink: bool = True
     dtype: torch.dtype = torch.float32
-    blocks: str = ""  # "", "ordered" (right to left, from a mask) or "shuffled" (any order, with useless entries)
+    blocks: str = ""  # "", "ordered" (from a mask) or "shuffled" (any order, repeats, useless entries)
 
     def __str__(self):
         parts = [
@@ -65,7 +65,8 @@ class Case:
         if self.blocks == "ordered":
             return lists.to(device)
         useless = torch.tensor([-1, shape[3], 2**31 - 1, -(2**31)], dtype=torch.int32).expand(*shape[:3], -1)
-        drawn = torch.cat([torch.arange(shape[3], dtype=torch.int32).expand(shape), useless], -1)
+        repeats = torch.zeros(*shape[:3], 1, dtype=torch.int32) + shape[3] // 2
+        drawn = torch.cat([torch.arange(shape[3], dtype=torch.int32).expand(shape), useless, repeats], -1)
         drawn = drawn.gather(-1, torch.rand(drawn.shape, generator=generator).argsort(-1))
         counts = (share * (drawn.shape[3] + 3)).int() - 1  # some are negative, some exceed the capacity
         return BlockLists(drawn, counts).to(device)

@@ -20,8 +20,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 RUNTIME = dict(
     lse_ptr="*fp32", kept_ptr="*i32", candidates_ptr="*i32", absolute_ptr="*fp32", gap_ptr="*fp32", spans_ptr="*i32",
-    indices_ptr="*i32", counts_ptr="*i32", scale="fp32", q_offset="i32", q_rows="i32", k_rows="i32", tiles="i32",
-    absolute_tiles="i32", gap_tiles="i32", capacity="i32",
+    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", scale="fp32", q_offset="i32",
+    q_rows="i32", k_rows="i32", tiles="i32",
+    absolute_tiles="i32", gap_tiles="i32", room="i32",
 )  # fmt: skip
 
 
@@ -68,7 +69,9 @@ def compile_kernel(kernel, signature: dict, constants: dict, capability: int, fo
     return MachineCode(compiled.metadata.shared, said.getvalue(), sass)
 
 
-def hopper(folder: Path, dtype: torch.dtype, head_dim: int, causal: bool, gate: str, spans: bool) -> MachineCode:
+def hopper(
+    folder: Path, dtype: torch.dtype, head_dim: int, causal: bool, gate: str, spans: bool, lists: bool = False
+) -> MachineCode:
     """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither."""
     from bsfa_kernels import hopper as module
 
@@ -81,9 +84,10 @@ def hopper(folder: Path, dtype: torch.dtype, head_dim: int, causal: bool, gate: 
 
     rows, keys = descriptor(module.ROWS.value), descriptor(module.KEYS.value)
     signature = RUNTIME | dict(q_desc=rows, k_desc=keys, v_desc=keys, out_ptr=f"*{name}")
+    k_stages, v_stages = module.STAGES[block_d]
     constants = dict(
-        HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, CAUSAL=causal, KEEP_SINK=True, ABSOLUTE="a" in gate,
-        GAP="g" in gate, SPANS=spans,
+        HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, K_STAGES=k_stages, V_STAGES=v_stages, CAUSAL=causal,
+        KEEP_SINK=True, ABSOLUTE="a" in gate, GAP="g" in gate, SPANS=spans, LISTS=lists,
     )  # fmt: skip
     return compile_kernel(module._forward, signature, constants, 90, folder, num_warps=4, maxnreg=128)
 
@@ -102,6 +106,18 @@ def portable(
         CAUSAL=True, KEEP_SINK=True,
     )  # fmt: skip
     if not lists:
-        constants |= dict(indices_ptr=None, counts_ptr=None)
+        constants |= dict(entries_ptr=None, lengths_ptr=None)
     launch = module.launch_shape(dtype, head_dim, rows)
     return compile_kernel(module._forward, signature, constants, capability, folder, **launch)
+
+
+def schedule(folder: Path, width: int, forced: bool, causal: bool) -> MachineCode:
+    """The kernel that makes streams of block lists."""
+    from bsfa_kernels import schedule as module
+
+    signature = RUNTIME | dict(indices_ptr="*i32", counts_ptr="*i32", listed_ptr="*i8", key_tiles="i32", capacity="i32")
+    constants = dict(
+        spans_ptr=None, HEADS=32, ROWS=64, KEYS=128, CAUSAL=causal, KEEP_SINK=True, WIDTH=width, FORCED=forced,
+        BLOCK=module.BLOCK,
+    )  # fmt: skip
+    return compile_kernel(module._schedule, signature, constants, 90, folder)

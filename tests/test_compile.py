@@ -39,14 +39,24 @@ def label(value) -> str:
     return sass.NAMES[value] if isinstance(value, torch.dtype) else str(names.get(value, value))
 
 
+LISTS = [(BF16, 128, True, "", False), (BF16, 128, True, "g", True), (FP16, 128, False, "ag", False),
+         (BF16, 64, False, "g", True), (FP16, 96, True, "a", False)]  # fmt: skip
+
+
 def hopper_label(variant) -> str:
     *rest, spans = variant
     return "-".join([label(rest[0]), str(rest[1]), *map(label, rest[2:]), *["spans"] * spans])
 
 
-@pytest.mark.parametrize("variant", HOPPER, ids=hopper_label)
-def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path):
-    code = sass.hopper(tmp_path, *variant)
+@pytest.mark.parametrize(
+    "variant, lists",
+    [
+        *(pytest.param(variant, False, id=hopper_label(variant)) for variant in HOPPER),
+        *(pytest.param(variant, True, id=f"{hopper_label(variant)}-lists") for variant in LISTS),
+    ],
+)
+def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, tmp_path):
+    code = sass.hopper(tmp_path, *variant, lists)
     assert not code.serialized, code.notes
     # Per consumer: a product is one to eight wgmmas and a single wait.
     assert code.count("HGMMA") >= 36

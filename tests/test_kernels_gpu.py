@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bsfa_kernels import TileShape, block_sparse_attention, explain
+from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain
 from kernel_cases import Case, check, check_statistics
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +64,26 @@ def test_triton_with_block_lists(case, blocks):
     check(replace(case, blocks=blocks), "triton", "cuda")
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@pytest.mark.parametrize("blocks", ("ordered", "shuffled"))
+@pytest.mark.parametrize("case", cases("hopper", 96))
+def test_hopper_with_block_lists(case, blocks):
+    check(replace(case, blocks=blocks), "hopper", "cuda")
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@pytest.mark.parametrize("batch", range(20))
+def test_a_thousand_random_calls_end_and_are_right(batch):
+    """Fifty a test; a hang is ended, and reported as a failure, by pytest's timeout."""
+    rng = random.Random(f"thousand {batch}")
+    for seed in range(50):
+        case = replace(draw(rng, "hopper"), blocks=rng.choice(("", "", "shuffled")), skip=rng.random())
+        try:
+            check(case, "hopper", "cuda", seed)
+        except AssertionError as error:
+            raise AssertionError(f"{case}, seed {seed}: {error}") from error
+
+
 @pytest.mark.parametrize("case", cases("triton", 24))
 def test_statistics(case):
     check_statistics(case, "triton", "cuda")
@@ -72,20 +92,23 @@ def test_statistics(case):
 @pytest.mark.parametrize(
     "backend", ["triton", pytest.param("hopper", marks=pytest.mark.skipif(not HOPPER, reason="H100"))]
 )
-def test_graph_replays_with_new_thresholds_and_is_deterministic(backend):
-    from bsfa_kernels import Gate
-
+@pytest.mark.parametrize("listed", (False, True), ids=("dense", "lists"))
+def test_graph_replays_with_new_thresholds_and_is_deterministic(backend, listed):
     q, k, v = (torch.randn(1, h, 2048, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
     gate = Gate(gap=torch.full((8, 32), -torch.inf, device="cuda"))
 
+    lists = BlockLists.from_mask(torch.rand(1, 8, 32, 16, device="cuda") < 0.8) if listed else None
+
     def call():
-        return block_sparse_attention(q, k, v, gate, return_counts=True, backend=backend)
+        return block_sparse_attention(q, k, v, gate, blocks=lists, return_counts=True, backend=backend)
 
     dense = call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
     gate.gap.fill_(1.0)
+    if listed:
+        lists.counts.copy_(lists.counts // 2)
     graph.replay()
     eager = call()
     assert eager.kept.sum() < dense.kept.sum()

@@ -32,11 +32,11 @@ def attention(request: Request):
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
-            order, listed = _candidates(request, plan, b, t)
-            passed = _gate(request, scores, plan, order, listed, query_tile)
+            listed = _listed(request, plan, b, t)
+            passed = _gate(request, scores, plan, listed, query_tile)
             kept[b, :, t] = passed.sum(1, dtype=torch.int32)
             candidates[b, :, t] = listed.sum(1, dtype=torch.int32)
-            keep = _keep(plan, order, passed)
+            keep = _keep(plan, passed)
             values = v_b[:, -span.k_offset :][:, : scores.shape[-1]]
             for h in range(heads):
                 columns = _columns(keep[h], scores.shape[-1], request.tile.keys)
@@ -101,29 +101,27 @@ def _by_tile(scores: torch.Tensor, keys: int) -> torch.Tensor:
     return scores.unflatten(-1, (-1, keys))
 
 
-def _candidates(request: Request, plan: Visit, b: int, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(key tiles in visiting order, int64 [Hq, steps]; which of these steps count, bool [Hq, steps]).
-
-    Steps that do not count name a key tile all the same, so that they can be gathered.
-    """
+def _listed(request: Request, plan: Visit, b: int, t: int) -> torch.Tensor:
+    """bool [Hq, candidates in visiting order]: those on each head's list, all without lists."""
     heads, device = request.q.shape[1], request.q.device
+    order = torch.tensor(plan.candidates(), dtype=torch.int64, device=device)
     if request.blocks is None:
-        order = torch.tensor(plan.candidates(), dtype=torch.int64, device=device).expand(heads, -1)
-        return order, torch.ones_like(order, dtype=torch.bool)
+        return torch.ones(heads, len(order), dtype=torch.bool, device=device)
     indices, counts = request.blocks.indices[b, :, t].long(), request.blocks.counts[b, :, t]
-    step = torch.arange(indices.shape[1], device=device)
-    forced = ((indices >= plan.first_diagonal) & (indices < plan.end_diagonal)) | (indices < plan.sink)
-    listed = (step < counts[:, None]) & (indices >= 0) & (indices < plan.end_keys) & ~forced
-    return indices.where(listed, 0), listed
+    named = (torch.arange(indices.shape[1], device=device) < counts[:, None]) & (indices >= 0)
+    unused = plan.end_keys
+    on_list = torch.zeros(heads, unused + 1, dtype=torch.bool, device=device)
+    on_list.scatter_(1, indices.where(named, unused).clamp(max=unused), True)
+    return on_list[:, order]
 
 
-def _gate(request: Request, scores, plan: Visit, order, listed, query_tile: int) -> torch.Tensor:
-    """bool [Hq, steps]: the candidates that each head keeps, in visiting order."""
+def _gate(request: Request, scores, plan: Visit, listed: torch.Tensor, query_tile: int) -> torch.Tensor:
+    """bool [Hq, candidates]: those that each head keeps, in visiting order."""
     gate, passed = request.gate, listed.clone()
     if gate.open:
         return passed
     row_max = _by_tile(scores, request.tile.keys).amax(-1)  # [Hq, rows, key tiles]
-    steps = row_max.gather(2, order[:, None].expand(-1, row_max.shape[1], -1))  # [Hq, rows, steps]
+    steps = row_max[..., plan.candidates()]
     if gate.absolute is not None:
         passed &= steps.amax(1) >= column(gate.absolute, query_tile)[:, None]
     if gate.gap is not None:
@@ -135,13 +133,12 @@ def _gate(request: Request, scores, plan: Visit, order, listed, query_tile: int)
     return passed
 
 
-def _keep(plan: Visit, order: torch.Tensor, passed: torch.Tensor) -> torch.Tensor:
+def _keep(plan: Visit, passed: torch.Tensor) -> torch.Tensor:
     """bool [Hq, key tiles]: the tiles each head keeps, forced ones included."""
-    unused = plan.end_keys
-    keep = torch.zeros(order.shape[0], plan.end_keys + 1, dtype=torch.bool, device=order.device)
-    keep.scatter_(1, order.where(passed, unused), True)
+    keep = torch.zeros(passed.shape[0], plan.end_keys, dtype=torch.bool, device=passed.device)
+    keep[:, plan.candidates()] = passed
     keep[:, plan.forced()] = True
-    return keep[:, : plan.end_keys]
+    return keep
 
 
 def _columns(keep: torch.Tensor, keys: int, tile_keys: int) -> torch.Tensor | None:

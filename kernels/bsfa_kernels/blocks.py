@@ -17,11 +17,11 @@ import torch
 class BlockLists:
     """One list of key tiles per sequence, query head and query tile.
 
-    `indices` int32 [B, Hq, query tiles, capacity] holds key tile indices, counted from position 0, in visiting order;
-    `counts` int32 [B, Hq, query tiles] says how many leading entries of each list are valid (0 .. capacity). The query
-    tiles are those of `Attention.kept`: a sequence's first query tile comes first. Forced tiles need not be listed,
-    and indices that do not exist or are not visible are ignored, but no list may name a tile twice: that is not
-    checked, and the tile would weigh double.
+    `indices` int32 [B, Hq, query tiles, capacity] holds key tile indices, counted from position 0; `counts` int32
+    [B, Hq, query tiles] says how many leading entries of each list are valid (0 .. capacity). The query tiles are
+    those of `Attention.kept`: a sequence's first query tile comes first. A list is a set: tiles are visited from right
+    to left in any case, once. Forced tiles need not be listed, and indices that do not exist or are not visible are
+    ignored.
 
     Contents are run-time data: no backend that runs in a CUDA graph reads them on the host.
 

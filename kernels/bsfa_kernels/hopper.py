@@ -7,7 +7,9 @@ fetching it after the vote would expose its latency (measured: 10-20 % slower at
 was worth is in kernels/NOTES.md.
 
 Order of the stream: causal, the sink and then right to left, so that every consumer meets its forced tiles before its
-candidates; not causal, the diagonal tiles of all three consumers, the sink, then everything else right to left.
+candidates; not causal, the diagonal tiles of all three consumers, the sink, then everything else right to left. With
+block lists the stream is their union in the same order (schedule.py), and a consumer lets pass what it has not listed;
+programs start in the order of their streams' lengths, longest first.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .portable import aligned, device_guard
 from .request import UNBOUNDED, Request
+from .schedule import schedule
 
 # Triton 3.9 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -37,7 +40,7 @@ HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128}  # head dim: columns of its til
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
-STAGES = gl.constexpr(2)
+STAGES = {64: (4, 4), 128: (3, 2)}  # tiles of K and of V in flight, by columns
 
 
 def unsupported(request: Request) -> str | None:
@@ -54,8 +57,6 @@ def unsupported(request: Request) -> str | None:
         return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
-    if request.blocks is not None:
-        return "block lists are not built into this kernel yet"
     return None
 
 
@@ -73,13 +74,19 @@ def attention(request: Request):
         return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, element))
 
     with device_guard(q):
+        entries = lengths = order = None
+        if request.blocks is not None:
+            entries, lengths, candidates = schedule(request, CONSUMERS.value, forced=True)
+            order = lengths.flatten().argsort(descending=True)
+        lists = (entries, lengths, order)
         _forward[(batch * heads, triton.cdiv(tiles, CONSUMERS.value))](
             *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
-            out, lse, kept, candidates, *(lse if x is None else x for x in optional),
+            out, lse, kept, candidates, *(lse if x is None else x for x in (*optional, *lists)),
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
-            heads, heads // k.shape[1], head_dim, block_d, request.causal, request.keep_sink,
-            *(x is not None for x in optional),
+            0 if entries is None else entries.shape[2],
+            heads, heads // k.shape[1], head_dim, block_d, *STAGES[block_d], request.causal, request.keep_sink,
+            *(x is not None for x in (*optional, entries)),
             num_warps=4, maxnreg=128,
         )  # fmt: skip
     return out, lse, kept, candidates
@@ -98,20 +105,27 @@ def stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL: gl.constexp
 @gluon.jit
 def producer(
     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
-    b, head, kv_head, first_row, k_offset, stream, diagonals, sink, end_diagonal, end_tiles, CAUSAL: gl.constexpr,
+    b, head, kv_head, first_row, k_offset, entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
+    CAUSAL: gl.constexpr, LISTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     if stream > 0:
         mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             tma_load(q_desc, [b, head, first_row + w * ROWS, 0], q_full, q_bufs.index(w))
     for i in range(stream):
-        slot = i % STAGES
-        phase = (i // STAGES) & 1
-        tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
+        if LISTS:
+            tile = gl.load(entries_ptr + i) >> 2 * CONSUMERS
+        else:
+            tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
         row = tile * KEYS - k_offset
-        mbarrier.wait(empty.index(slot), phase ^ 1)
+        # Consumers release a tile's K and V together, on barrier i % K_STAGES; V needs the tile V_STAGES before.
+        slot = i % K_STAGES
+        mbarrier.wait(empty.index(slot), (i // K_STAGES & 1) ^ 1)
         mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
         tma_load(k_desc, [b, kv_head, row, 0], k_full.index(slot), k_bufs.index(slot))
+        freed = i + K_STAGES - V_STAGES
+        slot = i % V_STAGES
+        mbarrier.wait(empty.index(freed % K_STAGES), (freed // K_STAGES & 1) ^ 1)
         mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
         tma_load(v_desc, [b, kv_head, row, 0], v_full.index(slot), v_bufs.index(slot))
 
@@ -178,13 +192,13 @@ def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, 
 @gluon.jit
 def consumer(
     WG: gl.constexpr, shared, HEAD_DIM: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
-    ABSOLUTE: gl.constexpr, GAP: gl.constexpr,
+    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, LISTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
-        stream, diagonals, sink, end_diagonal, end_tiles,
+        entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
     ) = shared  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -237,33 +251,46 @@ def consumer(
     q = q_bufs.index(WG).reshape([ROWS, D])
     if stream > 0:
         mbarrier.wait(q_full, 0)
+    if LISTS:
+        following = gl.load(entries_ptr)
     for i in range(stream):
-        slot = i % STAGES
-        parity = (i // STAGES) & 1
-        mbarrier.wait(k_full.index(slot), parity)
-        s = scores(q, k_bufs, slot, D)
-        # A causal consumer masks all up to its diagonal tile: what comes before is the sink or no concern of its own.
-        tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
-        masked = i <= own_at
+        slot = i % K_STAGES
+        v_slot = i % V_STAGES
+        v_parity = i // V_STAGES & 1
+        if LISTS:
+            tile = following >> 2 * CONSUMERS
+            forced = (following >> CONSUMERS + WG & 1) == 1
+            candidate = (following >> WG & 1) == 1
+            # Read one ahead, so that nothing waits for its own entry.
+            following = gl.load(entries_ptr + gl.minimum(i + 1, stream - 1))
+            masked = forced
+        else:
+            tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
+            forced = (i == own_at) | (i == sink_at)
+            candidate = (i >= first_candidate) & (i != again)
+            # A causal consumer masks all up to its diagonal tile: before it come the sink and what is not its own.
+            masked = i <= own_at
         if not CAUSAL:
             masked = (tile + 1) * KEYS > length
-        if masked:
-            key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
-            visible = (key < length)[None, :]
-            if CAUSAL:
-                position = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows)
-                visible = visible & (key[None, :] <= position[:, None])
-            s = gl.where(visible, s, -float("inf"))
-        largest = per_thread(s, partial, False)
-        passes = vote(largest, valid, running_max, scale, absolute, gap, ballots.index(WG), ABSOLUTE, GAP)
-        forced = (i == own_at) | (i == sink_at)
-        candidate = (i >= first_candidate) & (i != again)
-        mbarrier.wait(v_full.index(slot), parity)
-        if forced | (candidate & passes):
-            acc, running_max, row_sum = accumulate(
-                s, largest, acc, running_max, row_sum, v_bufs, slot, scale * LOG2E, D
-            )
-            kept += gl.where(forced, 0, 1)
+        mbarrier.wait(k_full.index(slot), i // K_STAGES & 1)
+        if not LISTS or forced | candidate:
+            s = scores(q, k_bufs, slot, D)
+            if masked:
+                key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
+                last = length - 1
+                if CAUSAL:
+                    last = gl.minimum(query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows), last)[:, None]
+                s = gl.where(key[None, :] <= last, s, -float("inf"))
+            largest = per_thread(s, partial, False)
+            passes = vote(largest, valid, running_max, scale, absolute, gap, ballots.index(WG), ABSOLUTE, GAP)
+            mbarrier.wait(v_full.index(v_slot), v_parity)
+            if forced | (candidate & passes):
+                acc, running_max, row_sum = accumulate(
+                    s, largest, acc, running_max, row_sum, v_bufs, v_slot, scale * LOG2E, D
+                )
+                kept += gl.where(forced, 0, 1)
+        else:
+            mbarrier.wait(v_full.index(v_slot), v_parity)
         mbarrier.arrive(empty.index(slot), count=1)
 
     if alive & (stream > 0):
@@ -279,28 +306,40 @@ def consumer(
         row = gl.arange(0, ROWS, layout=rows)
         valid = (row >= first_valid) & (row < end_valid)
         gl.store(lse_ptr + first_row + row, (running_max + gl.log2(total)) / LOG2E, mask=valid)
-        visible_tiles = own + 1
-        forced_tiles = 1
-        if not CAUSAL:
-            visible_tiles = end_tiles
-        if sink == 1:
-            forced_tiles = gl.where(own > 0, 2, 1)
         gl.store(kept_ptr + plane * tiles + t + WG, kept)
-        gl.store(candidates_ptr + plane * tiles + t + WG, visible_tiles - forced_tiles)
+        if not LISTS:
+            visible_tiles = own + 1
+            forced_tiles = 1
+            if not CAUSAL:
+                visible_tiles = end_tiles
+            if sink == 1:
+                forced_tiles = gl.where(own > 0, 2, 1)
+            gl.store(candidates_ptr + plane * tiles + t + WG, visible_tiles - forced_tiles)
 
 
-@gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles"])
+@gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room"])
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles,
+    entries_ptr, lengths_ptr, order_ptr,
+    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
     HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
+    LISTS: gl.constexpr,
 ):  # fmt: skip
-    b = gl.program_id(0) // HEADS
-    head = gl.program_id(0) % HEADS
+    # Longest first.
+    if LISTS:
+        work = gl.load(order_ptr + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)).to(gl.int32)
+        sequence_head = work // gl.num_programs(1)
+        t = work % gl.num_programs(1) * CONSUMERS
+        entries_ptr += work.to(gl.int64) * room
+    else:
+        sequence_head = gl.program_id(0)
+        t = (gl.num_programs(1) - 1 - gl.program_id(1)) * CONSUMERS
+    b = sequence_head // HEADS
+    head = sequence_head % HEADS
     kv_head = head // GROUP
-    plane = gl.program_id(0).to(gl.int64)
-    t = (gl.num_programs(1) - 1 - gl.program_id(1)) * CONSUMERS  # longest first
+    plane = sequence_head.to(gl.int64)
     if not SPANS:
         q_first = q_offset
         k_offset = 0
@@ -327,38 +366,41 @@ def _forward(
     stream = end_tiles + diagonals
     if (length <= 0) | (block_tile * ROWS >= end_row):
         stream = 0
+    elif LISTS:
+        stream = gl.load(lengths_ptr + work)
 
     dtype: gl.constexpr = q_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, D], v_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, KEYS, D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, KEYS, D], v_desc.layout)
     ballots = gl.allocate_shared_memory(gl.int32, [CONSUMERS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], bars)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars)
     mbarrier.init(q_full, count=1)
-    for stage in gl.static_range(STAGES):
+    for stage in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(stage), count=1)
     fence_async_shared()
     shared = (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
         b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
-        stream, diagonals, sink, end_diagonal, end_tiles,
+        entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consumer, (0, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
-            (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
-            (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP)),
+            (consumer, (0, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
             (producer, (
                 q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
-                b, head, kv_head, block_tile * ROWS - q_first, k_offset, stream, diagonals, sink, end_diagonal,
-                end_tiles, CAUSAL,
+                b, head, kv_head, block_tile * ROWS - q_first, k_offset, entries_ptr, stream, diagonals, sink,
+                end_diagonal, end_tiles, CAUSAL, LISTS, K_STAGES, V_STAGES,
             )),
         ],
         [4, 4, 1],

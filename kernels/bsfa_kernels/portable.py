@@ -3,8 +3,8 @@
 One program computes one query tile of one head. Forced tiles come first (which also keeps the masked code ahead of
 the main loop: ptxas serializes wgmma when it follows), then the candidates from right to left. A dropped tile costs
 its QK product and a vote. V is loaded after the vote: Triton pipelines no load whose only use is inside a branch, so
-that loading it earlier would merely wait for tiles that are dropped. With block lists a program walks its own list
-and passes over the entries that are no candidates.
+that loading it earlier would merely wait for tiles that are dropped. With block lists a program walks its query
+tile's stream of candidates (schedule.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .request import UNBOUNDED, Request
+from .geometry import candidate, load_span, query_rows, visited
+from .request import Request
+from .schedule import schedule
 
 LOG2E = tl.constexpr(1.4426950408889634)
-UNBOUNDED_POSITION = tl.constexpr(UNBOUNDED)
 # float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
 FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
@@ -62,19 +63,20 @@ def attention(request: Request):
     batch, heads, q_rows, head_dim = q.shape
     tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
-    indices = request.blocks.indices.contiguous() if request.blocks is not None else None
-    counts = request.blocks.counts.contiguous() if request.blocks is not None else None
     block_d = triton.next_power_of_2(head_dim)
     rows, keys = request.tile.rows, request.tile.keys
     with device_guard(q):
+        entries = lengths = None
+        if request.blocks is not None:
+            entries, lengths, candidates = schedule(request, width=1, forced=False)
         _forward[(batch * heads, tiles)](
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
-            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, indices, counts,
+            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths,
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
-            0 if indices is None else indices.shape[3],
+            0 if entries is None else entries.shape[2],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, **launch_shape(q.dtype, head_dim, rows),
         )  # fmt: skip
@@ -108,48 +110,6 @@ def launch_shape(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
 
 
 @triton.jit
-def load_span(spans_ptr, b, q_offset, k_rows):
-    """(q_offset, k_offset, key length, query length) of sequence b; see reference.Span."""
-    if spans_ptr is None:
-        return q_offset, 0, k_rows, UNBOUNDED_POSITION
-    else:
-        q_first = tl.load(spans_ptr + b * 4)
-        k_first = tl.load(spans_ptr + b * 4 + 1)
-        length = tl.minimum(tl.load(spans_ptr + b * 4 + 2), k_first + k_rows)
-        return q_first, k_first, length, tl.load(spans_ptr + b * 4 + 3)
-
-
-@triton.jit
-def query_rows(t, q_first, length, q_length, q_rows, ROWS: tl.constexpr):
-    """The t-th query tile of a sequence: (its absolute index, its first row in memory, the rows' indices in memory and
-    positions, which rows are no padding, whether there is anything to compute).
-    """
-    query_tile = tl.maximum(q_first, 0) // ROWS + t
-    first_row = query_tile * ROWS - q_first
-    rows = first_row + tl.arange(0, ROWS)
-    position = query_tile * ROWS + tl.arange(0, ROWS)
-    valid = (rows >= 0) & (rows < q_rows) & (position < q_length)
-    inhabited = (length > 0) & (query_tile * ROWS < tl.minimum(q_length, q_first + q_rows))
-    return query_tile, first_row, rows, position, valid, inhabited
-
-
-@triton.jit
-def diagonal(query_tile, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """(first, end) of the diagonal key tiles, and the last key tile; see tiles.visit."""
-    last = (length - 1) // KEYS
-    first = tl.minimum(query_tile * ROWS // KEYS, last)
-    end = tl.minimum(((query_tile + 1) * ROWS - 1) // KEYS, last) + 1
-    return first, end, last
-
-
-@triton.jit
-def candidate(i, end_tiles, first_diagonal, end_diagonal):
-    """Index of the i-th candidate key tile, right to left, stepping over the diagonal."""
-    right = end_tiles - end_diagonal
-    return tl.where(i < right, end_tiles - 1 - i, first_diagonal - 1 - (i - right))
-
-
-@triton.jit
 def tile_scores(q, k_desc, b, kv_head, row, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
     """Unscaled scores of one tile in float32."""
     k = k_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
@@ -158,7 +118,9 @@ def tile_scores(q, k_desc, b, kv_head, row, BLOCK_D: tl.constexpr, KEYS: tl.cons
 
 @triton.jit
 def tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
-    """One tile of V. A padding row may hold anything, and 0 * NaN is NaN: MASKED zeroes it."""
+    """One tile of V. Rows past the tensor are zero; padding inside it may hold anything, and 0 * NaN is NaN: MASKED
+    zeroes it.
+    """
     v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
     if MASKED:
         v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
@@ -169,10 +131,10 @@ def tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D: tl.constexpr, KEYS:
 def mask_tile(s, q_position, first_key, length, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
     """-inf (a large finite number would not survive the fused multiply-add) where a row may not look."""
     key = first_key + tl.arange(0, KEYS)
-    visible = (key < length)[None, :]
+    last = length - 1
     if CAUSAL:
-        visible = visible & (key[None, :] <= q_position[:, None])
-    return tl.where(visible, s, float("-inf"))
+        last = tl.minimum(q_position, last)[:, None]
+    return tl.where(key[None, :] <= last, s, float("-inf"))
 
 
 @triton.jit
@@ -190,7 +152,7 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
 def visit_candidate(
     q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
     running_max, row_sum, acc, kept,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
     row = j * KEYS - k_offset
@@ -207,21 +169,21 @@ def visit_candidate(
         if gap is not None:
             keep = keep & (tl.max(vote * scale_log2 - running_max, 0) >= gap)
         if keep:
-            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
+            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
             running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
             kept += 1
     else:
-        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, not CAUSAL)
+        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
         running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
         kept += 1
     return running_max, row_sum, acc, kept
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "capacity"])
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room"])
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    indices_ptr, counts_ptr,
-    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, capacity,
+    entries_ptr, lengths_ptr,
+    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
 ):  # fmt: skip
@@ -241,18 +203,16 @@ def _forward(
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
 
     # Ascending, so that the first tile already shows every row a key and no maximum stays at -inf.
-    first_diagonal, end_diagonal, last = diagonal(query_tile, length, ROWS, KEYS)
+    first_diagonal, end_diagonal, sink, end_tiles = visited(query_tile, length, ROWS, KEYS, CAUSAL, KEEP_SINK)
     diagonals = end_diagonal - first_diagonal
-    sink = 0
-    if KEEP_SINK:
-        sink = tl.where(first_diagonal > 0, 1, 0)
-    for i in range(0, diagonals + sink):
+    for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         row = j * KEYS - k_offset
         s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
-        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, True)
+        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, spans_ptr is not None)
         s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
-        running_max, row_sum, acc = online_softmax_update(s, tl.max(s, 1), v, running_max, row_sum, acc, scale_log2)
+        row_max = tl.max(s, 1)
+        running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
 
     absolute = None
     if absolute_ptr is not None:
@@ -261,31 +221,28 @@ def _forward(
     if gap_ptr is not None:
         gap = tl.load(gap_ptr + head * gap_tiles + tl.minimum(query_tile, gap_tiles - 1)) * LOG2E
     plane = tl.program_id(0).to(tl.int64)
-    end_tiles = end_diagonal if CAUSAL else last + 1
     kept = 0
-    if indices_ptr is None:
+    if entries_ptr is None:
         candidates = end_tiles - diagonals - sink
+        tl.store(candidates_ptr + plane * tiles + t, candidates)
         for i in tl.range(0, candidates):
             j = candidate(i, end_tiles, first_diagonal, end_diagonal)
             running_max, row_sum, acc, kept = visit_candidate(
                 q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
-                running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
+                running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None,
             )  # fmt: skip
     else:
-        candidates = 0
-        indices_ptr += (plane * tiles + t) * capacity
-        count = tl.minimum(tl.load(counts_ptr + plane * tiles + t), capacity)
-        following = tl.load(indices_ptr, mask=count > 0, other=-1)
+        entries_ptr += (plane * tiles + t) * room
+        count = tl.load(lengths_ptr + plane * tiles + t)
+        following = tl.load(entries_ptr, mask=count > 0, other=0)
         for i in tl.range(0, count):
-            j = following
+            j = following >> 2  # the lowest bits say forced and candidate
             # Read one ahead, so that no product waits for its own index.
-            following = tl.load(indices_ptr + i + 1, mask=i + 1 < count, other=-1)
-            if (j >= sink) & (j < end_tiles) & ((j < first_diagonal) | (j >= end_diagonal)):
-                candidates += 1
-                running_max, row_sum, acc, kept = visit_candidate(
-                    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
-                    running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
-                )  # fmt: skip
+            following = tl.load(entries_ptr + i + 1, mask=i + 1 < count, other=0)
+            running_max, row_sum, acc, kept = visit_candidate(
+                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
+                running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None,
+            )  # fmt: skip
 
     acc = acc * (1.0 / row_sum)[:, None]
     row_in_plane = plane * q_rows + rows
@@ -294,4 +251,3 @@ def _forward(
     tl.store(out_ptr + row_in_plane[:, None] * D + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + row_in_plane, (running_max + tl.log2(row_sum)) / LOG2E, mask=valid)
     tl.store(kept_ptr + plane * tiles + t, kept)
-    tl.store(candidates_ptr + plane * tiles + t, candidates)

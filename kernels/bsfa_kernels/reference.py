@@ -13,8 +13,8 @@ time, nothing fused. For each sequence b, query head h (reading key/value head h
     out = softmax(kept s) @ v;  lse = logsumexp(kept s)
 
 Diagonal tiles and (with keep_sink) the sink are forced: always visited, once. Candidates are all other key tiles that
-hold a key visible to the query tile, from right to left. Block lists narrow them to the listed ones, in the order of
-the list, which the gap gate depends on; listed tiles that are forced, invisible or nonexistent are passed over. Only
+hold a key visible to the query tile, from right to left. Block lists narrow them to the listed ones; a list is a set,
+whatever its order and repeats, and listed tiles that are forced, invisible or nonexistent are passed over. Only
 candidates are counted.
 
 Positions: query row i of sequence b stands at q_offset[b] + i, key row j at k_offset[b] + j. Rows and keys at
@@ -174,10 +174,10 @@ def _keep(gate: Gate, head: int, query_tile: int, row_max: torch.Tensor, running
 
 
 def _listed(blocks: BlockLists, b: int, h: int, t: int, plan: Visit) -> list[int]:
-    """The candidates on one query tile's list, in its order."""
-    candidates = set(plan.candidates())
+    """The candidates on one query tile's list, from right to left."""
     count = max(int(blocks.counts[b, h, t]), 0)
-    return [j for j in blocks.indices[b, h, t, :count].tolist() if j in candidates]
+    listed = set(blocks.indices[b, h, t, :count].tolist())
+    return [j for j in plan.candidates() if j in listed]
 
 
 def _query_tiles(spans: list[Span], heads: int, q_rows: int, tile: TileShape):

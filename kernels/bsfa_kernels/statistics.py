@@ -7,18 +7,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .portable import (
-    LOG2E,
-    aligned,
-    candidate,
-    device_guard,
-    diagonal,
-    load_span,
-    mask_tile,
-    query_rows,
-    tile_scores,
-    unsupported,
-)
+from .geometry import candidate, load_span, query_rows, visited
+from .portable import LOG2E, aligned, device_guard, mask_tile, tile_scores, unsupported
 from .request import Request
 
 __all__ = ["tile_statistics", "unsupported"]
@@ -98,18 +88,14 @@ def _statistics(
     mass_mean_ptr += first_tile
     mass_worst_ptr += first_tile
 
-    first_diagonal, end_diagonal, last = diagonal(query_tile, length, ROWS, KEYS)
+    first_diagonal, end_diagonal, sink, end_tiles = visited(query_tile, length, ROWS, KEYS, CAUSAL, KEEP_SINK)
     diagonals = end_diagonal - first_diagonal
-    sink = 0
-    if KEEP_SINK:
-        sink = tl.where(first_diagonal > 0, 1, 0)
     for i in range(0, diagonals + sink):
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         running_max = _visit(
             q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
             scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
         )  # fmt: skip
-    end_tiles = end_diagonal if CAUSAL else last + 1
     for i in tl.range(0, end_tiles - diagonals - sink):
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)
         running_max = _visit(

@@ -1,0 +1,173 @@
+"""The training loop: in chunks of a few steps, each a function of the seed, the chunk's number and the time spent.
+
+A checkpoint stands between chunks, so a resumed run sees the data that an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from . import curriculum
+from .curriculum import KINDS, Phase, Rows
+
+STEPS_PER_CHUNK = 16
+WARMUP_STEPS = 200
+CHECKPOINT_SECONDS = 100.0
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Position:
+    """How far training is: chunks done, and the seconds they took over all runs."""
+
+    chunk: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Ends training, by time or, where `chunks` is given, by their number (the same result on every machine)."""
+
+    seconds: float
+    chunks: int | None = None
+
+    def progress(self, position: Position) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        return min(1.0, position.chunk / self.chunks if self.chunks else position.seconds / self.seconds)
+
+
+class Trainer:
+    """AdamW on the answers' tokens of a LlamaForCausalLM. `out` gets checkpoint/ and log.jsonl."""
+
+    def __init__(self, model, phases: tuple[Phase, ...], budget: Budget, *, seed: int, learning_rate: float, out: Path):
+        self.model, self.phases, self.budget, self.seed, self.out = model, phases, budget, seed, out
+        self.learning_rate = learning_rate
+        self.device = next(model.parameters()).device
+        self.position = Position()
+        self._printed = -math.inf
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+            lr=learning_rate, betas=(0.9, 0.98), fused=self.device.type == "cuda",
+        )  # fmt: skip
+        if self.device.type == "cuda":
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+
+    def run(self, stop_after: float = math.inf) -> None:
+        """Train until the budget is spent, or for `stop_after` seconds, and write a checkpoint."""
+        began = saved = time.monotonic()
+        while self.budget.progress(self.position) < 1 and time.monotonic() - began < stop_after:
+            self._chunk()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def _chunk(self) -> None:
+        start = time.monotonic()
+        chunk, progress = self.position.chunk, self.budget.progress(self.position)
+        rng = random.Random(f"bsfa training {self.seed} {chunk}")
+        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62))
+        phase = curriculum.choose(self.phases, progress, rng)
+        rows = curriculum.draw(phase, STEPS_PER_CHUNK, rng, generator)
+        results = []
+        for step in range(STEPS_PER_CHUNK):
+            rate = self._rate(chunk * STEPS_PER_CHUNK + step, progress)
+            results.append(self._step(rows.slice(step * phase.rows, (step + 1) * phase.rows), rate))
+        by_kind = _by_kind(rows.kind, *(torch.cat(column) for column in zip(*results, strict=True)))
+        seconds = time.monotonic() - start
+        self.position = Position(chunk + 1, self.position.seconds + seconds)
+        self.log({
+            "step": (chunk + 1) * STEPS_PER_CHUNK, "progress": round(progress, 4),
+            "seconds": round(self.position.seconds, 2), "length": phase.length, "rows": phase.rows,
+            "learning_rate": rate, "tokens_per_second": round(rows.tokens.numel() / seconds), "kinds": by_kind,
+        })  # fmt: skip
+
+    def _rate(self, step: int, progress: float) -> float:
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+
+    def _step(self, rows: Rows, rate: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One update. Per row: mean loss of the answers, share of their tokens right, last question right."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden[:, :-1])
+        targets, weight = rows.tokens[:, 1:], rows.weight[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        loss = (loss.view_as(targets) * weight).sum(1)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        right = logits.detach().argmax(-1) == targets
+        return loss.detach(), (right * weight).sum(1), (right | ~rows.final[:, 1:]).all(1)
+
+    def log(self, entry: dict) -> None:
+        """Append to log.jsonl; every ten seconds, print [loss/last question right] by kind."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if "kinds" in entry and time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
+            kinds = " ".join(f"{name} {value[0]:.2f}/{value[2]:.2f}" for name, value in entry["kinds"].items())
+            print(
+                f"{entry['seconds']:7.1f} s  step {entry['step']:6d}  {entry['length']:5d} tokens  "
+                f"{entry['tokens_per_second'] / 1e6:.2f} M tokens/s  {kinds}", file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def save(self) -> None:
+        """Weights, moments and position, each under 16 MiB, to out/checkpoint."""
+        folder = self.out / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        named = dict(self.model.named_parameters())
+        metadata = {"chunk": str(self.position.chunk), "seconds": repr(self.position.seconds)}
+        contents = {"weights": {name: parameter.detach() for name, parameter in named.items()}}
+        for moment in MOMENTS if self.position.chunk else ():
+            contents[moment] = {name: self.optimizer.state[parameter][moment] for name, parameter in named.items()}
+        for name, tensors in contents.items():
+            save_file(
+                {key: value.cpu().contiguous() for key, value in tensors.items()}, folder / f"{name}.part", metadata
+            )
+        for name in contents:
+            (folder / f"{name}.part").replace(folder / f"{name}.safetensors")
+
+    def load(self) -> None:
+        """Go on from out/checkpoint."""
+        folder = self.out / "checkpoint"
+        with safe_open(folder / "weights.safetensors", "pt") as file:
+            metadata = file.metadata()
+        self.position = Position(int(metadata["chunk"]), float(metadata["seconds"]))
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("weights", *MOMENTS)}
+        step = torch.tensor(float(self.position.chunk * STEPS_PER_CHUNK), device=self.device)
+        for name, parameter in self.model.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(tensors["weights"][name])
+            self.optimizer.state[parameter] = {
+                "step": step.clone() if self.device.type == "cuda" else step.cpu().clone(),
+                **{moment: tensors[moment][name].to(self.device) for moment in MOMENTS},
+            }
+
+
+def _by_kind(kind: torch.Tensor, *columns: torch.Tensor) -> dict[str, list[float]]:
+    """Means of the columns [loss, token accuracy, last question right] by kind."""
+    one_hot = torch.nn.functional.one_hot(kind, len(KINDS)).float()
+    means = torch.stack([column.float() @ one_hot for column in columns], 1) / one_hot.sum(0)[:, None]
+    return {
+        name: [round(value, 4) for value in row]
+        for name, row in zip(KINDS, means.tolist(), strict=True)
+        if not math.isnan(row[0])
+    }

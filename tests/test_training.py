@@ -1,0 +1,73 @@
+"""The training script at toy size: what is interrupted goes on as if it had not been, and the export loads."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bsfa_cli.suites import tasks
+from bsfa_cli.training import curriculum, model
+from bsfa_cli.training.loop import Budget, Trainer
+
+PHASES = (curriculum.Phase(0.5, 128, 2, 0.5), curriculum.Phase(1.0, 160, 2, 0.2))
+SHAPE = {**model.TOY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+
+
+def trainer(out, chunks=2):
+    return Trainer(model.build(SHAPE, 0), PHASES, Budget(1.0, chunks), seed=3, learning_rate=1e-3, out=out)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    first = trainer(tmp_path / "parts")
+    first._chunk()
+    first.save()
+    second = trainer(tmp_path / "parts")
+    second.load()
+    second.run()
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        one, other = (
+            load_file(tmp_path / folder / "checkpoint" / f"{name}.safetensors") for folder in ("whole", "parts")
+        )
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    losses = [json.loads(line)["kinds"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all("repeats" in kinds for kinds in losses)
+
+
+def test_the_export_is_a_checkpoint_that_transformers_reads(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    built = model.build(SHAPE, 0)
+    model.export(built, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.model.embed_tokens.weight, built.model.embed_tokens.weight.bfloat16())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("The amber actor").input_ids[0] == tokenizer.bos_token_id
+    exact, right = model.accuracy(loaded, "single", 128, documents=2)
+    assert 0 <= exact <= right <= 1
+
+
+@pytest.mark.parametrize("phase", curriculum.FULL, ids=lambda phase: f"{phase.length}-until-{phase.until}")
+def test_every_kind_can_be_drawn_at_every_length(phase):
+    rng = random.Random(0)
+    for kind in tasks.NAMES:
+        for _ in range(2 if phase.length > 4096 else 20):
+            rows = curriculum._rows(kind, phase.length, 1, rng, torch.Generator().manual_seed(0))
+            assert rows.tokens.shape == (1, phase.length)
+            assert rows.weight.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_repeats_are_supervised_where_the_token_can_be_known():
+    tokens, answer = curriculum._repeats(256, 4, torch.Generator().manual_seed(0))
+    for row, mask in zip(tokens, answer, strict=True):
+        period = 256 - int(mask.sum())
+        assert torch.equal(row[period:], row[:-period]) and not mask[:period].any()
+
+
+def test_the_full_model_fits_the_package():
+    parameters = sum(parameter.numel() for parameter in model.build(model.FULL, 0).parameters())
+    assert parameters * 2 < 7.5e6
