@@ -45,18 +45,22 @@ def write_json(path: Path, result: dict) -> None:
     write_whole(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
-def read_result(path: Path, kind: str, number: int) -> dict:
-    """A stored result of the command `kind` in format `number`, with its cells. Raises InputError for anything else."""
+def read_result(path: Path, formats: dict[str, int]) -> dict:
+    """A stored result, with its cells, of one of the commands in `formats` {command: format it is read in}.
+
+    Raises InputError for anything else.
+    """
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(stored, dict) or stored.get("kind") != kind:
-        raise InputError(f"{path} is not a result of `{kind}`")
-    if stored.get("format") != number:
-        raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {number}")
+    if not isinstance(stored, dict) or stored.get("kind") not in formats:
+        raise InputError(f"{path} is not a result of {' or '.join(f'`{kind}`' for kind in formats)}")
+    known = formats[stored["kind"]]
+    if stored.get("format") != known:
+        raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {known}")
     if not isinstance(stored.get("environment"), dict) or not isinstance(stored.get("cells"), list):
         raise InputError(f"{path} lacks its environment or its cells")
     return stored

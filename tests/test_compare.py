@@ -151,7 +151,11 @@ def test_matching_reads_between_a_methods_own_settings():
     assert table["a"] == [None, pytest.approx(0.7), 0.9, pytest.approx(0.95), 1.0]
     assert table["b"] == [None, None, None, 0.7, 0.7] and table["c"] == [None] * 5
     assert matching.best(table, 3, True) == ["a"] and matching.best(table, 0, True) == []
-    assert matching.best(table, 3, False) == ["b"] and matching.best(table, 3, True, slack=0.3) == ["a", "b"]
+    assert matching.best(table, 3, False) == ["b"]
+    told = matching.verdicts(table, ["one", "two", "three", "four"], True, own="b")
+    assert told[0] == "one: no method gets there"
+    assert told[2] == "three: a (0.9000); b does not get there"
+    assert told[3] == "four: a (0.9500); b is number 2 of 2 (0.7000)"
 
 
 @pytest.mark.parametrize(

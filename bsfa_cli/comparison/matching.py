@@ -6,9 +6,10 @@ beyond its densest setting it keeps that setting's value, since it never needs m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import exp, log
 
+KIND, FORMAT = "bsfa compare", 1
 TIMES = (0.9, 0.75, 0.6, 0.5)  # of the fastest dense kernel's
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
 EVERYTHING = "selects everything"
@@ -50,13 +51,13 @@ def matched(rows: list[dict], axis: str, targets: Iterable[float], metric: str) 
     return table
 
 
-def best(table: dict[str, list[float | None]], column: int, largest: bool, slack: float = 0.0) -> list[str]:
-    """Methods whose value in a column is the best, or within `slack` of it; dense attention takes no part."""
+def best(table: dict[str, list[float | None]], column: int, largest: bool) -> list[str]:
+    """The methods, mostly one, that have the best value in a column; dense attention takes no part."""
     values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
     if not values:
         return []
     top = (max if largest else min)(values.values())
-    return [name for name, found in values.items() if abs(found - top) <= slack]
+    return [name for name, found in values.items() if found == top]
 
 
 def break_even(points: list[tuple[int, float]]) -> tuple[int | None, str]:
@@ -76,12 +77,35 @@ def break_even(points: list[tuple[int, float]]) -> tuple[int | None, str]:
     return points[0][0], f"{points[0][0]:,} or less"
 
 
-def break_evens(cells: list[dict], wanted: Callable[[dict], bool]) -> dict[tuple[str, float], tuple[int | None, str]]:
-    """{(method, setting): break_even} over cells of several lengths, for the rows that `wanted` accepts."""
-    points: dict[tuple[str, float], list] = {}
-    for cell in cells:
-        for row in cell["rows"]:
-            if cell["fastest_dense_ms"] and wanted(row):
+def break_evens(cells: list[dict]) -> dict[str, dict[float, tuple[int | None, str]]]:
+    """{method: {setting: break_even}} over cells of several lengths; the published setting alone where there is one."""
+    points: dict[str, dict[float, list]] = {}
+    for cell in cells if len({cell["length"] for cell in cells}) > 1 else ():
+        for method, rows in by_method(cell["rows"]).items():
+            published = [row for row in rows if row["published"]]
+            for row in (published or rows) if cell["fastest_dense_ms"] else ():
                 ratio = row["total_ms"] / cell["fastest_dense_ms"]
-                points.setdefault((row["method"], row["setting"]), []).append((cell["length"], ratio))
-    return {key: break_even(found) for key, found in points.items()}
+                points.setdefault(method, {}).setdefault(row["setting"], []).append((cell["length"], ratio))
+    return {
+        method: {setting: break_even(found) for setting, found in sorted(settings.items())}
+        for method, settings in points.items()
+    }
+
+
+def verdicts(table: dict[str, list[float | None]], headings: list[str], largest: bool, own: str = "bsfa") -> list[str]:
+    """A sentence per column: which method is best, and where `own` stands. Dense attention takes no part."""
+    sentences = []
+    for column, heading in enumerate(headings):
+        values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
+        if not values:
+            sentences.append(f"{heading}: no method gets there")
+            continue
+        order = sorted(values, key=values.get, reverse=largest)
+        sentence = f"{heading}: {' and '.join(best(table, column, largest))} ({values[order[0]]:.4f})"
+        if own not in values:
+            sentence += f"; {own} does not get there"
+        elif values[own] != values[order[0]]:
+            better = sum((value > values[own]) == largest and value != values[own] for value in values.values())
+            sentence += f"; {own} is number {better + 1} of {len(values)} ({values[own]:.4f})"
+        sentences.append(sentence)
+    return sentences

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape
 
 from .. import environment
 from ..errors import InputError
-from ..files import read_result
-from . import methods
+from . import matching, methods
 from .calibration import Calibration
 from .measure import Bench
-
-KIND, FORMAT = "bsfa compare", 1
 
 
 def empty(device: torch.device, tile: TileShape, seed: int) -> dict:
     """A result with everything but measurements."""
     return {
-        "kind": KIND,
-        "format": FORMAT,
+        "kind": matching.KIND,
+        "format": matching.FORMAT,
         "complete": False,
         "device": str(device),
         "environment": environment.describe(device),
@@ -78,11 +74,3 @@ def failures(result: dict) -> list[str]:
         for row in cell["rows"]
         if not row["finite"]
     ]
-
-
-def read(path: Path) -> dict:
-    """A stored comparison. Raises InputError for anything that is not one."""
-    stored = read_result(path, KIND, FORMAT)
-    if not all(isinstance(each, dict) and isinstance(each.get("rows"), list) for each in stored["cells"]):
-        raise InputError(f"{path} has cells without rows")
-    return stored

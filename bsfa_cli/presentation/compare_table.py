@@ -25,7 +25,7 @@ def show_cell(cell: dict) -> None:
     note(f"\n{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
     if cell["fastest_dense"]:
         note(f"  fastest dense: {cell['fastest_dense']}, {cell['fastest_dense_ms']:.3f} ms")
-    rows = [(*_row(row), row["note"] or "") for row in cell["rows"]]
+    rows = [(*row_texts(row), row["note"] or "") for row in cell["rows"]]
     for line in aligned([(*HEADINGS, ""), *rows]):
         note(f"  {line}".rstrip())
     for method, reason in cell["left_out"].items():
@@ -50,6 +50,8 @@ def show_matched(cell: dict, metric: str) -> None:
         lines = [(name, *(number(x) for x in values)) for name, values in table.items()]
         for line in aligned([("", *headings), *lines]):
             note(f"    {line}")
+        for sentence in matching.verdicts(table, headings, METRICS[metric][1]):
+            note(f"    {sentence}")
 
 
 def matched_tables(cell: dict, metric: str) -> list[tuple[str, list[str], dict[str, list[float | None]]]]:
@@ -71,7 +73,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _row(row: dict) -> tuple[str, ...]:
+def row_texts(row: dict) -> tuple[str, ...]:
+    """One row's fields under HEADINGS."""
     setting = f"{row['knob']} {row['setting']:g}" if row["knob"] else ""
     recall, needle = row["recall"], row["needle"]
     return (
@@ -94,14 +97,16 @@ def show_break_even(result: dict) -> None:
     """From which length on each method is no slower than the fastest dense kernel, selection included."""
     from .console import note
 
-    found = matching.break_evens(result["cells"], counted)
-    if not found or len({cell["length"] for cell in result["cells"]}) < 2:
-        return
-    note("\nbreak-even length against the fastest dense kernel, selection included")
-    for line in aligned([(f"{method} {setting:g}", words) for (method, setting), (_, words) in found.items()]):
+    rows = break_even_rows(result)
+    if rows:
+        note("\nlength from which a method is no slower than the fastest dense kernel, selection included")
+    for line in aligned(rows) if rows else ():
         note(f"  {line}")
 
 
-def counted(row: dict) -> bool:
-    """Rows whose break-even is told: published settings, and every setting of methods without one."""
-    return row["published"] or row["method"] in ("blasst", "bsfa", "bsfa_top_k") or "+" in row["method"]
+def break_even_rows(result: dict) -> list[tuple[str, str]]:
+    """(method, "setting: length" of its settings) for every method; empty where only one length was measured."""
+    return [
+        (method, "; ".join(f"{setting:g}: {words}" for setting, (_, words) in settings.items()))
+        for method, settings in matching.break_evens(result["cells"]).items()
+    ]

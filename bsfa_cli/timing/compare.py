@@ -11,11 +11,12 @@ from ..files import read_result
 SAME = ("gpu", "driver", "capability", "cuda", "cudnn", "torch", "triton", "platform")
 SETTINGS = ("dtype", "tile", "gate", "data")
 FORMAT = 1
+FORMATS = {"bsfa profile": FORMAT}
 
 
 def read(path: Path) -> dict:
     """A stored profile. Raises InputError for anything that is not one."""
-    return read_result(path, "bsfa profile", FORMAT)
+    return read_result(path, FORMATS)
 
 
 def refuse_other_machine(stored: dict, environment: dict, device: str, path: Path) -> None:
