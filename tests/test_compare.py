@@ -196,7 +196,7 @@ def test_the_command_writes_what_it_shows(run, tmp_path):
     assert stored == json.loads(path.read_text()) and stored["complete"]
     assert [cell["length"] for cell in stored["cells"]] == [512, 1024]
     assert stored["cells"][0]["label"] == "synthetic, structured"
-    assert "break-even length" in done.err and "at equal density" in done.err
+    assert "no slower than the fastest" in done.err and "at equal density" in done.err
 
 
 def test_a_method_that_needs_a_calibration_is_left_out_without_one():

@@ -25,7 +25,7 @@ STYLE = """
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, 'DejaVu Sans', sans-serif;
        max-width: 1120px; margin: 0 auto; padding: 24px 20px 80px }
 h1 { font-size: 26px } h2 { margin-top: 48px; border-bottom: 1px solid var(--rule); padding-bottom: 6px }
-p.soft, li.soft { color: var(--soft) } .scroll { overflow-x: auto }
+.aside { color: var(--soft) } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; margin: 8px 0 4px }
 th, td { padding: 3px 10px; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } td.best { background: var(--best); font-weight: 600 }
@@ -50,7 +50,7 @@ def page(results: list[tuple[Path, dict]]) -> str:
 
 def _comparison(path: Path, result: dict) -> str:
     parts = [_heading("Comparison", path, result)]
-    parts.append(_soft(
+    parts.append(_aside(
         f"Tiles of {result['tile']}. Every method runs through the same kernel on the same inputs, in turns with the "
         "dense baselines; time is selection and attention together. Density is the share of causal tiles that are "
         "weighed; a gate has to score the others too."
@@ -58,7 +58,7 @@ def _comparison(path: Path, result: dict) -> str:
     rows = break_even_rows(result)
     if rows:
         parts.append("<h3>Length from which a method is no slower than the fastest dense kernel</h3>")
-        parts.append(_table(("method", "setting: tokens"), rows))
+        parts.append(_list(f"{method} at {words}" for method, words in rows))
     for cell in result["cells"]:
         parts.append(_cell(cell))
     return "\n".join(parts)
@@ -71,7 +71,7 @@ def _cell(cell: dict) -> str:
         facts.append(f"fastest dense: {cell['fastest_dense']}, {cell['fastest_dense_ms']:.3f} ms")
     if cell["calibrated_on"]:
         facts.append(f"bsfa's thresholds were fitted to {cell['calibrated_on']}")
-    parts.append(_soft("; ".join(facts) + "."))
+    parts.append(_aside("; ".join(facts) + "."))
     for metric in present(cell):
         words, largest = METRICS[metric]
         for title, headings, table in matched_tables(cell, metric):
@@ -95,9 +95,9 @@ def _profile(path: Path, result: dict) -> str:
         parts.append(f"<figure>{speedup_plot(result)}</figure>")
     for cell in result["cells"]:
         parts.append(f"<h4>{cell['length']:,} tokens, {escape(head_shape(cell))}</h4>")
-        parts.append(_soft(cell["data"]))
+        parts.append(_aside(cell["data"]))
         parts.append(_table(PROFILE_HEADINGS, cell_rows(cell)))
-        parts.append(_soft(verdict(cell)))
+        parts.append(_aside(verdict(cell)))
     return "\n".join(parts)
 
 
@@ -106,7 +106,7 @@ def _heading(kind: str, path: Path, result: dict) -> str:
     versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
     cut = "" if result.get("complete") else " This run was cut short."
     machine = facts.get("gpu") or "a CPU (its times say nothing about a GPU)"
-    return f"<h2>{kind} on {escape(machine)}</h2>" + _soft(f"{path.name}; {versions}; seed {result['seed']}.{cut}")
+    return f"<h2>{kind} on {escape(machine)}</h2>" + _aside(f"{path.name}; {versions}; seed {result['seed']}.{cut}")
 
 
 def _matched(headings: list[str], table: dict[str, list[float | None]], largest: bool) -> str:
@@ -128,8 +128,8 @@ def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _list(sentences: Iterable[str]) -> str:
-    return "<ul>" + "".join(f'<li class="soft">{escape(sentence)}</li>' for sentence in sentences) + "</ul>"
+    return "<ul>" + "".join(f'<li class="aside">{escape(sentence)}</li>' for sentence in sentences) + "</ul>"
 
 
-def _soft(sentence: str) -> str:
-    return f'<p class="soft">{escape(sentence)}</p>'
+def _aside(sentence: str) -> str:
+    return f'<p class="aside">{escape(sentence)}</p>'
