@@ -156,8 +156,9 @@ def chosen(names: str, calibration: Calibration | None, causal: bool) -> tuple[l
     Raises UsageError for a name that is none.
     """
     known = available(calibration)
-    wanted = list(known) if names == "all" else ["dense", *(name.strip() for name in names.split(","))]
-    everything = [*known, *(n for n in ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP)) if n not in known)]
+    calibrated = ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP))
+    everything = list(dict.fromkeys([*known, *calibrated]))
+    wanted = everything if names == "all" else ["dense", *(name.strip() for name in names.split(","))]
     methods, left_out = [], {}
     for name in dict.fromkeys(wanted):
         if name not in everything:
