@@ -14,12 +14,12 @@ from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing.plan import Shape
 
 CPU, TILE = torch.device("cpu"), TileShape()
-SHAPE = Shape("structured", 4, 2, 64)
+SHAPE = Shape("structured", 2, 1, 64)
 
 
 @pytest.fixture(scope="module")
 def source():
-    return tensors.StructuredSource(SHAPE, 1536, 2, 0, CPU, torch.float32)
+    return tensors.StructuredSource(SHAPE, 1024, 2, 0, CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_errors_and_masses_are_those_of_the_outputs(source):
     keep = choice.options["blocks"]
     mask = torch.zeros(s.shape[-2] // 64, s.shape[-1] // 128, dtype=torch.bool)
     for t in range(len(mask)):
-        mask[t, keep.indices[0, 0, t, : keep.counts[0, 0, t]].long()] = True
+        listed = keep.indices[0, 0, t, : keep.counts[0, 0, t]].long()
+        mask[t, listed[listed >= 0]] = True
     mask[:, 0] = True
     recall = (s.softmax(-1) * mask.repeat_interleave(64, 0).repeat_interleave(128, 1)).sum(-1)
     summary = found.summary()
@@ -117,16 +118,16 @@ def test_thresholds_come_from_another_text_with_the_same_heads(source):
     first, second = (next(source.layers(purpose)) for purpose in ("measured", "calibrated"))
     assert first.planted.needle != second.planted.needle and not torch.equal(first.q, second.q)
     fitted = calibration.Calibration.on_tensors(source.layers("calibrated"), TILE, (8,), "another sample")
-    gate = fitted.gate("layer 1", "target-skip", 0.5, 24, "cpu")
-    assert gate is fitted.gate("layer 1", "target-skip", 0.5, 24, "cpu")
+    gate = fitted.gate("layer 1", "target-skip", 0.3, 16, "cpu")
+    assert gate is fitted.gate("layer 1", "target-skip", 0.3, 16, "cpu")
     kept = candidates = 0
     for layer in source.layers("measured"):
-        gate = fitted.gate(layer.name, "target-skip", 0.5, 24, "cpu")
+        gate = fitted.gate(layer.name, "target-skip", 0.3, 16, "cpu")
         result = block_sparse_attention(layer.q, layer.k, layer.v, gate, return_counts=True)
         kept, candidates = kept + int(result.kept.sum()), candidates + int(result.candidates.sum())
-    assert 0.35 < 1 - kept / candidates < 0.65
+    assert 0.15 < 1 - kept / candidates < 0.45
     with pytest.raises(InputError, match="no thresholds for elsewhere"):
-        fitted.gate("elsewhere", "target-skip", 0.5, 24, "cpu")
+        fitted.gate("elsewhere", "target-skip", 0.3, 16, "cpu")
 
 
 def test_times_are_summed_over_layers_and_selection_is_counted(source):

@@ -20,6 +20,8 @@ from .methods import Choice, Method, attend
 from .quality import Quality
 from .tensors import Layer
 
+# Dense kernels to compare with: those with grouped queries. `bsfa profile` times the others too.
+GROUPED = ("cuDNN", "FlashAttention-2", "PyTorch's CPU flash attention")
 SELECTION, ATTENTION = "selection", "attention"
 
 
@@ -80,7 +82,7 @@ class Bench:
         found = []
         # The baselines scale by head_dim ** -0.5 only; scaled queries give the same scores.
         q = layer.q if layer.scale == layer.q.shape[-1] ** -0.5 else layer.q * (layer.scale * layer.q.shape[-1] ** 0.5)
-        for name, call in baselines.dense(q, layer.k, layer.v, layer.causal).items():
+        for name, call in baselines.dense(q, layer.k, layer.v, layer.causal, GROUPED).items():
             entry = self.dense.setdefault(name, {})
             _, reason = (None, call) if isinstance(call, str) else first_call(call, self.device)
             if reason:

@@ -23,10 +23,9 @@ from ..timing.baselines import CPU_SDPA, SDPA
 from ..timing.interleave import Contender, first_call, measure
 from ..verification.logits import Head, Predictions
 from .handlers import DenseAttention, MethodAttention, Stopwatch
-from .measure import ATTENTION, SELECTION, Entry
+from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method
 
-GROUPED = ("cuDNN", "FlashAttention-2", "PyTorch's CPU flash attention")  # dense backends with grouped queries
 # {task: (right answers, questions)} of the model as it stands, with whatever handlers it has.
 Score = Callable[[torch.nn.Module], dict[str, tuple[int, int]]]
 

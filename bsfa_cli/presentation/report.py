@@ -31,7 +31,7 @@ th, td { padding: 3px 10px; border-bottom: 1px solid var(--rule); text-align: ri
 th:first-child, td:first-child { text-align: left } td.best { background: var(--best); font-weight: 600 }
 svg.chart, figure svg { max-width: 100%; height: auto } figure { margin: 16px 0 } summary { cursor: pointer }
 """
-AXES = ("total_ms", "ttft_ms", "density")
+AXES = ("total_ms", "attention_ms", "ttft_ms", "density")
 MAIN = ("accuracy.mean", "agreement.top1", "needle.mean", "recall.mean", "error")  # metrics that get plots
 
 
@@ -53,7 +53,8 @@ def _comparison(path: Path, result: dict) -> str:
     parts.append(_aside(
         f"Tiles of {result['tile']}. Every method runs through the same kernel on the same inputs, in turns with the "
         "dense baselines; time is selection and attention together. Density is the share of causal tiles that are "
-        "weighed; a gate has to score the others too."
+        "weighed; a gate has to score the others too, and FLOP density counts that. Selections are plain PyTorch: a "
+        "method's own kernels may select faster, hence the tables and plots of attention alone."
     ))  # fmt: skip
     rows = break_even_rows(result)
     if rows:
