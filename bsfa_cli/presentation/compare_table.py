@@ -1,0 +1,139 @@
+"""The tables of `bsfa compare`, on stderr."""
+
+from __future__ import annotations
+
+from ..comparison import matching
+from .profile_table import aligned
+
+HEADINGS = (
+    "method", "setting", "density", "flops", "select ms", "attend ms", "total ms", "speedup", "recall", "worst row",
+    "error", "needle",
+)  # fmt: skip
+MODEL_HEADINGS = ("TTFT ms", "top-1", "accuracy")
+METRICS = {  # path into a row: (words, larger is better)
+    "accuracy.mean": ("task accuracy", True),
+    "agreement.top1": ("top-1 agreement with the dense model", True),
+    "agreement.kl": ("KL divergence from the dense model, nats a token", False),
+    "recall.mean": ("recall of softmax mass, mean over rows", True),
+    "recall.worst": ("recall of softmax mass, worst row", True),
+    "needle.mean": ("recall of the rows that look for the needle", True),
+    "error": ("output error, relative L2", False),
+}
+
+
+def show_cell(cell: dict) -> None:
+    """One cell: every row, then the methods' first metric at equal time and at equal density."""
+    from .console import note
+
+    note(f"\n{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
+    if cell["fastest_dense"]:
+        note(f"  fastest dense: {cell['fastest_dense']}, {cell['fastest_dense_ms']:.3f} ms")
+    for line in aligned(rows_table(cell)):
+        note(f"  {line}".rstrip())
+    for method, reason in cell["left_out"].items():
+        note(f"  left out: {method} ({reason})")
+    for absent in cell["unavailable"]:
+        note(f"  not measured: {absent['name']} ({absent['reason']})")
+    for metric in present(cell)[:1]:  # the report has the others
+        show_matched(cell, metric)
+
+
+def present(cell: dict) -> list[str]:
+    """The metrics that this cell's rows have."""
+    return [metric for metric in METRICS if any(matching.value(row, metric) is not None for row in cell["rows"])]
+
+
+def show_matched(cell: dict, metric: str) -> None:
+    """One metric of every method at equal time and equal density."""
+    from .console import note
+
+    for title, headings, table in matched_tables(cell, metric):
+        note(f"\n  {title}")
+        lines = [(name, *(number(x) for x in values)) for name, values in table.items()]
+        for line in aligned([("", *headings), *lines]):
+            note(f"    {line}")
+        for sentence in matching.verdicts(table, headings, METRICS[metric][1]):
+            note(f"    {sentence}")
+
+
+def matched_tables(cell: dict, metric: str) -> list[tuple[str, list[str], dict[str, list[float | None]]]]:
+    """(title, column headings, {method: values}) at equal time and at equal density, where any method has a value."""
+    words = METRICS[metric][0]
+    found = []
+    if cell["fastest_dense_ms"]:
+        targets = [share * cell["fastest_dense_ms"] for share in matching.TIMES]
+        headings = [f"{share:.0%} of dense" for share in matching.TIMES]
+        table = matching.matched(cell["rows"], "total_ms", targets, metric)
+        found.append((f"{words}, at equal time (selection and attention)", headings, table))
+    if cell.get("fastest_ttft_ms"):
+        targets = [share * cell["fastest_ttft_ms"] for share in matching.TTFTS]
+        headings = [f"{share:.0%} of dense" for share in matching.TTFTS]
+        table = matching.matched(cell["rows"], "ttft_ms", targets, metric)
+        found.append((f"{words}, at equal time to the first logits", headings, table))
+    for axis, name in (("density", "density"), ("flop_density", "FLOP density")):
+        headings = [f"{name} {target:g}" for target in matching.DENSITIES]
+        table = matching.matched(cell["rows"], axis, matching.DENSITIES, metric)
+        found.append((f"{words}, at equal {name}", headings, table))
+    return [(*titled, table) for *titled, table in found if any(x is not None for row in table.values() for x in row)]
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def rows_table(cell: dict) -> list[tuple[str, ...]]:
+    """Headings and one line a row; inside a model with TTFT, top-1 agreement and task accuracy."""
+    model = cell["level"] == "model"
+    lines = [(*HEADINGS, *(MODEL_HEADINGS if model else ()), "")]
+    for row in cell["rows"]:
+        inside = ()
+        if model:
+            inside = (f"{row['ttft_ms']:.2f}", number(row["agreement"]["top1"]), _accuracy(row["accuracy"]))
+        lines.append((*row_texts(row), *inside, row["note"] or ""))
+    return lines
+
+
+def _accuracy(found: dict | None) -> str:
+    if found is None:
+        return "-"
+    worst = found["tasks"][found["worst"]]["accuracy"]
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}], worst {found['worst']} {worst:.3f}"
+
+
+def row_texts(row: dict) -> tuple[str, ...]:
+    """One row's fields under HEADINGS."""
+    setting = f"{row['knob']} {row['setting']:g}" if row["knob"] else ""
+    recall, needle = row["recall"], row["needle"]
+    return (
+        row["method"],
+        setting + (" (published)" if row["published"] else ""),
+        f"{row['density']:.3f}",
+        f"{row['flop_density']:.3f}",
+        f"{row['selection_ms']:.3f}",
+        f"{row['attention_ms']:.3f}",
+        f"{row['total_ms']:.3f}",
+        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        number(recall and recall["mean"]),
+        number(recall and recall["worst"]),
+        number(row["error"]),
+        number(needle and needle["mean"]),
+    )
+
+
+def show_break_even(result: dict) -> None:
+    """From which length on each method is no slower than the fastest dense kernel, selection included."""
+    from .console import note
+
+    rows = break_even_rows(result)
+    if rows:
+        note("\nlength from which a method is no slower than the fastest dense kernel, selection included")
+    for line in aligned(rows) if rows else ():
+        note(f"  {line}")
+
+
+def break_even_rows(result: dict) -> list[tuple[str, str]]:
+    """(method, "setting: length" of its settings) for every method; empty where only one length was measured."""
+    return [
+        (method, "; ".join(f"{setting:g}: {words}" for setting, (_, words) in settings.items()))
+        for method, settings in matching.break_evens(result["cells"]).items()
+    ]
