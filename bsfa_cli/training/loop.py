@@ -107,13 +107,14 @@ class Trainer:
             hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[:, :-1])
         targets, weight = rows.tokens[:, 1:], rows.weight[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        loss = (loss.view_as(targets) * weight).sum(1)
+        logits, choices = logits.float(), torch.cat([targets[..., None], rows.others[:, 1:]], -1)
+        chosen = logits.gather(-1, choices.clamp(min=0)).masked_fill(choices < 0, -torch.inf)
+        loss = ((logits.logsumexp(-1) - chosen.logsumexp(-1)) * weight).sum(1)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        right = logits.detach().argmax(-1) == targets
+        right = (logits.detach().argmax(-1, keepdim=True) == choices).any(-1)
         return loss.detach(), (right * weight).sum(1), (right | ~rows.final[:, 1:]).all(1)
 
     def log(self, entry: dict) -> None:
