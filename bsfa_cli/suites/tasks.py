@@ -18,6 +18,7 @@ from . import document, templates
 from .vocabulary import CONTINUING, DECIMAL_PAIRS, IDS, PAIRS, RANGES
 
 DEPTHS = 10
+SHORTEST = 256  # tokens of a document that every task fits into
 OTHERS = 3
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..suites.questions import HELD_OUT
 from . import curriculum
 from .curriculum import KINDS, Phase, Rows
 
@@ -79,7 +80,7 @@ class Trainer:
         start = time.monotonic()
         chunk, progress = self.position.chunk, self.budget.progress(self.position)
         rng = random.Random(f"bsfa training {self.seed} {chunk}")
-        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62))
+        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62) & ~HELD_OUT)
         phase = curriculum.choose(self.phases, progress, rng)
         rows = curriculum.draw(phase, STEPS_PER_CHUNK, rng, generator)
         results = []
