@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from .errors import BsfaError
 
-COMMANDS = ("calibrate", "export", "verify", "profile", "env")
+COMMANDS = ("calibrate", "export", "verify", "profile", "capture", "compare", "report", "env")
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 EPILOG = (
     "Every option can also come from --config FILE.yaml or from the environment (BSFA_<COMMAND>_<OPTION>): flags win "

@@ -1,13 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and stored results read back."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from pathlib import Path
 
-from .errors import MachineError, UsageError
+from .errors import InputError, MachineError, UsageError
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -37,6 +38,43 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, result: dict) -> None:
+    """A result as JSON, through `write_whole`. NaN and infinities are refused: JSON has none."""
+    write_whole(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_result(path: Path, formats: dict[str, int]) -> dict:
+    """A stored result, with its cells, of one of the commands in `formats` {command: format it is read in}.
+
+    Raises InputError for anything else.
+    """
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(stored, dict) or stored.get("kind") not in formats:
+        raise InputError(f"{path} is not a result of {' or '.join(f'`{kind}`' for kind in formats)}")
+    known = formats[stored["kind"]]
+    if stored.get("format") != known:
+        raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {known}")
+    if not isinstance(stored.get("environment"), dict) or not isinstance(stored.get("cells"), list):
+        raise InputError(f"{path} lacks its environment or its cells")
+    return stored
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work, not after it. Raises UsageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a directory")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _umask() -> int:

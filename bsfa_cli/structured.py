@@ -15,8 +15,9 @@ units, where it fits best:
     content   unit-normal noise
     needle    the last rows ("the question"): one key, `margin` above every other score of those rows, in all heads
 
-Strengths are skewed: of every pattern few heads have much and most have little. Positions and strengths come from a
-generator on the CPU, so a seed plants the same on every device; noise comes from the device's own generator.
+Strengths are skewed: of every pattern few heads have much and most have little. A seed makes the heads, a sample the
+text they read: vertical positions and noise. What is planted comes from generators on the CPU, so it is the same on
+every device; noise comes from the device's own generator.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 
 SHORTEST, NARROWEST = 64, 16  # tokens; head dim
 SINK_KEYS = 4
+SAMPLE_STRIDE = 1_000_003
 # Columns of the patterns that need one each; the rotating patterns share most of the rest, content has what remains.
 SINK, VERTICAL, MODALITY, NEEDLE, FIRST_ROTATING = range(5)
 STRONGEST = {"sink": 8.0, "vertical": 8.0, "modality": 3.0, "local": 14.0, "slash": 12.0, "grid": 12.0}  # natural units
@@ -66,6 +68,7 @@ def generate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    sample: int = 0,
     depth: float = 0.3,
     margin: float = 6.0,
     frame: int | None = None,
@@ -97,12 +100,13 @@ def generate(
         frame=frame or max(64, min(1024, length // 16)),
     )
     planted = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
+    text = torch.Generator().manual_seed(seed + (sample + 1) * SAMPLE_STRIDE)
+    noise = torch.Generator(device).manual_seed(seed + (sample + 1) * SAMPLE_STRIDE)
     q, k, v = (torch.empty(batch, n, length, head_dim, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads))
     group = heads // kv_heads
     for b in range(batch):
         for h in range(kv_heads):
-            keys = _Keys(plan, length, head_dim, torch.device(device), planted, noise)
+            keys = _Keys(plan, length, head_dim, torch.device(device), planted, text, noise)
             for member in range(h * group, (h + 1) * group):
                 q[b, member] = keys.queries(planted, noise)
             k[b, h] = keys.columns
@@ -114,7 +118,7 @@ def generate(
 class _Keys:
     """One key head: its columns, float32 [T, D], and the query heads that fit them."""
 
-    def __init__(self, plan: Plan, length: int, head_dim: int, device, planted, noise):
+    def __init__(self, plan: Plan, length: int, head_dim: int, device, planted, text, noise):
         self.plan, self.length, self.head_dim, self.device = plan, length, head_dim, device
         self.pairs = head_dim // 8
         self.position = torch.arange(length, device=device, dtype=torch.float64)
@@ -128,7 +132,7 @@ class _Keys:
         }
         columns = torch.zeros(length, head_dim, device=device)
         columns[:SINK_KEYS, SINK] = 1
-        verticals = torch.randint(length, (max(2, length // 512),), generator=planted)
+        verticals = torch.randint(length, (max(2, length // 512),), generator=text)
         columns[verticals.to(device), VERTICAL] = 1
         columns[:, MODALITY] = self.visual.float() * 2 - 1
         for name, part in self._rotating():

@@ -71,6 +71,7 @@ def profile(
     import torch
 
     from ..environment import resolve_device
+    from ..files import check_writable, write_json, write_whole
     from ..presentation import profile_table
     from ..presentation.console import note, print_json
     from ..timing import compare, run
@@ -91,13 +92,13 @@ def profile(
     if stored:
         compare.refuse_other_machine(stored, result["environment"], result["device"], baseline)
     for path in filter(None, (output, plot)):
-        _writable(path)
+        check_writable(path)
 
     def save(cell=None):
         if cell:
             profile_table.show_cell(cell)
         if output:
-            _write_json(output, result)
+            write_json(output, result)
 
     if end_to_end is None or profile is not None:
         run.sweep_cells(plan, device, result, seconds, save)
@@ -118,7 +119,6 @@ def profile(
         result["compared"] = compare.changes(stored, result)
     save()
     if plot:
-        from ..files import write_whole
         from ..presentation.plot import speedup_plot
 
         write_whole(plot, speedup_plot(result).encode())
@@ -161,24 +161,3 @@ def _known_backend(name: str) -> None:
 
     if name not in NAMES:
         raise UsageError(f"backend must be auto or one of {', '.join(NAMES)}; got {name!r}")
-
-
-def _writable(path: Path) -> None:
-    """Find out before measuring, not after."""
-    import tempfile
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a directory")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _write_json(path: Path, result: dict) -> None:
-    import json
-
-    from ..files import write_whole
-
-    write_whole(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())

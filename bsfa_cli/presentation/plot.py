@@ -1,7 +1,4 @@
-"""SVG plots, written by hand: one file, no scripts, no fonts to fetch, readable on light and dark pages.
-
-Every text goes through `escape`; numbers go through `_number`, which refuses what is not finite.
-"""
+"""The plot of a profile: speedup against length. Pareto plots of a comparison are in pareto.py."""
 
 from __future__ import annotations
 
@@ -11,17 +8,9 @@ from html import escape
 
 from ..errors import UsageError
 from .profile_table import head_shape
+from .svg import COLOURS, STYLE, line, number, path, text
 
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, TOP, BOTTOM, TITLE = 820, 280, 64, 190, 56, 52, 34
-# Told apart by colour-blind readers and on both backgrounds; dashes and labels say the same once more.
-COLOURS = ("#7f7f7f", "#0f86c9", "#d9730d", "#3f9b54", "#b5549c", "#b8860b")
-STYLE = """
-svg { color: #1f2328; font: 13px system-ui, 'DejaVu Sans', sans-serif }
-.page { fill: #ffffff } .soft { opacity: .65 } .grid { stroke: currentColor; opacity: .15 }
-.one { stroke: currentColor; opacity: .6 } text { fill: currentColor } .title { font-size: 15px; font-weight: 600 }
-.bound { stroke-dasharray: 2 4; opacity: .9 }
-@media (prefers-color-scheme: dark) { svg { color: #e6edf3 } .page { fill: #0d1117 } }
-"""
 
 
 def speedup_plot(result: dict) -> str:
@@ -42,7 +31,7 @@ def speedup_plot(result: dict) -> str:
         f"<title>{escape(f'Speedup against sequence length on {machine}')}</title>",
         f"<style>{STYLE}</style>",
         '<rect width="100%" height="100%" class="page"/>',
-        _text(LEFT, 26, f"Speedup over the fastest dense attention, {machine}", "title"),
+        text(LEFT, 26, f"Speedup over the fastest dense attention, {machine}", "title"),
     ]
     for i, (title, series) in enumerate(panels):
         parts += _panel(TITLE + i * (TOP + PLOT_HEIGHT + BOTTOM), title, series)
@@ -76,30 +65,30 @@ def _panel(top: float, title: str, series: dict) -> list[str]:
     def y(value: float) -> float:
         return top + TOP + PLOT_HEIGHT * (1 - value / limit)
 
-    parts = [_text(LEFT, top + TOP - 16, title)]
+    parts = [text(LEFT, top + TOP - 16, title)]
     for i in range(round(limit / step) + 1):
         value = i * step
-        parts.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid"))
-        parts.append(_text(LEFT - 8, y(value) + 4, f"{value:g}x", "soft", "end"))
-    parts.append(_line(LEFT, y(1), WIDTH - RIGHT, y(1), "one"))
+        parts.append(line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid"))
+        parts.append(text(LEFT - 8, y(value) + 4, f"{value:g}x", "soft", "end"))
+    parts.append(line(LEFT, y(1), WIDTH - RIGHT, y(1), "one"))
     for length in lengths:
-        parts.append(_text(x(length), top + TOP + PLOT_HEIGHT + 20, _tokens(length), "soft", "middle"))
-    parts.append(_text(LEFT + inner / 2, top + TOP + PLOT_HEIGHT + 40, "tokens", "soft", "middle"))
+        parts.append(text(x(length), top + TOP + PLOT_HEIGHT + 20, _tokens(length), "soft", "middle"))
+    parts.append(text(LEFT + inner / 2, top + TOP + PLOT_HEIGHT + 40, "tokens", "soft", "middle"))
     ends = []
     for i, (skip, points) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         if skip:
-            parts.append(_path([(x(n), y(bound)) for n, _, bound in points], colour, "bound"))
-        parts.append(_path([(x(n), y(speedup)) for n, speedup, _ in points], colour))
+            parts.append(path([(x(n), y(bound)) for n, _, bound in points], colour, "bound"))
+        parts.append(path([(x(n), y(speedup)) for n, speedup, _ in points], colour))
         for n, speedup, bound in points:
             label = f"{skip:.0%} skipped, {n:,} tokens: {speedup:.2f}x (bound {bound:.2f}x)"
             parts.append(
-                f'<circle cx="{_number(x(n))}" cy="{_number(y(speedup))}" r="4" fill="{colour}">'
+                f'<circle cx="{number(x(n))}" cy="{number(y(speedup))}" r="4" fill="{colour}">'
                 f"<title>{escape(label)}</title></circle>"
             )
         ends.append((y(points[-1][1]), f"{skip:.0%} skipped: {points[-1][1]:.2f}x", colour))
     parts += _end_labels(ends, top)
-    parts.append(_text(WIDTH - RIGHT + 14, top + TOP + PLOT_HEIGHT + 40, "dotted: bound 2/(1+kept)", "soft"))
+    parts.append(text(WIDTH - RIGHT + 14, top + TOP + PLOT_HEIGHT + 40, "dotted: bound 2/(1+kept)", "soft"))
     return parts
 
 
@@ -113,34 +102,11 @@ def _end_labels(ends: list[tuple[float, str, str]], top: float) -> list[str]:
     for position, (_, label, colour) in zip(placed, sorted(ends), strict=True):
         at = position - overflow
         parts.append(
-            f'<rect x="{WIDTH - RIGHT + 14}" y="{_number(at - 5)}" width="10" height="10" rx="2" fill="{colour}"/>'
+            f'<rect x="{WIDTH - RIGHT + 14}" y="{number(at - 5)}" width="10" height="10" rx="2" fill="{colour}"/>'
         )
-        parts.append(_text(WIDTH - RIGHT + 30, at + 4, label))
+        parts.append(text(WIDTH - RIGHT + 30, at + 4, label))
     return parts
 
 
 def _tokens(length: int) -> str:
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
-
-
-def _path(points: list[tuple[float, float]], colour: str, style: str = "") -> str:
-    route = " ".join(f"{'L' if i else 'M'}{_number(x)} {_number(y)}" for i, (x, y) in enumerate(points))
-    css = f' class="{style}"' if style else ""
-    return f'<path d="{route}" fill="none" stroke="{colour}" stroke-width="2"{css}/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return (
-        f'<line x1="{_number(x1)}" y1="{_number(y1)}" x2="{_number(x2)}" y2="{_number(y2)}" class="{escape(style)}"/>'
-    )
-
-
-def _text(x: float, y: float, content: str, style: str = "", anchor: str = "start") -> str:
-    css = f' class="{escape(style)}"' if style else ""
-    return f'<text x="{_number(x)}" y="{_number(y)}" text-anchor="{anchor}"{css}>{escape(content)}</text>'
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        raise ValueError(f"cannot draw {value}")
-    return f"{value:.1f}"

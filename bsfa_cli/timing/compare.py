@@ -6,27 +6,17 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import read_result
 
 SAME = ("gpu", "driver", "capability", "cuda", "cudnn", "torch", "triton", "platform")
 SETTINGS = ("dtype", "tile", "gate", "data")
 FORMAT = 1
+FORMATS = {"bsfa profile": FORMAT}
 
 
 def read(path: Path) -> dict:
     """A stored profile. Raises InputError for anything that is not one."""
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(stored, dict) or stored.get("kind") != "bsfa profile":
-        raise InputError(f"{path} is not a result of `bsfa profile`")
-    if stored.get("format") != FORMAT:
-        raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {FORMAT}")
-    if not isinstance(stored.get("environment"), dict) or not isinstance(stored.get("cells"), list):
-        raise InputError(f"{path} lacks its environment or its cells")
-    return stored
+    return read_result(path, FORMATS)
 
 
 def refuse_other_machine(stored: dict, environment: dict, device: str, path: Path) -> None:

@@ -14,8 +14,8 @@ own segment is kept whole, so there the original order serves. Hence the keys [K
 0 .. P, P the length rounded up to whole segments, the original ones behind them, and queries from position P on.
 
 Under grouped queries the importance is the mean over the query heads of a key head, so that they share one order. A
-gate on top judges the own segment's tiles too, except the diagonal's; the block that holds key 0 comes before the
-other permuted ones.
+gate on top judges the own segment's tiles too, except the diagonal's, and has no sink to begin with: the first segment
+sees key 0 in its original place only, so no permuted tile may be forced for all queries.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ class PBS(Settings):
             torch.cat([F.pad(permuted, (0, 0, 0, padding)), original], dim=2)
             for permuted, original in ((permuted_k, k), (v.gather(2, order), v))
         )
-        earlier, first = self._earlier(q, permuted_k, order[..., 0], scale, tile)
-        blocks = _lists(earlier, first, self._own(q, tile), (length + padding) // tile.keys)
+        earlier, own = self._earlier(q, permuted_k, order[..., 0], scale, tile), self._own(q, tile)
+        unused = (length + padding) // tile.keys - earlier.shape[-1]
+        blocks = BlockLists.from_mask(torch.cat([F.pad(earlier, (0, unused)), own.expand_as(earlier)], -1))
         return Arranged(keys, values, {"blocks": blocks, "q_offset": length + padding, "keep_sink": False})
 
     def _order(self, q, k, scale):
@@ -94,7 +95,7 @@ class PBS(Settings):
         return torch.cat([(inside + first).flatten(-2), position[whole:].expand(*importance.shape[:2], -1)], dim=-1)
 
     def _earlier(self, q, permuted_k, order, scale, tile):
-        """(bool [B, Hq, query tiles, key tiles]: permuted tiles to keep; int64 [B, Hq, 1, 1]: the one with key 0)."""
+        """bool [B, Hq, query tiles, key tiles]: permuted tiles to keep."""
         blocks = TileShape(self.block, self.block)
         scores = pooled_scores(q, permuted_k, scale, True, blocks)
         segment = torch.arange(scores.shape[-1], device=q.device) * self.block // self.segment
@@ -104,7 +105,7 @@ class PBS(Settings):
         first = (order == 0).int().argmax(-1).repeat_interleave(group, 1)[..., None, None]
         holds_first = torch.arange(scores.shape[-1], device=q.device) == first // self.block
         keep = (cover(weights, self.coverage) | holds_first) & past
-        return to_tiles(keep, blocks, tile, (q.shape[2], q.shape[2])), first // tile.keys
+        return to_tiles(keep, blocks, tile, (q.shape[2], q.shape[2]))
 
     def _own(self, q, tile):
         """bool [query tiles, key tiles]: original tiles of the query's own segment."""
@@ -114,14 +115,3 @@ class PBS(Settings):
             for count, size in zip(tiles, (tile.rows, tile.keys), strict=True)
         )
         return (query[:, None] == key) & visible(*tiles, tile, q.device)
-
-
-def _lists(earlier, first, own, offset: int) -> BlockLists:
-    """Own tiles, the tile `first`, then the earlier ones, each from right to left. `offset`: key tiles before K."""
-    key = torch.arange(earlier.shape[-1], device=earlier.device)
-    # A tile's rank says when it is visited, the highest first.
-    ranks = torch.cat([torch.where(key == first, offset, key), key.expand(first.shape[:2] + (1, -1)) + offset + 1], -1)
-    kept = torch.cat([earlier, own.expand_as(earlier)], -1)
-    rank, order = torch.where(kept, ranks, -1).sort(-1, descending=True)
-    tile = torch.where(order < earlier.shape[-1], order, order - earlier.shape[-1] + offset)
-    return BlockLists(tile.where(rank >= 0, -1).int(), kept.sum(-1, dtype=torch.int32))

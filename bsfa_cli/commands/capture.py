@@ -1,0 +1,65 @@
+"""bsfa capture: keep a model's queries, keys and values, to compare methods on them without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ..errors import InputError, UsageError
+from ..options import Config, Device, Dtype, Json
+
+DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
+
+
+def capture(
+    model: Annotated[
+        str | None, Argument(help="Checkpoint directory or Hub id; a small random model when left out.")
+    ] = None,
+    output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The safetensors file.")] = None,
+    data: Annotated[str, Option(help="The prompt: .txt, .jsonl or builtin:NAME, as for calibrate.")] = "builtin:mixed",
+    length: Annotated[
+        int | None, Option(min=1, help="Tokens of the prompt; 32768 on a GPU and 2048 on a CPU by default.")
+    ] = None,
+    layers: Annotated[str | None, Option(help="Only these layers, e.g. 0-3,8; all by default.")] = None,
+    seed: Annotated[int, Option(min=0, help="Of generated text.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Write post-RoPE Q, K and V of chosen layers for one prompt, for `bsfa compare --captured`."""
+    if output is None:
+        raise UsageError("where should the tensors go? give -o captured.safetensors")
+
+    from ..calibration.data import load_texts
+    from ..calibration.run import chosen_modules
+    from ..comparison import tensors
+    from ..comparison.capture import capture as run
+    from ..environment import resolve_device
+    from ..files import check_writable, write_whole
+    from ..models.load import check_positions, explain_memory, load_model
+    from ..presentation.console import note, print_json
+
+    check_writable(output)
+    place = resolve_device(device)
+    length = length or DEFAULT_LENGTH[place.type]
+    loaded = load_model(model, device=place, dtype=dtype)
+    if loaded.label:
+        note(f"{loaded.identity['id']}: {loaded.label}")
+    check_positions(loaded.model.config, length, "--length")
+    modules, _ = chosen_modules(loaded.model, layers)
+    (text,) = load_texts(data, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
+    if len(text.tokens) < length:
+        raise InputError(f"{data}: its longest prompt has {len(text.tokens)} tokens, {length} were asked for")
+    with explain_memory("--length or --layers"):
+        found = run(loaded, modules, text.tokens)
+        if not found:
+            raise InputError("none of the chosen layers attends through bsfa in this model")
+        facts = {"model": loaded.identity["id"], "label": loaded.label, "data": data, "seed": seed}
+        content = tensors.pack(found, facts)
+    write_whole(output, content)
+    note(f"written: {output} ({len(content):,} bytes, {len(found)} layers of {length:,} tokens)")
+    if json:
+        print_json({"file": str(output), "bytes": len(content), "length": length, "layers": list(found), **facts})

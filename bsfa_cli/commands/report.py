@@ -1,0 +1,45 @@
+"""bsfa report: stored results as one page that anyone can open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ..errors import InputError, UsageError
+from ..options import Config, Json
+
+
+def report(
+    results: Annotated[
+        list[Path] | None, Argument(metavar="RESULTS...", help="JSON files of bsfa compare and bsfa profile.")
+    ] = None,
+    output: Annotated[Path | None, Option("--output", "-o", metavar="FILE.html", help="The page to write.")] = None,
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Write one self-contained HTML page from stored results; needs no GPU."""
+    if not results:
+        raise UsageError("which results? give JSON files that bsfa compare or bsfa profile wrote with -o")
+    if output is None:
+        raise UsageError("where should the page go? give -o report.html")
+
+    from ..comparison import matching
+    from ..files import read_result, write_whole
+    from ..presentation.console import note, print_json
+    from ..presentation.report import page
+    from ..timing import compare
+
+    formats = compare.FORMATS | {matching.KIND: matching.FORMAT}
+    found = [(path, read_result(path, formats)) for path in results]
+    for path, result in found:
+        try:
+            page([(path, result)])
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+            raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
+    content = page(found).encode()
+    write_whole(output, content)
+    note(f"written: {output} ({len(content):,} bytes)")
+    if json:
+        print_json({"file": str(output), "bytes": len(content), "results": [str(path) for path in results]})

@@ -1,0 +1,74 @@
+"""bsfa's thresholds for a comparison: fitted on other data than they are judged on, read at any skip rate or k.
+
+calibration = Calibration.on_tensors(layers, tile)          # or Calibration.of_run(Run.open("run/"))
+calibration.gate("model.layers.0.self_attn", "target-skip", 0.5, query_tiles=512, device="cuda")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+import torch
+from bsfa_kernels import Gate, TileShape
+from bsfa_kernels.thresholds import interpolate
+
+from ..calibration import fit
+from ..calibration.collector import Collector
+from ..calibration.curves import ModuleCurves, Plan
+from ..errors import InputError
+
+GATES = {"target-skip": "gap", "top-k": "absolute"}
+
+
+class Calibration:
+    """Curves of every attention module, by name, and the thresholds of any operating point read from them."""
+
+    def __init__(self, plan: Plan, curves: Mapping[str, Mapping[str, torch.Tensor]], source: str):
+        self.plan, self.curves, self.source = plan, curves, source
+        self._table = fit.Table.of(curves, "gap")
+        self._thresholds, self._gates = cache(self._fitted), cache(self._gate)
+
+    @classmethod
+    def on_tensors(cls, layers: Iterable, tile: TileShape, ranks: tuple[int, ...], source: str) -> Calibration:
+        """From tensors.Layer, one at a time; `ranks` are the k that top-k can take. Raises InputError for no layer."""
+        plan, curves = None, {}
+        for layer in layers:
+            plan = plan or Plan(tile, layer.q.shape[2], ranks)
+            module = ModuleCurves(plan, layer.q.shape[1], layer.q.device)
+            Collector(module)(layer.q, layer.k, layer.v, scale=layer.scale, causal=layer.causal, spans=None)
+            curves[layer.name] = {name: tensor.cpu() for name, tensor in module.tensors.items()}
+        if plan is None:
+            raise InputError(f"{source} holds no layer to calibrate on")
+        return cls(plan, curves, source)
+
+    @property
+    def top_k(self) -> tuple[int, ...]:
+        """The values of k that were collected, sparse first."""
+        return self.plan.ranks
+
+    @classmethod
+    def of_run(cls, run) -> Calibration:
+        """From the fitted samples of a `bsfa calibrate` run (calibration.store.Run). Raises InputError as `load`."""
+        _, curves = run.load("fit")
+        return cls(run.plan, curves, f"the run {run.path.name}")
+
+    def gate(self, layer: str, recipe: str, argument: float, query_tiles: int, device) -> Gate:
+        """The same Gate for the same arguments, as a server would keep it.
+
+        Raises UsageError for a point that cannot be reached, InputError for a layer that was not calibrated.
+        """
+        return self._gates(layer, recipe, argument, query_tiles, torch.device(device))
+
+    def _gate(self, layer, recipe, argument, query_tiles, device) -> Gate:
+        if layer not in self._table.modules:
+            raise InputError(f"{self.source} holds no thresholds for {layer}")
+        values = self._thresholds(recipe, argument)[self._table.modules[layer]]
+        at = interpolate(values, self.plan.knot_tiles, torch.arange(query_tiles))
+        return Gate(**{GATES[recipe]: at.to(device)})
+
+    def _fitted(self, recipe: str, argument: float) -> torch.Tensor:
+        """float64 [heads of all modules, knots]."""
+        if recipe == "top-k":
+            return fit.top_k(self.curves, self.plan, int(argument))
+        return fit.at_knots(self._table, self.plan, fit.target_skip(self._table, argument))

@@ -1,0 +1,111 @@
+"""Methods matched at equal time and equal density, and the length from which each is faster than dense attention.
+
+Pure functions over the rows of a stored result. A method is read between its own two neighbouring settings, linearly;
+beyond its densest setting it keeps that setting's value, since it never needs more; below its sparsest it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import exp, log
+
+KIND, FORMAT = "bsfa compare", 1
+TIMES = (0.9, 0.75, 0.6, 0.5)  # of the fastest dense kernel's
+DENSITIES = (0.75, 0.5, 0.25, 0.125)
+EVERYTHING = "selects everything"
+
+
+def value(row: dict, path: str) -> float | None:
+    """row["a"]["b"] for "a.b"; None where a part is missing or None."""
+    for key in path.split("."):
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def by_method(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """{method: its rows, in order}."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def read_at(points: list[tuple[float, float]], target: float) -> float | None:
+    """y at `target` of (x, y) points, linear between neighbours in x; the last y beyond them, None before them."""
+    points = sorted(points)
+    if not points or target < points[0][0]:
+        return None
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 <= target <= x1:
+            return y1 if x1 == x0 else y0 + (target - x0) / (x1 - x0) * (y1 - y0)
+    return points[-1][1]
+
+
+def matched(rows: list[dict], axis: str, targets: Iterable[float], metric: str) -> dict[str, list[float | None]]:
+    """{method: its metric at each target of the axis}; `axis` and `metric` are paths into a row."""
+    table = {}
+    for method, own in by_method(rows).items():
+        points = [(value(row, axis), value(row, metric)) for row in own]
+        points = [(x, y) for x, y in points if x is not None and y is not None]
+        table[method] = [read_at(points, target) for target in targets]
+    return table
+
+
+def best(table: dict[str, list[float | None]], column: int, largest: bool) -> list[str]:
+    """The methods, mostly one, that have the best value in a column; dense attention takes no part."""
+    values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
+    if not values:
+        return []
+    top = (max if largest else min)(values.values())
+    return [name for name, found in values.items() if found == top]
+
+
+def break_even(points: list[tuple[int, float]]) -> tuple[int | None, str]:
+    """(length, words) from (length, time over the fastest dense kernel's) points: where the ratio falls to 1 for good.
+
+    Between two measured lengths the ratio is read linearly in the logarithm of the length.
+    """
+    points = sorted(points)
+    if not points:
+        return None, "not measured"
+    if points[-1][1] > 1:
+        return None, f"slower up to {points[-1][0]:,}"
+    for (n0, r0), (n1, r1) in reversed(list(zip(points, points[1:], strict=False))):
+        if r0 > 1:
+            length = round(exp(log(n0) + (r0 - 1) / (r0 - r1) * (log(n1) - log(n0))))
+            return length, f"{length:,}"
+    return points[0][0], f"{points[0][0]:,} or less"
+
+
+def break_evens(cells: list[dict]) -> dict[str, dict[float, tuple[int | None, str]]]:
+    """{method: {setting: break_even}} over cells of several lengths; the published setting alone where there is one."""
+    points: dict[str, dict[float, list]] = {}
+    for cell in cells if len({cell["length"] for cell in cells}) > 1 else ():
+        for method, rows in by_method(cell["rows"]).items():
+            published = [row for row in rows if row["published"]]
+            for row in (published or rows) if cell["fastest_dense_ms"] else ():
+                ratio = row["total_ms"] / cell["fastest_dense_ms"]
+                points.setdefault(method, {}).setdefault(row["setting"], []).append((cell["length"], ratio))
+    return {
+        method: {setting: break_even(found) for setting, found in sorted(settings.items())}
+        for method, settings in points.items()
+    }
+
+
+def verdicts(table: dict[str, list[float | None]], headings: list[str], largest: bool, own: str = "bsfa") -> list[str]:
+    """A sentence per column: which method is best, and where `own` stands. Dense attention takes no part."""
+    sentences = []
+    for column, heading in enumerate(headings):
+        values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
+        if not values:
+            sentences.append(f"{heading}: no method gets there")
+            continue
+        order = sorted(values, key=values.get, reverse=largest)
+        sentence = f"{heading}: {' and '.join(best(table, column, largest))} ({values[order[0]]:.4f})"
+        if own not in values:
+            sentence += f"; {own} does not get there"
+        elif values[own] != values[order[0]]:
+            better = sum((value > values[own]) == largest and value != values[own] for value in values.values())
+            sentence += f"; {own} is number {better + 1} of {len(values)} ({values[own]:.4f})"
+        sentences.append(sentence)
+    return sentences

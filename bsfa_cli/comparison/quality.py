@@ -1,0 +1,98 @@
+"""What a sparse output has lost against exact attention on the same tensors, and what it computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from bsfa_kernels import Attention, TileShape
+from bsfa_kernels.tiles import query_tile_count, visit
+
+from ..verification.layers import DroppedMass
+
+
+def tile_counts(length: int, tile: TileShape, causal: bool, keep_sink: bool) -> tuple[int, int]:
+    """(visible tiles, forced tiles) of one head and one sequence of `length` queries and keys."""
+    everything = forced = 0
+    for query_tile in range(query_tile_count(0, length, tile)[1]):
+        plan = visit(query_tile, length, causal, keep_sink, tile)
+        everything += plan.end_keys
+        forced += len(plan.forced())
+    return everything, forced
+
+
+@dataclass
+class Quality:
+    """Sums over layers for one setting of one method. Tiles are counted over all heads; masses by row."""
+
+    everything: int = 0  # visible tiles
+    least: int = 0  # those that no setting can drop
+    visited: int = 0  # scored: QK^T
+    kept: int = 0  # weighed as well: exp and PV
+    error: float = 0.0
+    norm: float = 0.0
+    masses: list[DroppedMass] = field(default_factory=list)
+    needle: list[torch.Tensor] = field(default_factory=list)  # kept mass of the rows that look for a needle
+    finite: bool = True
+    layers: list[dict] = field(default_factory=list)
+
+    def add(self, layer, result: Attention, exact: Attention, tile: TileShape, keep_sink: bool) -> None:
+        """`result` has lse and counts, `exact` its lse; both of `layer` (tensors.Layer)."""
+        heads, length = layer.q.shape[1:3]
+        everything, forced = (heads * n for n in tile_counts(length, tile, layer.causal, keep_sink))
+        candidates, kept = (int(x.sum(dtype=torch.int64)) for x in (result.candidates, result.kept))
+        lost = -torch.expm1(result.lse - exact.lse)
+        self.finite = self.finite and bool(result.out.isfinite().all()) and bool(lost.isfinite().all())
+        lost = lost.nan_to_num(1.0).clamp(0, 1)
+        mass = DroppedMass(heads, lost.device)
+        mass.add(lost[0])
+        error = norm = 0.0
+        for ours, theirs in zip(result.out[0], exact.out[0], strict=True):  # no float64 copy of a whole layer
+            error += float((ours.double() - theirs.double()).square().sum())
+            norm += float(theirs.double().square().sum())
+        if layer.planted is not None:
+            self.needle.append(1 - lost[0, :, layer.planted.question :])
+        self.everything, self.least = self.everything + everything, self.least + forced
+        self.visited, self.kept = self.visited + forced + candidates, self.kept + forced + kept
+        self.error, self.norm = self.error + error, self.norm + norm
+        self.masses.append(mass)
+        self.layers.append({
+            "name": layer.name,
+            "density": (forced + kept) / everything,
+            "error": _finite((error / norm) ** 0.5 if norm else 0.0),
+            "recall": _recall(DroppedMass.overall([mass])),
+        })  # fmt: skip
+
+    def summary(self) -> dict:
+        """JSON. density: tiles weighed over visible tiles; visited: tiles scored; flop_density: (visited + kept) / 2;
+        recall of softmax mass by row (mean, the 1 % quantile, worst); error: relative L2; needle: recall of the rows
+        that look for the needle (mean, worst), None without one; note: settings that select nothing or everything.
+        """
+        note = None
+        if self.kept == self.everything:
+            note = "selects everything"
+        elif self.kept == self.least:
+            note = "selects nothing beyond what is forced"
+        needle = None
+        if self.needle:
+            rows = torch.cat([x.flatten() for x in self.needle]).double()
+            needle = {"mean": float(rows.mean()), "worst": float(rows.min())}
+        return {
+            "density": self.kept / self.everything,
+            "visited": self.visited / self.everything,
+            "flop_density": (self.visited + self.kept) / (2 * self.everything),
+            "recall": _recall(DroppedMass.overall(self.masses)),
+            "error": _finite((self.error / self.norm) ** 0.5 if self.norm else 0.0),
+            "needle": needle,
+            "finite": self.finite,
+            "note": note,
+            "layers": self.layers,
+        }
+
+
+def _recall(dropped: dict) -> dict:
+    return {"mean": 1 - dropped["mean"], "p1": 1 - dropped["p99"], "worst": 1 - dropped["worst"]}
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None

@@ -1,0 +1,76 @@
+"""A whole comparison on tensors: the cells one after the other, and the result that is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from bsfa_kernels import TileShape
+
+from .. import environment
+from ..errors import InputError
+from . import matching, methods
+from .calibration import Calibration
+from .measure import Bench
+
+
+def empty(device: torch.device, tile: TileShape, seed: int) -> dict:
+    """A result with everything but measurements."""
+    return {
+        "kind": matching.KIND,
+        "format": matching.FORMAT,
+        "complete": False,
+        "device": str(device),
+        "environment": environment.describe(device),
+        "threads": None if device.type == "cuda" else torch.get_num_threads(),
+        "tile": str(tile),
+        "seed": seed,
+        "cells": [],
+    }
+
+
+def cell(
+    source,
+    calibrated_on,
+    names: str,
+    tile: TileShape,
+    device: torch.device,
+    seconds: float,
+    seed: int,
+    begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+) -> dict:
+    """All methods on the layers of `source` (see tensors.py), thresholds fitted to those of `calibrated_on` or left out
+    where it is None. `begin` is told the number of steps and gives what is called after each.
+    """
+    calibration = None
+    if calibrated_on is not None:
+        calibration = Calibration.on_tensors(
+            calibrated_on.layers("calibrated"), tile, methods.TOP_K, calibrated_on.label
+        )
+    bench = step = None
+    for layer in source.layers("measured"):
+        if bench is None:
+            chosen, left_out = methods.chosen(names, calibration, layer.causal)
+            bench = Bench(chosen, tile, device, seconds, seed)
+            step = begin(len(bench.entries) * source.describe()["layers"])
+        bench.add(layer, step)
+    if bench is None:
+        raise InputError(f"{source.label}: there is no layer to compare on")
+    return {
+        "level": "tensors",
+        "label": source.label,
+        "source": source.describe(),
+        "calibrated_on": None if calibrated_on is None else f"{calibrated_on.label}, another sample",
+        "length": source.length,
+        "left_out": left_out,
+    } | bench.result()
+
+
+def failures(result: dict) -> list[str]:
+    """Sentences for rows whose output is not finite; their other numbers mean nothing."""
+    return [
+        f"{cell['length']} tokens, {row['method']} at {row['setting']:g}: the output is not finite"
+        for cell in result["cells"]
+        for row in cell["rows"]
+        if not row["finite"]
+    ]

@@ -1,0 +1,208 @@
+"""bsfa compare: what every method computes and loses, how methods are matched, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from bsfa_kernels import TileShape, block_sparse_attention
+from bsfa_kernels.selection import METHODS, density, select
+
+from bsfa_cli.comparison import calibration, matching, measure, methods, quality, run, tensors
+from bsfa_cli.errors import InputError, UsageError
+from bsfa_cli.timing.plan import Shape
+
+CPU, TILE = torch.device("cpu"), TileShape()
+SHAPE = Shape("structured", 4, 2, 64)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return tensors.StructuredSource(SHAPE, 1536, 2, 0, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def cell(source):
+    return run.cell(source, source, "all", TILE, CPU, 0.001, 0)
+
+
+def rows_of(cell, method):
+    return [row for row in cell["rows"] if row["method"] == method]
+
+
+def test_every_method_is_there_or_says_why_not(cell):
+    asked = {
+        *METHODS,
+        "pbs",
+        "blasst",
+        "bsfa",
+        "bsfa_top_k",
+        *(name + methods.GATE for name in methods.ON_TOP),
+        "dense",
+    }
+    assert set(matching.by_method(cell["rows"])) == asked - {"global_attention"}
+    assert cell["left_out"] == {"global_attention": "not defined for causal attention"}
+    for name, own in matching.by_method(cell["rows"]).items():
+        absent = [entry for entry in cell["unavailable"] if entry["name"].startswith(f"{name} at ")]
+        assert name == "dense" or len(own) + len(absent) >= 5
+    assert all("UsageError" not in entry["reason"] for entry in cell["unavailable"])
+    json.dumps(cell, allow_nan=False)
+
+
+def test_density_is_what_the_mask_says(cell, source):
+    settings = dict(causal=True, tile=TILE)
+    # The kernel keeps key tile 0 whether a method lists it or not.
+    expected = []
+    for layer in source.layers("measured"):
+        mask = select("pooled_top_p", layer.q, layer.k, scale=layer.scale, coverage=0.7, **settings).clone()
+        mask[..., 0] = True
+        expected.append(density(mask, **settings).mean())
+    (row,) = [row for row in rows_of(cell, "pooled_top_p") if row["setting"] == 0.7]
+    assert row["density"] == pytest.approx(float(sum(expected) / 2), abs=1e-6)
+    assert row["visited"] == row["density"] == row["flop_density"]
+    (gated,) = [row for row in rows_of(cell, "bsfa") if row["setting"] == 0.3]
+    assert gated["visited"] == 1 and gated["flop_density"] == pytest.approx((1 + gated["density"]) / 2)
+
+
+def test_errors_and_masses_are_those_of_the_outputs(source):
+    layer = next(source.layers("measured"))
+    method = methods.available(None)["sliding_window"]
+    options = dict(scale=layer.scale, causal=True, tile=TILE)
+    choice = method.choose("", layer.q, layer.k, layer.v, setting=512, **options)
+    found = quality.Quality()
+    exact = block_sparse_attention(layer.q, layer.k, layer.v, return_lse=True, **options)
+    result = methods.attend(layer.q, choice, return_lse=True, return_counts=True, **options)
+    found.add(layer, result, exact, TILE, True)
+    s = layer.q.double() @ layer.k.double().repeat_interleave(2, 1).mT * layer.scale
+    s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    keep = choice.options["blocks"]
+    mask = torch.zeros(s.shape[-2] // 64, s.shape[-1] // 128, dtype=torch.bool)
+    for t in range(len(mask)):
+        mask[t, keep.indices[0, 0, t, : keep.counts[0, 0, t]].long()] = True
+    mask[:, 0] = True
+    recall = (s.softmax(-1) * mask.repeat_interleave(64, 0).repeat_interleave(128, 1)).sum(-1)
+    summary = found.summary()
+    assert summary["recall"]["mean"] == pytest.approx(float(recall.mean()), abs=1e-4)
+    assert summary["recall"]["worst"] == pytest.approx(float(recall.min()), abs=1e-4)
+    assert summary["needle"]["mean"] == pytest.approx(float(recall[..., layer.planted.question :].mean()), abs=1e-4)
+    expected = float((result.out - exact.out).norm() / exact.out.norm())
+    assert summary["error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_static_window_loses_the_needle_and_what_reads_scores_does_not(cell):
+    """The failure a comparison must be able to show."""
+    sparse = rows_of(cell, "sliding_window")[0]
+    assert sparse["density"] < 1 and sparse["needle"]["mean"] < 0.01 and sparse["recall"]["worst"] < 0.01
+    assert rows_of(cell, "bsfa")[0]["needle"]["worst"] > 0.9
+    assert rows_of(cell, "dense")[0]["needle"]["worst"] > 0.999
+
+
+def test_settings_that_select_everything_or_nothing_are_named(source):
+    everything = rows_of(run.cell(source, None, "sliding_window", TILE, CPU, 0.001, 0), "sliding_window")[-1]
+    assert everything["note"] == "selects everything" and everything["density"] == 1
+    nothing = quality.Quality(everything=10, least=3, visited=10, kept=3, masses=[_masses()])
+    assert nothing.summary()["note"] == "selects nothing beyond what is forced"
+
+
+def _masses():
+    from bsfa_cli.verification.layers import DroppedMass
+
+    mass = DroppedMass(1, CPU)
+    mass.add(torch.zeros(1, 4))
+    return mass
+
+
+def test_thresholds_come_from_another_text_with_the_same_heads(source):
+    first, second = (next(source.layers(purpose)) for purpose in ("measured", "calibrated"))
+    assert first.planted.needle != second.planted.needle and not torch.equal(first.q, second.q)
+    fitted = calibration.Calibration.on_tensors(source.layers("calibrated"), TILE, (8,), "another sample")
+    gate = fitted.gate("layer 1", "target-skip", 0.5, 24, "cpu")
+    assert gate is fitted.gate("layer 1", "target-skip", 0.5, 24, "cpu")
+    kept = candidates = 0
+    for layer in source.layers("measured"):
+        gate = fitted.gate(layer.name, "target-skip", 0.5, 24, "cpu")
+        result = block_sparse_attention(layer.q, layer.k, layer.v, gate, return_counts=True)
+        kept, candidates = kept + int(result.kept.sum()), candidates + int(result.candidates.sum())
+    assert 0.35 < 1 - kept / candidates < 0.65
+    with pytest.raises(InputError, match="no thresholds for elsewhere"):
+        fitted.gate("elsewhere", "target-skip", 0.5, 24, "cpu")
+
+
+def test_times_are_summed_over_layers_and_selection_is_counted(source):
+    chosen, _ = methods.chosen("blasst,xattention", None, True)
+    bench = measure.Bench(chosen, TILE, CPU, 0.001, 0)
+    for layer in source.layers("measured"):
+        bench.add(layer)
+    result = bench.result()
+    for row in result["rows"]:
+        assert row["total_ms"] == row["selection_ms"] + row["attention_ms"]
+        assert len(row["samples_ms"]["attention"]) == 2 and len(row["layers"]) == 2
+        assert (row["selection_ms"] > 0) == (row["method"] == "xattention")
+    assert result["fastest_dense_ms"] == min(entry["ms_median"] for entry in result["dense"])
+
+
+def test_matching_reads_between_a_methods_own_settings():
+    rows = [{"method": "a", "total_ms": x, "recall": {"mean": y}} for x, y in ((4.0, 0.5), (8.0, 0.9), (16.0, 1.0))] + [
+        {"method": "b", "total_ms": 10.0, "recall": {"mean": 0.7}},
+        {"method": "c", "total_ms": 1.0, "recall": None},
+    ]
+    table = matching.matched(rows, "total_ms", (2.0, 6.0, 8.0, 12.0, 20.0), "recall.mean")
+    assert table["a"] == [None, pytest.approx(0.7), 0.9, pytest.approx(0.95), 1.0]
+    assert table["b"] == [None, None, None, 0.7, 0.7] and table["c"] == [None] * 5
+    assert matching.best(table, 3, True) == ["a"] and matching.best(table, 0, True) == []
+    assert matching.best(table, 3, False) == ["b"]
+    told = matching.verdicts(table, ["one", "two", "three", "four"], True, own="b")
+    assert told[0] == "one: no method gets there"
+    assert told[2] == "three: a (0.9000); b does not get there"
+    assert told[3] == "four: a (0.9500); b is number 2 of 2 (0.7000)"
+
+
+@pytest.mark.parametrize(
+    "points, expected",
+    [([(8192, 0.9), (16384, 0.5)], (8192, "8,192 or less")), ([(1, 2.0), (16384, 1.5)], (None, "slower up to 16,384")),
+     ([(1024, 1.5), (4096, 0.5)], (2048, "2,048")), ([(1024, 0.8), (2048, 1.2), (8192, 0.8)], (4096, "4,096")),
+     ([], (None, "not measured"))],
+)  # fmt: skip
+def test_break_even_length(points, expected):
+    assert matching.break_even(points) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("--methods", "magic"), 2, "no method 'magic'; there is all or dense, sliding_window"),
+        (("--length", "8k"), 2, "whole numbers separated by commas"),
+        (("--length", "0"), 2, "positive"),
+        (("--length", "32"), 2, "at least 64 tokens"),
+        (("--heads", "3", "--kv-heads", "2"), 2, "multiple of kv_heads"),
+        (("--tile", "8x8"), 2, "64x128 or 128x64"),
+        (("--seconds", "0"), 2, "--seconds must be positive"),
+        (("--calibrate-on", "a.safetensors"), 2, "belongs to --captured"),
+        (("--captured", "/nonexistent/a.safetensors"), 4, "cannot read"),
+        (("--output", "/proc/nowhere/a.json"), 2, "cannot write"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_sentence(run, one_sentence, arguments, code, words):
+    one_sentence(run("compare", *arguments, "--device", "cpu"), code, words)
+
+
+def test_the_command_writes_what_it_shows(run, tmp_path):
+    path = tmp_path / "result.json"
+    options = ("--length", "512,1024", "--heads", "2", "--head-dim", "32", "--seconds", "0.001", "--device", "cpu")
+    done = run("compare", *options, "--methods", "sliding_window,xattention", "-o", path, "--json")
+    assert done.code == 0
+    stored = json.loads(done.out)
+    assert stored == json.loads(path.read_text()) and stored["complete"]
+    assert [cell["length"] for cell in stored["cells"]] == [512, 1024]
+    assert stored["cells"][0]["label"] == "synthetic, structured"
+    assert "no slower than the fastest" in done.err and "at equal density" in done.err
+
+
+def test_a_method_that_needs_a_calibration_is_left_out_without_one():
+    chosen, left_out = methods.chosen("bsfa,pbs", None, True)
+    assert [method.name for method in chosen] == ["dense", "pbs"]
+    assert left_out == {"bsfa": "no calibration for its thresholds"}
+    assert methods.chosen("pbs", None, False)[1] == {"pbs": "not defined for non-causal attention"}
+    with pytest.raises(UsageError, match="there is no method"):
+        methods.chosen("pbs,", None, True)

@@ -1,0 +1,198 @@
+"""The report: self-contained, escaped, rendered from JSON alone, and looked at in a real browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bsfa_cli.presentation import pareto, svg
+
+STORED = Path(__file__).parent.parent / "profiles" / "results" / "llama-3.1-8b.nvidia-h200.json"
+
+
+def row(method: str, setting: float, ms: float, recall: float, **changes) -> dict:
+    return {
+        "method": method, "knob": "kn<o>b", "setting": setting, "published": setting == 2, "selection_ms": ms / 4,
+        "attention_ms": 3 * ms / 4, "total_ms": ms, "speedup": 10 / ms, "density": ms / 10, "visited": 1.0,
+        "flop_density": 0.5, "error": 1 - recall, "needle": {"mean": recall, "worst": recall / 2}, "finite": True,
+        "recall": {"mean": recall, "p1": recall, "worst": recall / 3}, "note": None, "samples_ms": {}, "layers": [],
+    } | changes  # fmt: skip
+
+
+def cell(length: int, factor: float) -> dict:
+    return {
+        "level": "tensors", "label": "synthetic, <structured>", "source": {}, "calibrated_on": "an & other",
+        "length": length, "left_out": {"pbs": "not <here>"}, "backend": "hopper", "fastest_dense": "cuDNN",
+        "fastest_dense_ms": 10.0, "dense": [], "unavailable": [{"name": "x", "reason": "o<o>m"}],
+        "rows": [
+            row("dense", 1, 10.5, 1.0, knob="", note="selects everything"),
+            *(row("bsfa", s, s * factor, 0.9 + s / 100) for s in (2, 4, 6)),
+            *(row("xattention", s, s * factor, 0.8 + s / 100) for s in (2, 4, 7)),
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Made-up numbers in the form that `bsfa compare` stores; for layout only."""
+    path = tmp_path / "made<up>.json"
+    result = {
+        "kind": "bsfa compare", "format": 1, "complete": False, "device": "cuda", "tile": "64x128", "seed": 3,
+        "environment": {"gpu": "<Some> & GPU", "torch": "2.11"}, "cells": [cell(8192, 2.0), cell(32768, 0.8)],
+    }  # fmt: skip
+    path.write_text(json.dumps(result))
+    return path
+
+
+class Page(HTMLParser):
+    VOID = {"meta", "br", "rect", "circle", "line", "path"}
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_page_is_self_contained_and_every_string_is_escaped(run, stored, tmp_path):
+    done = run("report", stored, STORED, "-o", tmp_path / "report.html", "--json")
+    assert done.code == 0 and json.loads(done.out)["results"] == [str(stored), str(STORED)]
+    content = (tmp_path / "report.html").read_text()
+    page = Page(content)
+    assert page.open == []
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
+    assert not [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", content)
+    text = " ".join(page.texts)
+    for words in ("<Some> & GPU", "synthetic, <structured>", "an & other", "o<o>m", "made<up>.json", "cut short"):
+        assert words in text and (words == "cut short" or words not in content)
+    assert "prefers-color-scheme: dark" in content
+
+
+def test_page_says_who_wins_and_what_is_lost(run, stored, tmp_path):
+    assert run("report", stored, "-o", tmp_path / "report.html").code == 0
+    text = " ".join(Page((tmp_path / "report.html").read_text()).texts)
+    assert "50% of dense: bsfa (0.9250)" in text and "xattention is number" not in text
+    assert "at equal density" in text and "at equal time" in text
+    assert "All 7 settings" in text and "2 not measured" in text
+
+
+def test_pareto_plot_is_xml_with_a_tooltip_for_every_point(stored):
+    drawn = pareto.pareto_plot(cell(8192, 2.0), "total_ms", "recall.mean", "recall <b>")
+    root = ElementTree.fromstring(drawn)
+    name = "{http://www.w3.org/2000/svg}"
+    circles = list(root.iter(f"{name}circle"))
+    assert len(circles) == 7 and circles[-1][0].text == "xattention, kn<o>b 7: 0.87 at 14, density 1.400"
+    assert any("cuDNN" == element.text for element in root.iter(f"{name}text"))
+    for circle in circles:
+        assert pareto.LEFT <= float(circle.get("cx")) <= pareto.WIDTH - pareto.RIGHT
+        assert pareto.TOP <= float(circle.get("cy")) <= pareto.TOP + pareto.HEIGHT
+    assert pareto.pareto_plot(cell(8192, 2.0), "ttft_ms", "recall.mean", "") == ""
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [(0, 7, [0, 1, 2, 3, 4, 5, 6, 7]), (0.93, 1.0, [0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0]),
+     (0, 46, [0, 10, 20, 30, 40])],
+)  # fmt: skip
+def test_ticks_are_round(low, high, expected):
+    assert svg.ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "cannot read"), ("{", "is not JSON"), ("[]", "not a result of `bsfa profile` or `bsfa compare`"),
+        ('{"kind": "bsfa compare", "format": 9}', "has format 9"),
+        ('{"kind": "bsfa compare", "format": 1, "environment": {}, "cells": [{}]}', "lacks or breaks"),
+        ('{"kind": "bsfa compare", "format": 1, "environment": {}, "cells": [3]}', "lacks or breaks"),
+    ],
+)  # fmt: skip
+def test_a_damaged_result_writes_nothing(run, one_sentence, tmp_path, content, words):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    one_sentence(run("report", path, "-o", tmp_path / "report.html"), 4, words)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_arguments(run, one_sentence, stored):
+    one_sentence(run("report", "-o", "a.html"), 2, "which results")
+    one_sentence(run("report", stored), 2, "-o report.html")
+
+
+def test_report_needs_no_torch():
+    script = "import sys; import bsfa_cli.presentation.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it(run, stored, tmp_path, scheme):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium is installed here")
+    page, picture = tmp_path / "report.html", tmp_path / "report.png"
+    assert run("report", stored, STORED, "-o", page).code == 0
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600", *dark]
+    subprocess.run(
+        [browser, *options, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri()],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    pixels, width = decoded(picture.read_bytes())
+    corner = pixels[0]
+    assert (sum(corner) > 700) if scheme == "light" else (sum(corner) < 120)
+    assert width == 1200 and len(set(pixels)) > 20  # text, rules, and lines of several colours
+
+
+def decoded(png: bytes) -> tuple[list[tuple[int, ...]], int]:
+    """(pixels as RGB, every 7th row; width) of an 8-bit PNG without interlacing, as browsers write them."""
+    import struct
+    import zlib
+
+    at, data, header = 8, b"", None
+    while at < len(png):
+        size, kind = struct.unpack(">I4s", png[at : at + 8])
+        if kind == b"IHDR":
+            header = struct.unpack(">IIBBBBB", png[at + 8 : at + 8 + size])
+        elif kind == b"IDAT":
+            data += png[at + 8 : at + 8 + size]
+        at += size + 12
+    width, height, depth, colour, _, _, interlaced = header
+    assert depth == 8 and not interlaced
+    channels = {2: 3, 6: 4}[colour]
+    raw, stride, before, pixels = zlib.decompress(data), width * channels, bytearray(width * channels), []
+    for y in range(height):
+        kind = raw[y * (stride + 1)]
+        line = bytearray(raw[y * (stride + 1) + 1 : (y + 1) * (stride + 1)])
+        for x in range(stride):
+            a = line[x - channels] if x >= channels else 0
+            b, c = before[x], before[x - channels] if x >= channels else 0
+            if kind == 4:
+                near = min((abs(b - c), 0), (abs(a - c), 1), (abs(a + b - 2 * c), 2))[1]
+                line[x] = (line[x] + (a, b, c)[near]) & 255
+            elif kind:
+                line[x] = (line[x] + (a, b, (a + b) // 2)[kind - 1]) & 255
+        before = line
+        if y % 7 == 0:
+            pixels += [tuple(line[x : x + 3]) for x in range(0, stride, channels)]
+    return pixels, width
