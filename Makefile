@@ -66,9 +66,8 @@ gpu-test: gpu-install
 	$(PYTHON) -m pytest -m gpu -n auto --maxprocesses 16 --timeout-method thread
 
 gpu-sanitize: gpu-install
-	@for tool in memcheck racecheck; do \
-		echo "$$tool"; compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tests/sanitize.py || exit $$?; \
-	done
+	$(PYTHON) tests/sanitize.py memcheck
+	$(PYTHON) tests/sanitize.py racecheck
 
 gpu-bench: gpu-install
 	@gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \

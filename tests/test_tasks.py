@@ -5,6 +5,7 @@ import torch
 
 from bsfa_cli.suites import document, tasks, templates
 from bsfa_cli.suites.vocabulary import IDS, WORDS, build_tokenizer
+from bsfa_cli.suites.words import CLASSES, OTHERS
 
 
 def make(name, length=1024, rows=3, seed=0, **options):
@@ -44,12 +45,34 @@ def is_stated(tokens, index):
     return WORDS[tokens[index - 1]] == "is" or WORDS[tokens[index - 1]] == "in" and WORDS[tokens[index - 2]] == "stored"
 
 
-def test_values_of_a_key_are_asked_for_in_the_order_of_the_document():
-    batch = make("multi-value", 2048, rows=1)
-    text = build_tokenizer().decode(batch.tokens[0])
-    answer = build_tokenizer().decode(batch.answers[0]).split(", ")
-    places = [text.index(value) for value in answer]
-    assert len(answer) == 4 and places == sorted(places)
+def test_values_of_a_key_may_be_given_in_any_order():
+    batch = make("multi-value", 2048, rows=2, questions=2)
+    answer = batch.answers[0]
+    assert [build_tokenizer().decode(answer[i : i + 3]) for i in (0, 4, 8, 12)] == (
+        build_tokenizer().decode(answer).split(", ")
+    )
+    others = batch.others[0, -batch.answer_length - 1 : -1]
+    assert others[0].tolist() == answer[[4, 8, 12]].tolist()
+    assert others[4].tolist() == [*answer[[8, 12]].tolist(), -1]
+    assert (others[[1, 2, 3, 5, 12, 14]] == -1).all() and (batch.others[~batch.answer] == -1).all()
+    assert (batch.others[0, batch.answer[0]][:15] != -1).sum() == 6
+    predicted = batch.answers.clone()
+    assert batch.right(predicted).all()
+    predicted[0, 0] = answer[12]
+    assert batch.right(predicted).all()
+    predicted[0, 4] = answer[0]
+    assert (~batch.right(predicted)).nonzero().tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.NAMES if name != "multi-value"])
+def test_every_other_answer_has_one_order(name):
+    assert (make(name).others == -1).all()
+
+
+def test_templates_keep_to_the_vocabulary():
+    used = {word for text in templates.ALL_TEXTS for word in templates.words(text) if not word.startswith("{")}
+    assert used - {word for members in CLASSES.values() for word in members} == set(OTHERS) - {"order"}
+    assert len(set(WORDS)) == len(WORDS)
 
 
 def test_frequent_words_are_the_most_frequent():

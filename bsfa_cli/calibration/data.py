@@ -1,7 +1,8 @@
-"""Text to calibrate and verify on: files, and generated text. One sample is one sequence of tokens.
+"""Text to calibrate and verify on: files, generated text, and tasks. One sample is one sequence of tokens.
 
 A .txt file is one long text, cut into windows. A .jsonl file has one sample a line, under `text`, `input_text` (the
 BSFA authors' file, spread over its `task_name`s) or `input` (RULER). Whatever is longer than `length` is cut there.
+"tasks:NAME[,NAME]" are documents of those retrieval tasks with question and answer, from seeds that evaluation avoids.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, UsageError
+from ..suites import questions
 from . import generated_text
 
 TEXT_KEYS = ("text", "input_text", "input")
-BUILTIN = "builtin:"
+BUILTIN, TASKS = "builtin:", "tasks:"
 MAX_FILE_BYTES = 1 << 30
 # A token rarely stands for more characters than this; more of a text need not be tokenised to fill a sample.
 CHARACTERS_PER_TOKEN = 12
@@ -33,11 +36,14 @@ class Sample:
 
 
 def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0, shortest: int = 1) -> list[Sample]:
-    """Up to `samples` samples of at most `length` tokens from `spec`, a path or "builtin:NAME"; deterministic.
+    """Up to `samples` samples of at most `length` tokens from `spec`, a path, "builtin:NAME" or "tasks:NAME,NAME";
+    deterministic.
 
     Samples under `shortest` tokens are left out. Raises InputError for data that cannot be used and UsageError for an
-    unknown builtin.
+    unknown builtin or task.
     """
+    if spec.startswith(TASKS):
+        return _tasks(spec, samples, length, seed, tokenizer)
     prefix = _prefix(tokenizer)
     if spec.startswith(BUILTIN):
         texts = _builtin(spec, samples, length, seed)
@@ -60,6 +66,11 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
     return found
 
 
+def is_generated(spec: str) -> bool:
+    """Whether `spec` names data made here instead of a file."""
+    return spec.startswith((BUILTIN, TASKS))
+
+
 def data_hash(samples: list[Sample]) -> str:
     """sha256 over the ids and tokens of the samples, in order."""
     digest = hashlib.sha256()
@@ -80,6 +91,17 @@ def _tokenize(tokenizer, text: str, length: int | None = None) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
+def _tasks(spec: str, samples: int, length: int, seed: int, tokenizer) -> list[Sample]:
+    names = questions.parse_names(spec.removeprefix(TASKS))
+    plan = questions.Plan(names, (length,), samples, seed, held_out=False)
+    found = []
+    for i in range(samples):
+        name, index = names[i % len(names)], i // len(names)
+        tokens = plan.document(name, length, index, tokenizer)
+        found.append(Sample(f"{name}-{index}", tuple(tokens), f"{TASKS}{name} seed {seed} question {index}"))
+    return found
+
+
 def _builtin(spec: str, samples: int, length: int, seed: int):
     kind = spec.removeprefix(BUILTIN)
     if kind not in generated_text.KINDS:
@@ -91,13 +113,14 @@ def _builtin(spec: str, samples: int, length: int, seed: int):
 
 
 def _file(path: Path, samples: int, length: int, seed: int, tokenizer):
-    text = _read(path)
+    text = read_text(path)
     if path.suffix == ".jsonl":
         return _lines(path, text, samples, seed)
     return _windows(path, text, samples, length, tokenizer)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The content of a .txt or .jsonl file. Raises InputError where it cannot be text."""
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"data file {path} must be .txt or .jsonl, or one of the builtin:NAME texts")
     try:
@@ -123,25 +146,12 @@ def _read(path: Path) -> str:
 def _lines(path: Path, content: str, samples: int, seed: int):
     """Samples of a .jsonl file, a seeded choice that takes turns between task names."""
     by_task: dict[str, list[tuple[int, str]]] = {}
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+    for number, record in records(path, content):
         key = next((key for key in TEXT_KEYS if key in record), None)
         if key is None:
             keys = ", ".join(map(str, record))[:80] or "none"
             raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}")
-        if not isinstance(record[key], str) or not record[key]:
-            raise InputError(f"{path}, line {number}: {key!r} must be text and not empty")
-        try:
-            record[key].encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{path}, line {number}: {key!r} holds half a surrogate pair, so it is no text") from None
+        check_text(path, number, key, record[key])
         by_task.setdefault(str(record.get("task_name", "")), []).append((number, record[key]))
     queues = [by_task[task] for task in sorted(by_task)]
     tasks = sorted(by_task)
@@ -152,6 +162,30 @@ def _lines(path: Path, content: str, samples: int, seed: int):
             if queue:
                 number, text = queue.pop(0)
                 yield f"line-{number}", f"line {number}" + (f" ({task})" if task else ""), text
+
+
+def records(path: Path, content: str) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of every line of a .jsonl file that is not blank. Raises InputError, naming the line."""
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+        yield number, record
+
+
+def check_text(path: Path, number: int, key: str, value) -> None:
+    """Raise InputError, naming the line, unless `value` is text and not empty."""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{path}, line {number}: {key!r} must be text and not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}, line {number}: {key!r} holds half a surrogate pair, so it is no text") from None
 
 
 def _windows(path: Path, text: str, samples: int, length: int, tokenizer):

@@ -12,7 +12,7 @@ from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 from ..errors import InputError, UsageError
 from . import fit
 from .curves import octave
-from .data import BUILTIN
+from .data import is_generated
 from .store import Curves, Run
 
 
@@ -101,7 +101,7 @@ def export(run: Run, requests: Sequence[Request], quantile: float) -> tuple[Thre
     values = torch.stack(rows).float()
     modules = {path: values[:, heads].contiguous() for path, heads in fitted.modules.items()}
     data, options = run.manifest["data"], run.manifest["options"]
-    spec = data["spec"] if data["spec"].startswith(BUILTIN) else Path(data["spec"]).name
+    spec = data["spec"] if is_generated(data["spec"]) else Path(data["spec"]).name
     artifact = Thresholds(
         model={key: run.manifest["model"].get(key) for key in MODEL_KEYS},
         tile=plan.tile,

@@ -22,7 +22,10 @@ def calibrate(
         Path | None, Option("--output", "-o", metavar="RUN", help="Run directory; the same command resumes it.")
     ] = None,
     data: Annotated[
-        str, Option(help="A .txt or .jsonl file (text, input_text or input), or builtin:NAME generated text.")
+        str,
+        Option(
+            help="A .txt or .jsonl file (text, input_text or input), builtin:NAME or tasks:NAME,NAME generated text."
+        ),
     ] = "builtin:mixed",
     samples: Annotated[int, Option(min=1, help="Samples; every fourth is held out for checking.")] = 8,
     length: Annotated[

@@ -141,10 +141,12 @@ def _held_out_seed(provenance) -> int:
 
 def _overlap(provenance, data: str, texts_hash: str) -> str | None:
     """A warning where the texts are, or may be, those that the thresholds were calibrated on."""
+    from ..calibration.data import is_generated
+
     calibrated = provenance.get("data")
     calibrated = calibrated if isinstance(calibrated, dict) else {}
     if calibrated.get("hash") == texts_hash:
         return "these are the texts that the thresholds were calibrated on, so nothing here is held out"
-    if not data.startswith("builtin:") and calibrated.get("spec") == Path(data).name:
+    if not is_generated(data) and calibrated.get("spec") == Path(data).name:
         return f"the thresholds were calibrated on a file named {Path(data).name} too: these texts may not be held out"
     return None

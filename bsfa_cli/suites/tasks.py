@@ -18,22 +18,33 @@ from . import document, templates
 from .vocabulary import CONTINUING, DECIMAL_PAIRS, IDS, PAIRS, RANGES
 
 DEPTHS = 10
+SHORTEST = 256  # tokens of a document that every task fits into
+OTHERS = 3
 
 
 @dataclass(frozen=True)
 class Batch:
     """tokens [rows, length] int64; answer [rows, length] bool, the tokens of every answer in the document; the last
     `answer_length` + 1 tokens are the last question's answer and the full stop behind it.
+
+    others [rows, length, OTHERS] int64: tokens that would be as right, -1 for none. Values that may come in any order
+    differ in their first token; from there on the value that stands in the document is the right one.
     """
 
     tokens: torch.Tensor
     answer: torch.Tensor
     answer_length: int
+    others: torch.Tensor
 
     @property
     def answers(self) -> torch.Tensor:
         """[rows, answer_length]: the last question's answer."""
         return self.tokens[:, -self.answer_length - 1 : -1]
+
+    def right(self, predicted: torch.Tensor) -> torch.Tensor:
+        """bool [rows, answer_length]: which predictions for `answers`, of that shape, are right."""
+        others = self.others[:, -self.answer_length - 1 : -1]
+        return (predicted == self.answers) | (predicted[..., None] == others).any(-1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Task:
     share: float
     most: int
     ordered: bool = True  # sentences of a group keep their order in the document
+    interchangeable: int = 1  # parts of the answer that may come in any order
 
     @property
     def group_length(self) -> int:
@@ -124,8 +136,9 @@ def _draw_record(rows: int, groups: int, generator: torch.Generator) -> tuple[to
     return arguments[:, :, None], arguments
 
 
-def _numbers(draw, question: str, sentences: int, share: float, most: int, ordered: bool = True) -> Task:
-    return Task(templates.NUMBER_HEADER, (templates.NUMBER,) * sentences, question, draw, share, most, ordered)
+def _numbers(draw, question: str, sentences: int, share: float, most: int, interchangeable: int = 1) -> Task:
+    needles = (templates.NUMBER,) * sentences
+    return Task(templates.NUMBER_HEADER, needles, question, draw, share, most, False, interchangeable)
 
 
 def _chain(copies: int) -> Task:
@@ -136,8 +149,8 @@ def _chain(copies: int) -> Task:
 TASKS: dict[str, Task] = {
     "single": _numbers(_draw_number, templates.ASK_NUMBER, 1, 0.0, 1),
     "multi-key": _numbers(_draw_number, templates.ASK_NUMBER, 1, 0.3, 1024),
-    "multi-query": _numbers(_draw_queries, templates.ASK_QUERIES, 4, 0.2, 128, ordered=False),
-    "multi-value": _numbers(_draw_values, templates.ASK_VALUES, 4, 0.2, 32),
+    "multi-query": _numbers(_draw_queries, templates.ASK_QUERIES, 4, 0.2, 128),
+    "multi-value": _numbers(_draw_values, templates.ASK_VALUES, 4, 0.2, 32, interchangeable=4),
     **{f"tracking-{copies}": _chain(copies) for copies in templates.ASK_CHAIN},
     "records": Task(
         templates.RECORD_HEADER, (templates.RECORD,), templates.ASK_RECORD, _draw_record, 0.9, 1 << 20
@@ -201,7 +214,7 @@ def make(
         raise ValueError(f"{name}: {groups} groups and {questions} questions do not fit into {length} tokens")
     filler, breaks = document.prose(rows, filler_length, generator)
     at = document.places_near(breaks, wanted.gather(1, order).clamp(min=0), filler_length)
-    return _batch(document.insert(filler, at, kinds, arguments), task.question)
+    return _batch(document.insert(filler, at, kinds, arguments), task.question, task.interchangeable)
 
 
 def _frequent_words(length: int, rows: int, generator: torch.Generator, questions: int) -> Batch:
@@ -237,7 +250,18 @@ def _frequent_words(length: int, rows: int, generator: torch.Generator, question
     return _batch(inserted, text)
 
 
-def _batch(inserted: tuple[torch.Tensor, torch.Tensor], question: str) -> Batch:
+def _batch(inserted: tuple[torch.Tensor, torch.Tensor], question: str, interchangeable: int = 1) -> Batch:
     tokens, answer = inserted
     where = templates.answer(question)
-    return Batch(tokens, answer, where.stop - where.start)
+    length = where.stop - where.start
+    others = torch.full((*tokens.shape, OTHERS), -1, device=tokens.device)
+    if interchangeable > 1:
+        stated = tokens[answer].view(-1, length)
+        among = torch.full((*stated.shape, OTHERS), -1, device=tokens.device)
+        step = (length + 1) // interchangeable  # a value and the comma behind it
+        firsts = stated[:, ::step]
+        for index in range(interchangeable - 1):
+            later = firsts[:, index + 1 :]
+            among[:, index * step, : later.shape[1]] = later
+        others[answer] = among.flatten(0, 1)
+    return Batch(tokens, answer, length, others)

@@ -25,7 +25,7 @@ ASK_QUERIES = (
     "for {15} {16} is {17} {18} {19} ] ."
 )
 ASK_VALUES = (
-    "Question : What are the four magic numbers for {0} {1} , in order ? Answer : "
+    "Question : What are the four magic numbers for {0} {1} ? Answer : "
     "The magic numbers for {0} {1} are [ {2} {3} {4} , {5} {6} {7} , {8} {9} {10} , {11} {12} {13} ] ."
 )
 
@@ -52,7 +52,6 @@ ASK_WORDS = (
     "Answer : The three most frequent words are [ {0} , {1} , {2} ] ."
 )
 
-# New texts go at the end: the order is part of the vocabulary.
 ALL_TEXTS = (
     *FILLER, NUMBER_HEADER, NUMBER, ASK_NUMBER, ASK_QUERIES, ASK_VALUES, STORE_HEADER, STORE, COPY,
     *ASK_CHAIN.values(), RECORD_HEADER, RECORD, ASK_RECORD, WORDS_HEADER, ASK_WORDS,

@@ -6,8 +6,7 @@ continuing pairs are different tokens, as in WordPiece, so that text goes to tok
 
 from __future__ import annotations
 
-from . import templates
-from .words import CLASSES
+from .words import CLASSES, OTHERS
 
 PAD, BEGIN, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 PAIRS = [f"{pair:02x}" for pair in range(256)]
@@ -18,8 +17,7 @@ CONTINUING = "##"
 def _words() -> list[str]:
     words = [PAD, BEGIN, END, UNKNOWN, *PAIRS, *(CONTINUING + pair for pair in PAIRS)]
     words += [word for words_of_class in CLASSES.values() for word in words_of_class]
-    words += [word for text in templates.ALL_TEXTS for word in templates.words(text) if not word.startswith("{")]
-    return list(dict.fromkeys(words))
+    return words + OTHERS
 
 
 WORDS = _words()

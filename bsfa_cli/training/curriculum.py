@@ -16,7 +16,10 @@ from ..suites.vocabulary import WORDS
 
 REPEATS = "repeats"
 KINDS = (REPEATS, *tasks.NAMES)
-WEIGHTS = {"single": 0.5, **{name: 0.5 for name in tasks.TASKS if name.startswith("tracking")}}
+WEIGHTS = {
+    **{name: 0.4 for name in tasks.TASKS if name.startswith("tracking")},
+    "single": 0.3, "multi-query": 1.5, "multi-value": 2.0, "records": 1.5, "frequent-words": 1.5,
+}  # fmt: skip
 MOST_QUESTIONS = 64
 SHORTEST_PERIOD = 8  # of repeats, in tokens
 
@@ -31,14 +34,20 @@ class Phase:
     repeats: float
 
 
+# Short to long, and the longer ones once more.
 FULL = (
-    Phase(0.10, 256, 128, 1.0),
-    Phase(0.24, 256, 128, 0.35),
-    Phase(0.38, 1024, 64, 0.2),
-    Phase(0.55, 4096, 16, 0.15),
-    Phase(0.70, 16384, 4, 0.15),
-    Phase(0.90, 32768, 2, 0.12),
-    Phase(1.00, 65536, 1, 0.12),
+    Phase(0.05, 256, 128, 1.0),
+    Phase(0.12, 256, 128, 0.35),
+    Phase(0.19, 1024, 64, 0.2),
+    Phase(0.27, 4096, 16, 0.15),
+    Phase(0.35, 16384, 4, 0.15),
+    Phase(0.45, 32768, 2, 0.12),
+    Phase(0.50, 65536, 1, 0.12),
+    Phase(0.56, 1024, 64, 0.1),
+    Phase(0.64, 4096, 16, 0.1),
+    Phase(0.75, 16384, 4, 0.1),
+    Phase(0.94, 32768, 2, 0.1),
+    Phase(1.00, 65536, 1, 0.1),
 )
 TOY = (Phase(0.3, 256, 16, 1.0), Phase(1.0, 256, 16, 0.25))
 REVISIT = 0.25  # share of the time spent on earlier lengths, so that they are not forgotten
@@ -53,11 +62,12 @@ def choose(phases: tuple[Phase, ...], progress: float, rng: random.Random) -> Ph
 
 @dataclass(frozen=True)
 class Rows:
-    """tokens [N, T]; weight [N, T], 1 / number of answer tokens in the row at each of them; final [N, T] bool, the last
-    question's answer; kind [N], index into KINDS.
+    """tokens [N, T]; others [N, T, tasks.OTHERS], tokens as right as those, or -1; weight [N, T], 1 / number of answer
+    tokens in the row at each of them; final [N, T] bool, the last question's answer; kind [N], index into KINDS.
     """
 
     tokens: torch.Tensor
+    others: torch.Tensor
     weight: torch.Tensor
     final: torch.Tensor
     kind: torch.Tensor
@@ -92,17 +102,18 @@ def _rows(kind: str, length: int, rows: int, rng: random.Random, generator: torc
     device = generator.device
     if kind == REPEATS:
         tokens, answer = _repeats(length, rows, generator)
+        others = torch.full((rows, length, tasks.OTHERS), -1, device=device)
         final = torch.zeros_like(answer)
     else:
         groups, questions = _sizes(kind, length, rng)
         batch = tasks.make(
             kind, length=length, rows=rows, generator=generator, groups=groups, questions=questions
         )  # fmt: skip
-        tokens, answer = batch.tokens, batch.answer
+        tokens, answer, others = batch.tokens, batch.answer, batch.others
         final = torch.zeros_like(answer)
         final[:, -batch.answer_length - 1 : -1] = True
     weight = answer / answer.sum(1, keepdim=True)
-    return Rows(tokens, weight, final, torch.full((rows,), KINDS.index(kind), device=device))
+    return Rows(tokens, others, weight, final, torch.full((rows,), KINDS.index(kind), device=device))
 
 
 def _repeats(length: int, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,5 +139,5 @@ def _sizes(kind: str, length: int, rng: random.Random) -> tuple[int | None, int]
     most = max(1, min(task.most, int(0.5 * length) // task.group_length))
     if task.share > 0.5 and rng.random() < 0.5:
         most = max(1, int(0.85 * length) // task.group_length - 2 * most_questions)
-    groups = max(1, round(most ** rng.uniform(0.3, 1.0)))
+    groups = max(1, round(most ** rng.uniform(0.4, 1.0)))
     return groups, min(groups, most_questions)

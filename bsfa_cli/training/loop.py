@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..suites.questions import HELD_OUT
 from . import curriculum
 from .curriculum import KINDS, Phase, Rows
 
@@ -79,7 +80,7 @@ class Trainer:
         start = time.monotonic()
         chunk, progress = self.position.chunk, self.budget.progress(self.position)
         rng = random.Random(f"bsfa training {self.seed} {chunk}")
-        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62))
+        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62) & ~HELD_OUT)
         phase = curriculum.choose(self.phases, progress, rng)
         rows = curriculum.draw(phase, STEPS_PER_CHUNK, rng, generator)
         results = []
@@ -107,13 +108,14 @@ class Trainer:
             hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[:, :-1])
         targets, weight = rows.tokens[:, 1:], rows.weight[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        loss = (loss.view_as(targets) * weight).sum(1)
+        logits, choices = logits.float(), torch.cat([targets[..., None], rows.others[:, 1:]], -1)
+        chosen = logits.gather(-1, choices.clamp(min=0)).masked_fill(choices < 0, -torch.inf)
+        loss = ((logits.logsumexp(-1) - chosen.logsumexp(-1)) * weight).sum(1)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        right = logits.detach().argmax(-1) == targets
+        right = (logits.detach().argmax(-1, keepdim=True) == choices).any(-1)
         return loss.detach(), (right * weight).sum(1), (right | ~rows.final[:, 1:]).all(1)
 
     def log(self, entry: dict) -> None:

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..suites import tasks
+from ..suites.questions import HELD_OUT
 from ..suites.vocabulary import BEGIN, END, IDS, PAD, WORDS, build_tokenizer
 
-# Documents for evaluation are drawn from seeds at or above this one, those for training by chunk, below 2^62.
-EVALUATION_SEED = 1 << 62
 FULL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 128}  # fmt: skip
 TOY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -51,12 +50,12 @@ def accuracy(model, name: str, length: int, documents: int, rows: int = 1) -> tu
     device = next(model.parameters()).device
     exact = right = 0.0
     for index in range(0, documents, rows):
-        generator = torch.Generator(device).manual_seed(EVALUATION_SEED + index)
+        generator = torch.Generator(device).manual_seed(HELD_OUT | index)
         depth = index // rows % tasks.DEPTHS
         batch = tasks.make(name, length=length, rows=rows, generator=generator, depth=depth)
         hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, -batch.answer_length - 2 : -2])
-        match = logits.argmax(-1) == batch.answers
+        match = batch.right(logits.argmax(-1))
         exact += match.all(1).float().sum().item()
         right += match.float().mean(1).sum().item()
     return exact / documents, right / documents

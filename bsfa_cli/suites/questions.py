@@ -1,0 +1,160 @@
+"""Questions: what a model reads, and what it must answer. As tokens for the bundled model, as text for any other.
+
+    plan = Plan(("multi-key", "tracking-2"), (4096, 32768), questions=20)
+    for question in plan.questions_for(tokenizer): ...
+
+A question is a function of the plan's seed, its task, length and number, on every machine. Generator seeds with the
+bit HELD_OUT are for evaluation; training and calibration draw without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..errors import InputError, UsageError
+from . import tasks
+from .vocabulary import CONTINUING, IDS, PAIRS, RANGES, WORDS, build_tokenizer
+
+HELD_OUT = 1 << 31  # a CPU's generator looks at the lower 32 bits of its seed only
+ALL = "all"
+ANSWER = "Answer:"  # where the lead into the answer begins
+# A text may be this much shorter than asked for; its length is found by trying.
+SHORTEST_SHARE, TRIES = 0.97, 8
+SPARE_TOKENS = 16  # to generate, beyond the tokens of the right answer
+
+
+@dataclass(frozen=True)
+class TokenQuestion:
+    """One document of the bundled vocabulary, its last question's answer included: `batch` has one row."""
+
+    task: str
+    length: int
+    depth: int | None  # tenth of the document, 0 to 9; None where the whole document is asked about
+    batch: tasks.Batch
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the answer must contain: its numbers, or else its names."""
+        answer = [WORDS[token] for token in self.batch.answers[0].tolist()]
+        values: list[str] = []
+        for word in answer:
+            if word.startswith(CONTINUING):
+                values[-1] += word.removeprefix(CONTINUING)
+            elif word in PAIRS:
+                values.append(word)
+        first, last = RANGES["noun"]
+        return tuple(values or [word for word in answer if first <= IDS[word] <= last])
+
+
+@dataclass(frozen=True)
+class TextQuestion:
+    """`text` ends where the answer begins. `match`, RULER's two: "all" scores the share of `outputs` that the answer
+    contains, "part" whether it contains any.
+    """
+
+    task: str
+    length: int
+    depth: int | None
+    text: str
+    outputs: tuple[str, ...]
+    match: str = "all"
+    new_tokens: int = 128
+    lead: str = ""  # the end of `text` that leads into the answer, where it is known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`questions` questions for each task and length, at the depths in turn. Raises UsageError for what cannot be."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    questions: int
+    seed: int = 0
+    held_out: bool = True
+
+    def __post_init__(self):
+        for name in self.tasks:
+            if name not in tasks.NAMES:
+                raise UsageError(f"there is no task {name!r}; there are {', '.join(tasks.NAMES)} and {ALL}")
+        for length in self.lengths:
+            if length < tasks.SHORTEST:
+                raise UsageError(f"tasks need at least {tasks.SHORTEST} tokens, got {length}")
+
+    def __len__(self) -> int:
+        return len(self.tasks) * len(self.lengths) * self.questions
+
+    def questions_for(self, tokenizer) -> Iterator[TokenQuestion | TextQuestion]:
+        """Token questions where `tokenizer` is the bundled one, else texts of the plan's lengths in its tokens."""
+        ours = is_bundled(tokenizer)
+        for index in range(self.questions):
+            for length in self.lengths:
+                for task in self.tasks:
+                    yield self.draw(task, length, index) if ours else self.write(task, length, index, tokenizer)
+
+    def draw(self, task: str, length: int, index: int, tokens: int | None = None) -> TokenQuestion:
+        """Question `index` of a task and length; `tokens` makes the document that long instead."""
+        name = f"bsfa {self.seed} {task} {length} {index}"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
+        generator = torch.Generator().manual_seed(seed + (HELD_OUT if self.held_out else 0))
+        depth = index % tasks.DEPTHS if task != tasks.FREQUENT_WORDS else None
+        batch = tasks.make(task, length=tokens or length, rows=1, generator=generator, depth=depth)
+        return TokenQuestion(task, length, depth, batch)
+
+    def write(self, task: str, length: int, index: int, tokenizer) -> TextQuestion:
+        """The same as text: at most `length` tokens of `tokenizer`, the answer included. Raises InputError."""
+        question, _ = self._sized(task, length, index, tokenizer)
+        text, answer = as_text(question)
+        spare = len(tokenizer(answer, add_special_tokens=False).input_ids) + SPARE_TOKENS
+        lead = text[text.rindex(ANSWER) :]
+        return TextQuestion(task, length, question.depth, text, question.outputs, "all", spare, lead)
+
+    def document(self, task: str, length: int, index: int, tokenizer) -> list[int]:
+        """Tokens of `tokenizer` of the document, its question and its answer. Raises InputError."""
+        if is_bundled(tokenizer):
+            return self.draw(task, length, index).batch.tokens[0].tolist()
+        return self._sized(task, length, index, tokenizer)[1]
+
+    def _sized(self, task: str, length: int, index: int, tokenizer) -> tuple[TokenQuestion, list[int]]:
+        tokens = int(length * _density(task, tokenizer))
+        for _ in range(TRIES):
+            question = self.draw(task, length, index, max(tokens, tasks.SHORTEST))
+            found = tokenizer(" ".join(as_text(question)), verbose=False).input_ids
+            if SHORTEST_SHARE * length <= len(found) <= length:
+                return question, found
+            tokens = int(tokens * (0.99 * length / len(found)))
+        raise InputError(
+            f"{task}: no document of {length} tokens of this model's tokenizer was found; the nearest has {len(found)}"
+        )
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Task names of "multi-key,tracking-2" or "all"; `Plan` refuses unknown ones."""
+    return tasks.NAMES if text == ALL else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def is_bundled(tokenizer) -> bool:
+    """Whether `tokenizer` reads task texts back as the tokens that they were made of."""
+    return len(tokenizer) == len(IDS) and tokenizer.get_vocab() == IDS
+
+
+def as_text(question: TokenQuestion) -> tuple[str, str]:
+    """(the document up to the answer, the answer)."""
+    decode, length = _tokenizer().decode, question.batch.answer_length + 1
+    tokens = question.batch.tokens[0]
+    return decode(tokens[1:-length]), decode(tokens[-length:-1])
+
+
+@cache
+def _tokenizer():
+    return build_tokenizer()
+
+
+def _density(task: str, tokenizer) -> float:
+    """Tokens of the bundled vocabulary for one of `tokenizer`."""
+    probe = Plan((task,), (1024,), 1).draw(task, 1024, 0)
+    return 1024 / len(tokenizer(" ".join(as_text(probe))).input_ids)

@@ -1,0 +1,79 @@
+"""Ask a model questions and score its answers.
+
+    examiner = Examiner(model, tokenizer)
+    with attach(model, handlers):
+        score = examiner.ask(question)      # Score(exact, share)
+
+A TokenQuestion is teacher-forced: document, question and right answer in one prefill, and exact where the model
+predicts every token of the answer. Its answer is read through sparse attention too. A TextQuestion is answered by
+greedy generation, as RULER does it: a sparse prefill, then decode steps, which run dense; exact where the answer
+contains all outputs (or any, for match "part").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..verification.logits import Head
+from .questions import TextQuestion, TokenQuestion
+
+TEACHER_FORCED, GENERATED = "teacher-forced", "generated"
+
+
+@dataclass(frozen=True)
+class Score:
+    """`exact`: nothing of the answer is wrong. `share`: of answer tokens, or of the outputs, that are right."""
+
+    exact: bool
+    share: float
+
+
+def mode(question: TokenQuestion | TextQuestion) -> str:
+    """How `Examiner` asks it; belongs beside every result."""
+    return TEACHER_FORCED if isinstance(question, TokenQuestion) else GENERATED
+
+
+class Examiner:
+    """Asks a model in eval mode; whatever attention it runs at the time of the question is what is examined.
+
+    Raises InputError, as `Head`, for a model whose logits are computed in a way that is not known.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self._head = Head(model)
+
+    @torch.no_grad()
+    def ask(self, question: TokenQuestion | TextQuestion) -> Score:
+        if isinstance(question, TokenQuestion):
+            return self._force(question)
+        return match(self.generate(question), question)
+
+    def _force(self, question: TokenQuestion) -> Score:
+        batch = question.batch
+        hidden = self._head.hidden(batch.tokens[0].to(self.model.device))
+        # A token is predicted by the position before it.
+        logits = self._head.logits(hidden[-batch.answer_length - 2 : -2])
+        right = batch.right(logits.argmax(-1)[None].cpu())
+        return Score(bool(right.all()), float(right.double().mean()))
+
+    @torch.no_grad()
+    def generate(self, question: TextQuestion) -> str:
+        """The model's greedy answer."""
+        tokens = self.tokenizer(question.text, return_tensors="pt", verbose=False).input_ids.to(self.model.device)
+        end = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        output = self.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=question.new_tokens, do_sample=False,
+            pad_token_id=end,
+        )  # fmt: skip
+        return self.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def match(answer: str, question: TextQuestion) -> Score:
+    """RULER's string match, blind to case."""
+    found = [output.lower() in answer.lower() for output in question.outputs]
+    if question.match == "part":
+        return Score(any(found), float(any(found)))
+    return Score(all(found), sum(found) / len(found))
