@@ -28,6 +28,10 @@ def compare(
         str, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
     ] = "builtin:mixed",
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
+    tasks: Annotated[
+        str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
+    ] = None,
+    questions: Annotated[int, Option(min=1, help="Questions a task and length, for --tasks.")] = 20,
     captured: Annotated[
         Path | None, Option(metavar="FILE", help="Compare on the layers in this file of bsfa capture.")
     ] = None,
@@ -57,6 +61,8 @@ def compare(
         raise UsageError("give either a model or --captured")
     if run is not None and model is None:
         raise UsageError("--run belongs to a comparison inside a model; name the model that was calibrated")
+    if tasks is not None and model is None:
+        raise UsageError("--tasks are asked of a model; name one")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     if tile not in ("64x128", "128x64"):
@@ -89,9 +95,12 @@ def compare(
         loaded, calibration = _loaded(model, run, shown, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
+        asked = [_questions(loaded, tasks, n, questions, seed) if tasks else [] for n in wanted]
 
         def cell(i: int, begin) -> dict:
-            return bench.model_cell(loaded, calibration, methods, shown, place, texts[i], seconds, seed, None, begin)
+            return bench.model_cell(
+                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin
+            )
 
     else:
         if captured is not None:
@@ -169,3 +178,9 @@ def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
     if any(len(text.tokens) < length for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")
     return texts
+
+
+def _questions(loaded, names: str, length: int, count: int, seed: int) -> list:
+    from ..suites.questions import Plan, parse_names
+
+    return list(Plan(parse_names(names), (length,), count, seed).questions_for(loaded.tokenizer))
