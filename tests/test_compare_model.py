@@ -103,6 +103,12 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     one_sentence(
         run("compare", checkpoint, "--run", calibrated, "--tile", "128x64", *options), 4, "calibrated with tiles of"
     )
+    artifact = tmp_path / "thresholds.safetensors"
+    assert run("export", calibrated, "-o", artifact, "--target-skip", "0.1", "--target-skip", "0.2").code == 0
+    done = run("compare", checkpoint, "--thresholds", artifact, "--methods", "bsfa,bsfa_top_k", *options, "--json")
+    (exported,) = json.loads(done.out)["cells"]
+    assert [row["setting"] for row in exported["rows"]] == [1.0, 0.2, 0.1]
+    assert exported["calibrated_on"] == "thresholds.safetensors"
     manifest = json.loads((calibrated / "run.json").read_text())
     manifest["model"]["weights"] = "another"
     (calibrated / "run.json").write_text(json.dumps(manifest))
@@ -113,7 +119,9 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     "arguments, code, words",
     [
         (("--tasks", "all"), 2, "--tasks are asked of a model"),
-        (("--run", "somewhere"), 2, "--run belongs to a comparison inside a model"),
+        (("--run", "somewhere"), 2, "belong to a comparison inside a model"),
+        (("model", "--run", "a", "--thresholds", "b"), 2, "either --run or --thresholds"),
+        (("model", "--thresholds", "/nonexistent/t.safetensors"), 4, "/nonexistent/t.safetensors"),
         (("model", "--captured", "a.safetensors"), 2, "either a model or --captured"),
         (("/nonexistent/model",), 4, "does not exist"),
         (("/nonexistent/model", "--run", "/nonexistent/run"), 4, "is no run directory"),

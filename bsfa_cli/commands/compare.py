@@ -24,6 +24,9 @@ def compare(
     run: Annotated[
         Path | None, Option(metavar="RUN", help="Inside a model: run directory of bsfa calibrate, for bsfa's methods.")
     ] = None,
+    thresholds: Annotated[
+        Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
+    ] = None,
     data: Annotated[
         str, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
     ] = "builtin:mixed",
@@ -59,8 +62,10 @@ def compare(
         raise UsageError("--calibrate-on belongs to --captured; structured layers are calibrated on a sample of theirs")
     if model is not None and captured is not None:
         raise UsageError("give either a model or --captured")
-    if run is not None and model is None:
-        raise UsageError("--run belongs to a comparison inside a model; name the model that was calibrated")
+    if (run is not None or thresholds is not None) and model is None:
+        raise UsageError("--run and --thresholds belong to a comparison inside a model; name the calibrated model")
+    if run is not None and thresholds is not None:
+        raise UsageError("give either --run or --thresholds")
     if tasks is not None and model is None:
         raise UsageError("--tasks are asked of a model; name one")
     if not 0 < seconds < float("inf"):
@@ -92,7 +97,7 @@ def compare(
         check_writable(output)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
-        loaded, calibration = _loaded(model, run, shown, place, dtype)
+        loaded, calibration = _loaded(model, run, thresholds, shown, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
         asked = [_questions(loaded, tasks, n, questions, seed) if tasks else [] for n in wanted]
@@ -149,24 +154,27 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _loaded(model: str, run: Path | None, tile, place, dtype: str):
-    """(LoadedModel, Calibration or None). Raises InputError for a run of another model or tile shape."""
-    from bsfa_kernels.thresholds import MODEL_CHECKED
+def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, dtype: str):
+    """(LoadedModel, Calibration, Exported or None). Raises InputError for thresholds of another model or tile shape."""
+    from bsfa_kernels.thresholds import MODEL_CHECKED, Thresholds
 
     from ..calibration.store import Run
-    from ..comparison.calibration import Calibration
+    from ..comparison.calibration import Calibration, Exported
     from ..models.load import load_model
 
     opened = None if run is None else Run.open(run)
+    artifact = None if thresholds is None else Thresholds.read(thresholds)
     loaded = load_model(model, device=place, dtype=dtype)
-    if opened is None:
-        return loaded, None
-    for key in MODEL_CHECKED:
+    made_for = opened.plan.tile if opened else artifact.tile if artifact else tile
+    if made_for != tile:
+        raise InputError(f"{run or thresholds} was calibrated with tiles of {made_for}; give --tile {made_for}")
+    if artifact:
+        artifact.check_model(loaded.identity)
+        return loaded, Exported(artifact, thresholds.name)
+    for key in MODEL_CHECKED if opened else ():
         if opened.manifest["model"].get(key) != loaded.identity.get(key):
             raise InputError(f"{run} was calibrated on another model: its {key} differs")
-    if opened.plan.tile != tile:
-        raise InputError(f"{run} was calibrated with tiles of {opened.plan.tile}; give --tile {opened.plan.tile}")
-    return loaded, Calibration.of_run(opened)
+    return loaded, Calibration.of_run(opened) if opened else None
 
 
 def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 
 import torch
-from bsfa_kernels import TileShape, block_sparse_attention
+from bsfa_kernels import TileShape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -89,8 +89,4 @@ class MethodAttention:
         if self.quality is None:
             with self.stopwatch.lap(ATTENTION):
                 return attend(q, choice, **options).out
-        result = attend(q, choice, return_lse=True, return_counts=True, **options)
-        exact = block_sparse_attention(q, k, v, return_lse=True, **options)
-        layer = Layer(self.path, q, k, v, scale, causal)
-        self.quality.add(layer, result, exact, self.tile, choice.options.get("keep_sink", True))
-        return result.out
+        return self.quality.measure(Layer(self.path, q, k, v, scale, causal), choice, self.tile)

@@ -173,7 +173,7 @@ class ModelBench:
             "level": "model",
             "label": "task" if dense_score is not None else "text",
             "length": length,
-            "backend": "auto",
+            "backend": next((row["backend"] for row in rows), None),
             "dense": baselines,
             "dense_accuracy": accuracy(dense_score, None),
             "fastest_dense": fastest and fastest["name"],

@@ -10,7 +10,7 @@ from bsfa_kernels import TileShape
 from .. import environment
 from ..errors import InputError
 from . import matching, methods
-from .calibration import Calibration
+from .calibration import Calibration, Exported
 from .measure import Bench
 
 
@@ -67,7 +67,7 @@ def cell(
 
 
 def model_cell(
-    loaded, calibration: Calibration | None, names: str, tile: TileShape, device: torch.device, texts: list,
+    loaded, calibration: Calibration | Exported | None, names: str, tile: TileShape, device: torch.device, texts: list,
     seconds: float, seed: int, questions: list, begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
 ) -> dict:  # fmt: skip
     """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any."""
