@@ -207,3 +207,22 @@ def test_a_method_that_needs_a_calibration_is_left_out_without_one():
     assert methods.chosen("pbs", None, False)[1] == {"pbs": "not defined for non-causal attention"}
     with pytest.raises(UsageError, match="there is no method"):
         methods.chosen("pbs,", None, True)
+
+
+@pytest.mark.gpu
+def test_every_method_runs_on_the_gpu_and_agrees_with_the_cpu():
+    wide = Shape("structured", 4, 2, 128)
+    found = {}
+    for device, dtype in ((torch.device("cuda"), torch.bfloat16), (CPU, torch.float32)):
+        source = tensors.StructuredSource(wide, 2048, 1, 0, device, dtype)
+        found[device.type] = run.cell(source, source, "all", TILE, device, 0.001, 0)
+    cuda = {(row["method"], row["setting"]): row for row in found["cuda"]["rows"]}
+    assert found["cuda"]["fastest_dense"] in ("cuDNN", "FlashAttention-2")
+    assert all(row["finite"] and row["backend"] in ("hopper", "triton") for row in cuda.values())
+    for row in found["cpu"]["rows"]:
+        other = cuda.get((row["method"], row["setting"]))
+        # Noise and rounding differ between devices, what is planted does not.
+        if other is not None:
+            assert other["density"] == pytest.approx(row["density"], abs=0.15)
+    assert cuda["sliding_window", 512]["needle"]["mean"] < 0.01 < 0.9 < cuda["bsfa", 0.3]["needle"]["mean"]
+    assert cuda["dense", 1.0]["error"] == 0

@@ -15,7 +15,7 @@ from .pareto import pareto_plot
 from .plot import speedup_plot
 from .profile_table import HEADINGS as PROFILE_HEADINGS
 from .profile_table import cell_rows, head_shape, verdict
-from .readme import VERSIONS
+from .versions import versions
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e; --rule: #d1d9e0; --best: #dafbe1 }
@@ -104,10 +104,11 @@ def _profile(path: Path, result: dict) -> str:
 
 def _heading(kind: str, path: Path, result: dict) -> str:
     facts = result["environment"]
-    versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
     cut = "" if result.get("complete") else " This run was cut short."
     machine = facts.get("gpu") or "a CPU (its times say nothing about a GPU)"
-    return f"<h2>{kind} on {escape(machine)}</h2>" + _aside(f"{path.name}; {versions}; seed {result['seed']}.{cut}")
+    return f"<h2>{kind} on {escape(machine)}</h2>" + _aside(
+        f"{path.name}; {versions(facts)}; seed {result['seed']}.{cut}"
+    )
 
 
 def _matched(headings: list[str], table: dict[str, list[float | None]], largest: bool) -> str:
