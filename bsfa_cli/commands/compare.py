@@ -52,6 +52,7 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
+    plot: Annotated[Path | None, Option(help="Write an SVG plot of quality against time, longest length.")] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -93,8 +94,8 @@ def compare(
         import torch
 
         torch.cuda.set_device(place)
-    if output:
-        check_writable(output)
+    for path in filter(None, (output, plot)):
+        check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
         loaded, calibration = _loaded(model, run, thresholds, shown, place, dtype)
@@ -137,6 +138,12 @@ def compare(
     if output:
         write_json(output, result)
         note(f"written: {output}; next: bsfa report {output} -o report.html")
+    if plot:
+        from ..files import write_whole
+        from ..presentation.compare_readme import plot_of
+
+        write_whole(plot, plot_of(result).encode())
+        note(f"written: {plot}")
     if json:
         print_json(result)
     failures = bench.failures(result)
