@@ -103,6 +103,8 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     one_sentence(
         run("compare", checkpoint, "--run", calibrated, "--tile", "128x64", *options), 4, "calibrated with tiles of"
     )
+    done = run("compare", "bundled", "--methods", "sliding_window", *options, "--json")
+    assert done.code == 0 and json.loads(done.out)["cells"][0]["level"] == "model"
     artifact = tmp_path / "thresholds.safetensors"
     assert run("export", calibrated, "-o", artifact, "--target-skip", "0.1", "--target-skip", "0.2").code == 0
     done = run("compare", checkpoint, "--thresholds", artifact, "--methods", "bsfa,bsfa_top_k", *options, "--json")

@@ -10,12 +10,13 @@ from typer import Argument, Option
 from ..errors import GateFailed, InputError, UsageError
 from ..options import Config, Device, Dtype, Json
 
+BUNDLED = "bundled"
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
 
 
 def compare(
     model: Annotated[
-        str | None, Argument(help="Compare inside this model: TTFT, agreement, tasks. Without it, on tensors.")
+        str | None, Argument(help="Compare inside this model, or `bundled` for bsfa's own; without it, on tensors.")
     ] = None,
     methods: Annotated[str, Option(help="all, or names separated by commas; dense always takes part.")] = "all",
     length: Annotated[
@@ -171,7 +172,7 @@ def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, 
 
     opened = None if run is None else Run.open(run)
     artifact = None if thresholds is None else Thresholds.read(thresholds)
-    loaded = load_model(model, device=place, dtype=dtype)
+    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype)
     made_for = opened.plan.tile if opened else artifact.tile if artifact else tile
     if made_for != tile:
         raise InputError(f"{run or thresholds} was calibrated with tiles of {made_for}; give --tile {made_for}")
