@@ -4,6 +4,7 @@
 # make readme      README.md's table and the plots, again from profiles/results/*.json
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
 # make gpu-test    every test that needs a GPU
+# make gpu-sanitize   memory and race checks of small calls under compute-sanitizer
 # make gpu-bench   the stored profiles, as JSON under OUT
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyya
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint readme gpu-install gpu-test gpu-bench
+.PHONY: install demo test lint readme gpu-install gpu-test gpu-sanitize gpu-bench
 
 install: $(STAMP)
 
@@ -63,6 +64,10 @@ gpu-install:
 
 gpu-test: gpu-install
 	$(PYTHON) -m pytest -m gpu -n auto --maxprocesses 16 --timeout-method thread
+
+gpu-sanitize: gpu-install
+	$(PYTHON) tests/sanitize.py memcheck
+	$(PYTHON) tests/sanitize.py racecheck
 
 gpu-bench: gpu-install
 	@gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \

@@ -5,19 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
-from ..errors import GateFailed, UsageError
+from ..errors import GateFailed, InputError, UsageError
 from ..options import Config, Device, Dtype, Json
 
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
 
 
 def compare(
+    model: Annotated[
+        str | None, Argument(help="Compare inside this model: TTFT, agreement, tasks. Without it, on tensors.")
+    ] = None,
     methods: Annotated[str, Option(help="all, or names separated by commas; dense always takes part.")] = "all",
     length: Annotated[
         str | None, Option(help="Tokens, separated by commas; 8192,32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
+    run: Annotated[
+        Path | None, Option(metavar="RUN", help="Inside a model: run directory of bsfa calibrate, for bsfa's methods.")
+    ] = None,
+    data: Annotated[
+        str, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
+    ] = "builtin:mixed",
+    samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
     captured: Annotated[
         Path | None, Option(metavar="FILE", help="Compare on the layers in this file of bsfa capture.")
     ] = None,
@@ -31,18 +41,22 @@ def compare(
     causal: Annotated[bool, Option("--causal/--no-causal", help="Structured layers: causal or not.")] = True,
     tile: Annotated[str, Option(help="Tile shape, query rows x keys: 64x128 or 128x64.")] = "64x128",
     seconds: Annotated[float, Option(help="Measuring time per layer; each method runs at least 5 times.")] = 3.0,
-    seed: Annotated[int, Option(min=0, help="Of structured layers and of the order of measuring.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Of structured layers, of texts and of the order of measuring.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Run every selection method, gate and combination on the same tensors, kernel and clock."""
+    """Run every selection method, gate and combination on the same inputs, kernel and clock."""
     from ..timing.plan import Shape
 
     if calibrate_on is not None and captured is None:
         raise UsageError("--calibrate-on belongs to --captured; structured layers are calibrated on a sample of theirs")
+    if model is not None and captured is not None:
+        raise UsageError("give either a model or --captured")
+    if run is not None and model is None:
+        raise UsageError("--run belongs to a comparison inside a model; name the model that was calibrated")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     if tile not in ("64x128", "128x64"):
@@ -53,7 +67,7 @@ def compare(
 
     from bsfa_kernels import TileShape
 
-    from ..comparison import run
+    from ..comparison import run as bench
     from ..comparison.methods import chosen
     from ..comparison.tensors import CapturedSource, StructuredSource
     from ..environment import resolve_device
@@ -68,28 +82,40 @@ def compare(
         import torch
 
         torch.cuda.set_device(place)
-    if captured is not None:
-        wanted = lengths or [None]
-        sources = [CapturedSource(captured, place, n) for n in wanted]
-        calibrated = [calibrate_on and CapturedSource(calibrate_on, place) for _ in wanted]
-    else:
-        wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
-        sources = [StructuredSource(shape, n, layers, seed, place, resolve_dtype(dtype, place)) for n in wanted]
-        calibrated = sources
     if output:
         check_writable(output)
-    tile_shape = TileShape(*map(int, tile.split("x")))
-    result = run.empty(place, tile_shape, seed)
-    for source, fitted in zip(sources, calibrated, strict=True):
+    shown = TileShape(*map(int, tile.split("x")))
+    if model is not None:
+        loaded, calibration = _loaded(model, run, shown, place, dtype)
+        wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
+        texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
+
+        def cell(i: int, begin) -> dict:
+            return bench.model_cell(loaded, calibration, methods, shown, place, texts[i], seconds, seed, None, begin)
+
+    else:
+        if captured is not None:
+            wanted = lengths or [None]
+            sources = [CapturedSource(captured, place, n) for n in wanted]
+            fitted = [calibrate_on and CapturedSource(calibrate_on, place) for _ in wanted]
+        else:
+            wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
+            sources = [StructuredSource(shape, n, layers, seed, place, resolve_dtype(dtype, place)) for n in wanted]
+            fitted = sources
+
+        def cell(i: int, begin) -> dict:
+            return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin)
+
+    result = bench.empty(place, shown, seed)
+    for i, n in enumerate(wanted):
         with progress() as display:
 
-            def begin(total, display=display, source=source):
-                task = display.add_task(f"{source.length:,} tokens", total=total)
+            def begin(total, display=display, n=n):
+                task = display.add_task("all tokens" if n is None else f"{n:,} tokens", total=total)
                 return lambda: display.advance(task)
 
-            cell = run.cell(source, fitted, methods, tile_shape, place, seconds, seed, begin)
-        result["cells"].append(cell)
-        compare_table.show_cell(cell)
+            result["cells"].append(cell(i, begin))
+        compare_table.show_cell(result["cells"][-1])
         if output:
             write_json(output, result)
     compare_table.show_break_even(result)
@@ -99,7 +125,7 @@ def compare(
         note(f"written: {output}; next: bsfa report {output} -o report.html")
     if json:
         print_json(result)
-    failures = run.failures(result)
+    failures = bench.failures(result)
     if failures:
         raise GateFailed("; ".join(failures))
 
@@ -112,3 +138,34 @@ def _lengths(text: str) -> list[int]:
     if lengths[0] < 1:
         raise UsageError(f"--length takes positive numbers, got {text!r}")
     return lengths
+
+
+def _loaded(model: str, run: Path | None, tile, place, dtype: str):
+    """(LoadedModel, Calibration or None). Raises InputError for a run of another model or tile shape."""
+    from bsfa_kernels.thresholds import MODEL_CHECKED
+
+    from ..calibration.store import Run
+    from ..comparison.calibration import Calibration
+    from ..models.load import load_model
+
+    opened = None if run is None else Run.open(run)
+    loaded = load_model(model, device=place, dtype=dtype)
+    if opened is None:
+        return loaded, None
+    for key in MODEL_CHECKED:
+        if opened.manifest["model"].get(key) != loaded.identity.get(key):
+            raise InputError(f"{run} was calibrated on another model: its {key} differs")
+    if opened.plan.tile != tile:
+        raise InputError(f"{run} was calibrated with tiles of {opened.plan.tile}; give --tile {opened.plan.tile}")
+    return loaded, Calibration.of_run(opened)
+
+
+def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
+    from ..calibration.data import load_texts
+    from ..models.load import check_positions
+
+    check_positions(loaded.model.config, length, "--length")
+    texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
+    if any(len(text.tokens) < length for text in texts):
+        raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")
+    return texts

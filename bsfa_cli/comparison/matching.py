@@ -11,6 +11,7 @@ from math import exp, log
 
 KIND, FORMAT = "bsfa compare", 1
 TIMES = (0.9, 0.75, 0.6, 0.5)  # of the fastest dense kernel's
+TTFTS = (0.98, 0.95, 0.9, 0.8)  # of the model's TTFT with it
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
 EVERYTHING = "selects everything"
 

@@ -66,6 +66,27 @@ def cell(
     } | bench.result()
 
 
+def model_cell(
+    loaded, calibration: Calibration | None, names: str, tile: TileShape, device: torch.device, texts: list,
+    seconds: float, seed: int, score=None, begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+) -> dict:  # fmt: skip
+    """All methods inside a model (models.load.LoadedModel) on `texts` of equal length; `score` as model.Score."""
+    from ..calibration.run import chosen_modules
+    from .model import ModelBench
+
+    modules, passed_over = chosen_modules(loaded.model, None)
+    chosen, left_out = methods.chosen(names, calibration, True)
+    bench = ModelBench(loaded, modules, chosen, tile, device)
+    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, score, begin(len(bench.runs)))
+    label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
+    return found | {
+        "label": label,
+        "source": {"model": loaded.identity, "texts": [text.source for text in texts], "dense_modules": passed_over},
+        "calibrated_on": None if calibration is None else calibration.source,
+        "left_out": left_out,
+    }
+
+
 def failures(result: dict) -> list[str]:
     """Sentences for rows whose output is not finite; their other numbers mean nothing."""
     return [

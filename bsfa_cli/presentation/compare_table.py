@@ -9,8 +9,11 @@ HEADINGS = (
     "method", "setting", "density", "flops", "select ms", "attend ms", "total ms", "speedup", "recall", "worst row",
     "error", "needle",
 )  # fmt: skip
+MODEL_HEADINGS = ("TTFT ms", "top-1", "accuracy")
 METRICS = {  # path into a row: (words, larger is better)
     "accuracy.mean": ("task accuracy", True),
+    "agreement.top1": ("top-1 agreement with the dense model", True),
+    "agreement.kl": ("KL divergence from the dense model, nats a token", False),
     "recall.mean": ("recall of softmax mass, mean over rows", True),
     "recall.worst": ("recall of softmax mass, worst row", True),
     "needle.mean": ("recall of the rows that look for the needle", True),
@@ -19,20 +22,19 @@ METRICS = {  # path into a row: (words, larger is better)
 
 
 def show_cell(cell: dict) -> None:
-    """One cell: every row, then the methods at equal time and at equal density."""
+    """One cell: every row, then the methods' first metric at equal time and at equal density."""
     from .console import note
 
     note(f"\n{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
     if cell["fastest_dense"]:
         note(f"  fastest dense: {cell['fastest_dense']}, {cell['fastest_dense_ms']:.3f} ms")
-    rows = [(*row_texts(row), row["note"] or "") for row in cell["rows"]]
-    for line in aligned([(*HEADINGS, ""), *rows]):
+    for line in aligned(rows_table(cell)):
         note(f"  {line}".rstrip())
     for method, reason in cell["left_out"].items():
         note(f"  left out: {method} ({reason})")
     for absent in cell["unavailable"]:
         note(f"  not measured: {absent['name']} ({absent['reason']})")
-    for metric in present(cell):
+    for metric in present(cell)[:1]:  # the report has the others
         show_matched(cell, metric)
 
 
@@ -63,14 +65,39 @@ def matched_tables(cell: dict, metric: str) -> list[tuple[str, list[str], dict[s
         headings = [f"{share:.0%} of dense" for share in matching.TIMES]
         table = matching.matched(cell["rows"], "total_ms", targets, metric)
         found.append((f"{words}, at equal time (selection and attention)", headings, table))
-    headings = [f"density {target:g}" for target in matching.DENSITIES]
-    table = matching.matched(cell["rows"], "density", matching.DENSITIES, metric)
-    found.append((f"{words}, at equal density", headings, table))
+    if cell.get("fastest_ttft_ms"):
+        targets = [share * cell["fastest_ttft_ms"] for share in matching.TTFTS]
+        headings = [f"{share:.0%} of dense" for share in matching.TTFTS]
+        table = matching.matched(cell["rows"], "ttft_ms", targets, metric)
+        found.append((f"{words}, at equal time to the first logits", headings, table))
+    for axis, name in (("density", "density"), ("flop_density", "FLOP density")):
+        headings = [f"{name} {target:g}" for target in matching.DENSITIES]
+        table = matching.matched(cell["rows"], axis, matching.DENSITIES, metric)
+        found.append((f"{words}, at equal {name}", headings, table))
     return [(*titled, table) for *titled, table in found if any(x is not None for row in table.values() for x in row)]
 
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def rows_table(cell: dict) -> list[tuple[str, ...]]:
+    """Headings and one line a row; inside a model with TTFT, top-1 agreement and task accuracy."""
+    model = cell["level"] == "model"
+    lines = [(*HEADINGS, *(MODEL_HEADINGS if model else ()), "")]
+    for row in cell["rows"]:
+        inside = ()
+        if model:
+            inside = (f"{row['ttft_ms']:.2f}", number(row["agreement"]["top1"]), _accuracy(row["accuracy"]))
+        lines.append((*row_texts(row), *inside, row["note"] or ""))
+    return lines
+
+
+def _accuracy(found: dict | None) -> str:
+    if found is None:
+        return "-"
+    worst = found["tasks"][found["worst"]]["accuracy"]
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}], worst {found['worst']} {worst:.3f}"
 
 
 def row_texts(row: dict) -> tuple[str, ...]:

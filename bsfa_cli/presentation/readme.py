@@ -40,6 +40,9 @@ def block(result: dict, source: str, plot: Path) -> str:
     """Markdown for one stored profile: what it was measured on, a table per head shape, the plot."""
     facts = result["environment"]
     versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
+    if facts.get("commit"):
+        changed = " with uncommitted changes" if facts["commit"].endswith("+") else ""
+        versions += f", commit {facts['commit'][:COMMIT_DIGITS]}{changed}"
     ceiling = result.get("ceiling")
     subject = result["profile"] if result["cells"] else "Prefill"
     data = " Synthetic data, thresholds fitted to it." if result["cells"] else ""
@@ -64,8 +67,8 @@ VERSIONS = (
     ("CUDA", "cuda"),
     ("cuDNN", "cudnn"),
     ("Triton", "triton"),
-    ("commit", "commit"),
 )
+COMMIT_DIGITS = 10
 
 
 def _by_shape(cells: list[dict]) -> dict[str, list[dict]]:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from ..comparison import matching
-from .compare_table import HEADINGS, METRICS, break_even_rows, matched_tables, number, present, row_texts
+from .compare_table import METRICS, break_even_rows, matched_tables, number, present, rows_table
 from .pareto import pareto_plot
 from .plot import speedup_plot
 from .profile_table import HEADINGS as PROFILE_HEADINGS
@@ -32,7 +32,7 @@ th:first-child, td:first-child { text-align: left } td.best { background: var(--
 svg.chart, figure svg { max-width: 100%; height: auto } figure { margin: 16px 0 } summary { cursor: pointer }
 """
 AXES = ("total_ms", "ttft_ms", "density")
-MAIN = ("accuracy.mean", "needle.mean", "recall.mean", "error")  # metrics that get plots
+MAIN = ("accuracy.mean", "agreement.top1", "needle.mean", "recall.mean", "error")  # metrics that get plots
 
 
 def page(results: list[tuple[Path, dict]]) -> str:
@@ -80,8 +80,8 @@ def _cell(cell: dict) -> str:
             parts.append(_list(matching.verdicts(table, headings, largest)))
         if metric in MAIN:
             parts += [f"<figure>{plot}</figure>" for axis in AXES if (plot := pareto_plot(cell, axis, metric, words))]
-    rows = [(*row_texts(row), row["note"] or "") for row in cell["rows"]]
-    parts.append(f"<details><summary>All {len(rows)} settings</summary>{_table((*HEADINGS, ''), rows)}</details>")
+    headings, *rows = rows_table(cell)
+    parts.append(f"<details><summary>All {len(rows)} settings</summary>{_table(headings, rows)}</details>")
     absent = [f"{entry['name']}: {entry['reason']}" for entry in cell["unavailable"]]
     absent += [f"{name}: {reason}" for name, reason in cell["left_out"].items()]
     if absent:

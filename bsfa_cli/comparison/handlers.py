@@ -1,0 +1,92 @@
+"""What an attention module of a model runs while a method is compared: the method itself, its loss, or its clock."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+import torch
+from bsfa_kernels import TileShape, block_sparse_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .measure import ATTENTION, SELECTION
+from .methods import Method, attend
+from .quality import Quality
+from .tensors import Layer
+
+
+class Stopwatch:
+    """Device time of the phases of forward passes, summed over the calls within each pass."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.passes: list[dict[str, list]] = []
+
+    def begin(self) -> None:
+        """A new forward pass."""
+        self.passes.append({SELECTION: [], ATTENTION: []})
+
+    @contextmanager
+    def lap(self, phase: str):
+        """Times its block; on a GPU by events, without waiting."""
+        if not self.passes:
+            self.begin()
+        if self.cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self.passes[-1][phase].append((start, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self.passes[-1][phase].append((time.perf_counter() - start) * 1e3)
+
+    def read(self, phase: str, last: int) -> list[float]:
+        """Milliseconds of the `last` passes; call after the device has finished them."""
+
+        def length(lap):
+            return lap[0].elapsed_time(lap[1]) if self.cuda else lap
+
+        return [sum(map(length, laps[phase])) for laps in self.passes[-last:]]
+
+
+class DenseAttention:
+    """A named backend of PyTorch's scaled_dot_product_attention, on one stopwatch with everything else."""
+
+    def __init__(self, backend: SDPBackend, stopwatch: Stopwatch):
+        self.backend, self.stopwatch = backend, stopwatch
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+        with self.stopwatch.lap(ATTENTION), sdpa_kernel(self.backend):
+            return scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+
+class MethodAttention:
+    """A handler (bsfa_kernels.integrations.transformers.Handler): one method at one setting in one module.
+
+    With `quality`, exact attention runs beside it on the same queries, keys and values, and the loss is added there.
+    Padded, chunked and cached prompts, and directions the method is not defined for, run exact: a comparison has none.
+    """
+
+    def __init__(self, path: str, method: Method, setting: float, tile: TileShape, stopwatch: Stopwatch):
+        self.path, self.method, self.setting, self.tile, self.stopwatch = path, method, setting, tile, stopwatch
+        self.quality: Quality | None = None
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+        options = dict(scale=scale, causal=causal, tile=self.tile)
+        if spans is not None or q.shape[2] != k.shape[2] or not self.method.defined(causal):
+            return block_sparse_attention(q, k, v, spans=spans, **options).out
+        with self.stopwatch.lap(SELECTION):
+            choice = self.method.choose(self.path, q, k, v, setting=self.setting, **options)
+        if self.quality is None:
+            with self.stopwatch.lap(ATTENTION):
+                return attend(q, choice, **options).out
+        result = attend(q, choice, return_lse=True, return_counts=True, **options)
+        exact = block_sparse_attention(q, k, v, return_lse=True, **options)
+        layer = Layer(self.path, q, k, v, scale, causal)
+        self.quality.add(layer, result, exact, self.tile, choice.options.get("keep_sink", True))
+        return result.out

@@ -1,0 +1,186 @@
+"""The comparison inside a model: what every method costs until the first logits, and what the model then gets wrong.
+
+Every method runs in every attention module alike. Times are taken in turns, over whole prefills: TTFT, and within it
+the device time of selection and of attention; the dense backends run in the same modules on the same clock.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from bsfa_kernels import TileShape
+from bsfa_kernels.integrations import dense
+from bsfa_kernels.integrations.transformers import AttentionModule, attach
+
+from ..errors import BsfaError
+from ..intervals import wilson
+from ..models.load import LoadedModel
+from ..timing.baselines import CPU_SDPA, SDPA
+from ..timing.interleave import Contender, first_call, measure
+from ..verification.logits import Head, Predictions
+from .handlers import DenseAttention, MethodAttention, Stopwatch
+from .measure import ATTENTION, SELECTION, Entry
+from .methods import Method
+
+GROUPED = ("cuDNN", "FlashAttention-2", "PyTorch's CPU flash attention")  # dense backends with grouped queries
+# {task: (right answers, questions)} of the model as it stands, with whatever handlers it has.
+Score = Callable[[torch.nn.Module], dict[str, tuple[int, int]]]
+
+
+@dataclass
+class _Run:
+    """One contender: handlers, their stopwatch, and the entry of a method (None for a dense backend)."""
+
+    name: str
+    handlers: dict
+    stopwatch: Stopwatch
+    entry: Entry | None = None
+    reason: str | None = None
+    scored: dict | None = None
+    predictions: Predictions | None = None
+
+
+class ModelBench:
+    """`modules`: those that may skip tiles; the others run as they always do. `texts`: prompts of equal length."""
+
+    def __init__(
+        self, loaded: LoadedModel, modules: dict[str, AttentionModule], methods: Sequence[Method], tile: TileShape,
+        device: torch.device,
+    ):  # fmt: skip
+        self.loaded, self.model, self.device, self.tile = loaded, loaded.model, device, tile
+        self.modules = modules
+        self.runs = []
+        known = CPU_SDPA if device.type == "cpu" else SDPA
+        for name, backend in ((name, known[name]) for name in GROUPED if name in known):
+            watch = Stopwatch(device)
+            self.runs.append(_Run(name, dict.fromkeys(modules, DenseAttention(backend, watch)), watch))
+        for method in methods:
+            for setting in method.sweep:
+                watch, entry = Stopwatch(device), Entry(method, setting)
+                handlers = {path: MethodAttention(path, method, setting, tile, watch) for path in modules}
+                self.runs.append(_Run(entry.name, handlers, watch, entry))
+
+    @torch.inference_mode()
+    def cell(
+        self, texts: Sequence, length: int, seconds: float, seed: int, score: Score | None, step: Callable[[], None]
+    ) -> dict:
+        """Everything about one length, as JSON. `texts` have `tokens`; `step` is called once per contender."""
+        head = Head(self.model)
+        tokens = [torch.tensor(text.tokens, device=self.device) for text in texts]
+        with attach(self.model, dict.fromkeys(self.modules, dense.attention)):
+            exact = [head.hidden(each) for each in tokens]
+            dense_score = score(self.model) if score else None
+        for run in self.runs:
+            said = self._judge(run, head, tokens, exact, score)
+            run.reason = said
+            step()
+        timings = self._time(tokens[0], seconds, seed)
+        gc.collect()
+        return self._result(length, timings, dense_score)
+
+    def _judge(self, run: _Run, head: Head, tokens, exact, score) -> str | None:
+        """The losses of one contender; the reason why it cannot run, or None."""
+        said = []
+
+        def work():
+            try:
+                for handler in run.handlers.values() if run.entry else ():
+                    handler.quality = run.entry.quality
+                sparse = head.hidden(tokens[0])
+                for handler in run.handlers.values() if run.entry else ():
+                    handler.quality = None
+                if run.entry:
+                    run.predictions = Predictions()
+                    for i, each in enumerate(tokens):
+                        run.predictions.add(head, exact[i], sparse if i == 0 else head.hidden(each), each)
+                    run.scored = score(self.model) if score else None
+            except (BsfaError, ValueError) as error:
+                said.append(str(error).partition(";")[0])
+                raise
+
+        with attach(self.model, run.handlers):
+            _, reason = first_call(work, self.device)
+        return said[0] if said else reason
+
+    def _time(self, tokens: torch.Tensor, seconds: float, seed: int) -> dict:
+        """{name: Timing} of whole prefills; the stopwatches then hold the same passes."""
+        attached = []
+
+        def prepare(run):
+            def change():
+                while attached:
+                    attached.pop().detach()
+                attached.append(attach(self.model, run.handlers))
+                run.stopwatch.begin()
+
+            return change
+
+        def forward():
+            return self.model(input_ids=tokens[None], use_cache=True, logits_to_keep=1).logits
+
+        for run in self.runs:
+            run.stopwatch.passes.clear()
+        contenders = [Contender(run.name, forward, prepare(run)) for run in self.runs if run.reason is None]
+        try:
+            return measure(contenders, self.device, seconds=seconds, seed=seed)
+        finally:
+            while attached:
+                attached.pop().detach()
+
+    def _result(self, length: int, timings: dict, dense_score) -> dict:
+        rows, baselines, unavailable = [], [], []
+        for run in self.runs:
+            if run.reason is not None:
+                unavailable.append({"name": run.name, "reason": run.reason})
+                continue
+            timing = timings[run.name]
+            count = len(timing.samples_ms)
+            samples = {phase: run.stopwatch.read(phase, count) for phase in (SELECTION, ATTENTION)}
+            selection, attention = (median(samples[phase]) for phase in (SELECTION, ATTENTION))
+            times = {"ttft_ms": timing.median, "samples_ms": samples | {"ttft": timing.as_dict()["samples_ms"]}}
+            if run.entry is None:
+                baselines.append({"name": run.name, "ms_median": attention} | times)
+            else:
+                method, setting = run.entry.method, run.entry.setting
+                selection = selection if method.selects else 0.0
+                rows.append({
+                    "method": method.name, "knob": method.knob, "setting": setting,
+                    "published": setting == method.published, "selection_ms": selection, "attention_ms": attention,
+                    "total_ms": selection + attention, "accuracy": accuracy(run.scored),
+                    "agreement": run.predictions.summary(),
+                } | times | run.entry.quality.summary())  # fmt: skip
+        fastest = min(baselines, key=lambda found: found["ms_median"], default=None)
+        for row in rows:
+            row["speedup"] = fastest["ms_median"] / row["total_ms"] if fastest else None
+        return {
+            "level": "model",
+            "label": "task" if dense_score is not None else "text",
+            "length": length,
+            "backend": "auto",
+            "dense": baselines,
+            "dense_accuracy": accuracy(dense_score),
+            "fastest_dense": fastest and fastest["name"],
+            "fastest_dense_ms": fastest and fastest["ms_median"],
+            "fastest_ttft_ms": min((found["ttft_ms"] for found in baselines), default=None),
+            "unavailable": unavailable,
+            "rows": rows,
+        }
+
+
+def accuracy(scored: dict[str, tuple[int, int]] | None) -> dict | None:
+    """JSON of {task: (right, questions)}: mean over tasks, the worst task, and each with its 95 % Wilson interval."""
+    if not scored:
+        return None
+    tasks = {}
+    for name, (right, total) in scored.items():
+        low, high = wilson(right, total)
+        tasks[name] = {"right": right, "questions": total, "accuracy": right / total, "low": low, "high": high}
+    right, total = (sum(count[i] for count in scored.values()) for i in (0, 1))
+    low, high = wilson(right, total)
+    worst = min(tasks, key=lambda name: tasks[name]["accuracy"])
+    mean = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
+    return {"mean": mean, "all": right / total, "low": low, "high": high, "worst": worst, "tasks": tasks}

@@ -1,0 +1,80 @@
+"""python3 tests/sanitize.py memcheck|racecheck [BACKEND...]: a few small calls under compute-sanitizer.
+
+Every result is checked as well. Exits 1 when one is wrong, when memory is misused or when accesses race. racecheck
+does not follow the named barriers by which Triton starts and ends the partitions of a warp-specialized kernel, and
+reports the bytes passed there; those reports stand on the kernel's `def` and on its `warp_specialize` call, and only
+those are let pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+CALLS = "calls"
+
+
+def calls(backends) -> None:
+    """The calls themselves, in the process that compute-sanitizer watches."""
+    import torch
+    from kernel_cases import Case, check, check_statistics
+
+    bf16, fp16 = torch.bfloat16, torch.float16
+    cases = (
+        Case(1, 4, 2, 500, 500, 128, gate="gap", dtype=bf16),
+        Case(1, 2, 1, 193, 650, 64, gate="both", q_offset=333, dtype=fp16),
+        Case(3, 2, 1, 320, 585, 128, gate="gap", padded=True, dtype=bf16),
+        Case(1, 2, 2, 383, 500, 96, causal=False, gate="absolute", keep_sink=False, dtype=bf16),
+    )
+    for backend in backends:
+        for case in cases:
+            for blocks in ("", "shuffled"):
+                case = replace(case, blocks=blocks)
+                print(f"{backend} {case}: right, {check(case, backend, 'cuda'):.0%} skipped", flush=True)
+        if backend == "triton":
+            check_statistics(cases[0], backend, "cuda")
+            print("triton statistics: right", flush=True)
+
+
+def faults(said: str, dispatch: set[str]) -> list[str]:
+    """Lines of compute-sanitizer's report that are errors, less races between two places named in `dispatch`."""
+    found = []
+    for block in re.split(r"(?m)^=========\s*$", said):
+        lines = [line for line in block.splitlines() if line.startswith("=========")]
+        errors = [line for line in lines if re.search(r"Error|Warning|Invalid|hazard", line)]
+        places = [re.search(r" in (\S+\.py:\d+)", line) for line in errors if " access at " in line]
+        if places and all(place and place[1] in dispatch for place in places):
+            continue
+        found += [line for line in errors if "SUMMARY" not in line and "ERROR SUMMARY: 0" not in line]
+    return found
+
+
+def dispatch_lines() -> set[str]:
+    """Where reports of Triton's own dispatch stand: {"hopper.py:321", ...}."""
+    from bsfa_kernels import hopper
+
+    lines = inspect.getsource(hopper).splitlines()
+    kernel = next(i for i, line in enumerate(lines) if line.startswith("def _forward("))
+    start = next(i for i, line in enumerate(lines) if line.strip() == "gl.warp_specialize(")
+    return {f"hopper.py:{i + 1}" for i in (kernel, start)}
+
+
+def main(tool: str, backends) -> int:
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, CALLS, *backends]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout + done.stderr)
+    found = faults(done.stdout, dispatch_lines() if tool == "racecheck" else set())
+    for line in found:
+        print(f"{tool}: {line}", file=sys.stderr)
+    wrong = done.returncode != 0 or "right" not in done.stdout
+    print(f"{tool}: {'failed' if found or wrong else 'clean'}", file=sys.stderr)
+    return 1 if found or wrong else 0
+
+
+if __name__ == "__main__":
+    tool, *backends = sys.argv[1:]
+    backends = backends or ["hopper", "triton"]
+    sys.exit(calls(backends) if tool == CALLS else main(tool, backends))

@@ -1,0 +1,32 @@
+"""What counts as clean in a report of compute-sanitizer."""
+
+from pathlib import Path
+
+import sanitize
+
+STORED = Path(__file__).parents[1] / "profiles" / "results" / "checks" / "sanitize-hopper.nvidia-h200.txt"
+RACE = """========= Error: Race reported between Read access at _forward+0x260 in hopper.py:321
+=========     and Write access at _forward+0xa230 in hopper.py:{line} [26 hazards]
+=========
+"""
+
+
+def test_only_races_between_dispatch_lines_are_let_pass():
+    dispatch = {"hopper.py:321", "hopper.py:395"}
+    assert sanitize.faults(RACE.format(line=395), dispatch) == []
+    assert len(sanitize.faults(RACE.format(line=165), dispatch)) == 2
+    assert len(sanitize.faults(RACE.format(line=395), set())) == 2
+
+
+def test_memory_errors_count_and_a_clean_summary_does_not():
+    invalid = "========= Invalid __global__ write of size 4 bytes\n========= ERROR SUMMARY: 1 error\n"
+    assert sanitize.faults(invalid, {"hopper.py:321"})
+    assert sanitize.faults("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", set()) == []
+
+
+def test_the_stored_report_is_clean_by_these_rules():
+    assert sanitize.faults(STORED.read_text(), {"hopper.py:321", "hopper.py:395"}) == []
+
+
+def test_dispatch_lines_are_found():
+    assert len(sanitize.dispatch_lines()) == 2
