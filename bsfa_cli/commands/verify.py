@@ -22,13 +22,13 @@ DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
 def verify(
     model: Annotated[
-        str | None, Argument(help="Checkpoint directory or Hub id; the embedded random model by default.")
+        str | None, Argument(help="Checkpoint directory or Hub id; the bundled retrieval model by default.")
     ] = None,
     thresholds: Annotated[Path, Option(help="Thresholds artifact made by bsfa export.")] = ...,
     point: Annotated[str | None, Option(help="Operating point in the artifact; all of them by default.")] = None,
     data: Annotated[
-        str, Option(help="Texts to verify on: .txt, .jsonl or builtin:NAME, as for calibrate.")
-    ] = "builtin:mixed",
+        str | None, Option(help="Texts to verify on: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
+    ] = None,
     samples: Annotated[int, Option(min=1, help="Number of texts.")] = 2,
     length: Annotated[
         int | None, Option(min=2, help="Tokens a text, at most; 32768 on a GPU and 2048 on a CPU by default.")
@@ -136,9 +136,9 @@ class _Job(NamedTuple):
     seed: int
 
 
-def _texts(job: _Job, data: str, samples: int, length: int) -> tuple[dict, list[str]]:
+def _texts(job: _Job, data: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse predictions on texts."""
-    from ..calibration.data import data_hash, load_texts
+    from ..calibration.data import data_hash, default_data, load_texts
     from ..models.load import check_positions, explain_memory
     from ..presentation import verify_table
     from ..presentation.console import note, progress
@@ -146,6 +146,7 @@ def _texts(job: _Job, data: str, samples: int, length: int) -> tuple[dict, list[
 
     loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
     check_positions(loaded.model.config, length, "--length")
+    data = data or default_data(loaded.tokenizer)
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)
     note(f"data: {len(texts)} texts of {data}, seed {seed}, {sum(len(text.tokens) for text in texts):,} tokens")
