@@ -133,9 +133,11 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _memory_option() -> str:
     command = next((argument for argument in sys.argv[1:] if argument in COMMANDS), None)
-    return {"profile": "--lengths or --heads", "export": "the number of operating points in one call"}.get(
-        command, "--length, or choose a 16-bit --dtype"
-    )
+    return {
+        "profile": "--lengths or --heads",
+        "compare": "--length or --heads",
+        "export": "the number of operating points in one call",
+    }.get(command, "--length, or choose a 16-bit --dtype")
 
 
 def _first_line(error: Exception) -> str:

@@ -25,11 +25,11 @@ def every_tile(order) -> BlockLists:
     return BlockLists(indices.expand(*SHAPE[:3], -1), torch.full(SHAPE[:3], len(indices), dtype=torch.int32))
 
 
-def test_a_mask_becomes_lists_from_right_to_left():
+def test_a_mask_becomes_lists_of_what_it_sets():
     mask = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4]).view(1, 1, 3, 4)
     lists = BlockLists.from_mask(mask)
-    assert lists.counts.tolist() == [[[3, 0, 4]]]
-    assert lists.indices.tolist() == [[[[3, 2, 0, -1], [-1] * 4, [3, 2, 1, 0]]]]
+    assert lists.counts.tolist() == [[[4, 4, 4]]]
+    assert lists.indices.tolist() == [[[[0, -1, 2, 3], [-1] * 4, [0, 1, 2, 3]]]]
     assert lists.indices.dtype == lists.counts.dtype == torch.int32
 
 

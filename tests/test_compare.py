@@ -14,12 +14,12 @@ from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing.plan import Shape
 
 CPU, TILE = torch.device("cpu"), TileShape()
-SHAPE = Shape("structured", 4, 2, 64)
+SHAPE = Shape("structured", 2, 1, 64)
 
 
 @pytest.fixture(scope="module")
 def source():
-    return tensors.StructuredSource(SHAPE, 1536, 2, 0, CPU, torch.float32)
+    return tensors.StructuredSource(SHAPE, 1024, 2, 0, CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_errors_and_masses_are_those_of_the_outputs(source):
     keep = choice.options["blocks"]
     mask = torch.zeros(s.shape[-2] // 64, s.shape[-1] // 128, dtype=torch.bool)
     for t in range(len(mask)):
-        mask[t, keep.indices[0, 0, t, : keep.counts[0, 0, t]].long()] = True
+        listed = keep.indices[0, 0, t, : keep.counts[0, 0, t]].long()
+        mask[t, listed[listed >= 0]] = True
     mask[:, 0] = True
     recall = (s.softmax(-1) * mask.repeat_interleave(64, 0).repeat_interleave(128, 1)).sum(-1)
     summary = found.summary()
@@ -117,16 +118,16 @@ def test_thresholds_come_from_another_text_with_the_same_heads(source):
     first, second = (next(source.layers(purpose)) for purpose in ("measured", "calibrated"))
     assert first.planted.needle != second.planted.needle and not torch.equal(first.q, second.q)
     fitted = calibration.Calibration.on_tensors(source.layers("calibrated"), TILE, (8,), "another sample")
-    gate = fitted.gate("layer 1", "target-skip", 0.5, 24, "cpu")
-    assert gate is fitted.gate("layer 1", "target-skip", 0.5, 24, "cpu")
+    gate = fitted.gate("layer 1", "target-skip", 0.3, 16, "cpu")
+    assert gate is fitted.gate("layer 1", "target-skip", 0.3, 16, "cpu")
     kept = candidates = 0
     for layer in source.layers("measured"):
-        gate = fitted.gate(layer.name, "target-skip", 0.5, 24, "cpu")
+        gate = fitted.gate(layer.name, "target-skip", 0.3, 16, "cpu")
         result = block_sparse_attention(layer.q, layer.k, layer.v, gate, return_counts=True)
         kept, candidates = kept + int(result.kept.sum()), candidates + int(result.candidates.sum())
-    assert 0.35 < 1 - kept / candidates < 0.65
+    assert 0.15 < 1 - kept / candidates < 0.45
     with pytest.raises(InputError, match="no thresholds for elsewhere"):
-        fitted.gate("elsewhere", "target-skip", 0.5, 24, "cpu")
+        fitted.gate("elsewhere", "target-skip", 0.3, 16, "cpu")
 
 
 def test_times_are_summed_over_layers_and_selection_is_counted(source):
@@ -190,8 +191,9 @@ def test_bad_flags_are_refused_in_one_sentence(run, one_sentence, arguments, cod
 def test_the_command_writes_what_it_shows(run, tmp_path):
     path = tmp_path / "result.json"
     options = ("--length", "512,1024", "--heads", "2", "--head-dim", "32", "--seconds", "0.001", "--device", "cpu")
-    done = run("compare", *options, "--methods", "sliding_window,xattention", "-o", path, "--json")
-    assert done.code == 0
+    picture = tmp_path / "plot.svg"
+    done = run("compare", *options, "--methods", "sliding_window,xattention", "-o", path, "--plot", picture, "--json")
+    assert done.code == 0 and picture.read_text().startswith("<svg")
     stored = json.loads(done.out)
     assert stored == json.loads(path.read_text()) and stored["complete"]
     assert [cell["length"] for cell in stored["cells"]] == [512, 1024]
@@ -206,3 +208,22 @@ def test_a_method_that_needs_a_calibration_is_left_out_without_one():
     assert methods.chosen("pbs", None, False)[1] == {"pbs": "not defined for non-causal attention"}
     with pytest.raises(UsageError, match="there is no method"):
         methods.chosen("pbs,", None, True)
+
+
+@pytest.mark.gpu
+def test_every_method_runs_on_the_gpu_and_agrees_with_the_cpu():
+    wide = Shape("structured", 4, 2, 128)
+    found = {}
+    for device, dtype in ((torch.device("cuda"), torch.bfloat16), (CPU, torch.float32)):
+        source = tensors.StructuredSource(wide, 2048, 1, 0, device, dtype)
+        found[device.type] = run.cell(source, source, "all", TILE, device, 0.001, 0)
+    cuda = {(row["method"], row["setting"]): row for row in found["cuda"]["rows"]}
+    assert found["cuda"]["fastest_dense"] in ("cuDNN", "FlashAttention-2")
+    assert all(row["finite"] and row["backend"] in ("hopper", "triton") for row in cuda.values())
+    for row in found["cpu"]["rows"]:
+        other = cuda.get((row["method"], row["setting"]))
+        # Noise and rounding differ between devices, what is planted does not.
+        if other is not None:
+            assert other["density"] == pytest.approx(row["density"], abs=0.15)
+    assert cuda["sliding_window", 512]["needle"]["mean"] < 0.01 < 0.9 < cuda["bsfa", 0.3]["needle"]["mean"]
+    assert cuda["dense", 1.0]["error"] < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from bsfa_kernels.integrations.transformers import attention_modules
 from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.comparison import methods, model
 from bsfa_cli.comparison import run as comparison
-from bsfa_cli.intervals import wilson
 from bsfa_cli.models.load import load_model
+from bsfa_cli.suites.questions import TextQuestion
+from bsfa_cli.suites.run import Examiner
 
 CPU, TILE = torch.device("cpu"), TileShape()
 
@@ -37,23 +39,31 @@ def saved(loaded, tmp_path_factory):
     return folder / "model", folder / "run"
 
 
+def asked_of(loaded, tokens) -> list[TextQuestion]:
+    """Eight questions in two tasks, to which the right answer is what the dense model generates."""
+    examiner, questions = Examiner(loaded.model, loaded.tokenizer), []
+    for i in range(8):
+        text = loaded.tokenizer.decode(tokens[i * 5 :])
+        question = TextQuestion(("first", "second")[i % 2], 640, None, text, ("",), new_tokens=6)
+        questions.append(replace(question, outputs=(examiner.generate(question),)))
+    return questions
+
+
 def test_rows_have_losses_times_and_answers(loaded, texts):
-    asked = []
-
-    def score(current):
-        logits = current(input_ids=torch.tensor([texts[0].tokens])).logits
-        asked.append(logits[0, -1].argmax())
-        return {"last": (3, 4), "first": (int(asked[-1] == asked[0]), 1)}
-
-    cell = comparison.model_cell(loaded, None, "sliding_window,xattention", TILE, CPU, texts, 0.001, 0, score)
+    questions = asked_of(loaded, texts[0].tokens)
+    cell = comparison.model_cell(loaded, None, "sliding_window,xattention", TILE, CPU, texts, 0.001, 0, questions)
     json.dumps(cell, allow_nan=False)
-    assert cell["dense_accuracy"]["tasks"]["first"]["accuracy"] == 1 and cell["level"] == "model"
+    assert cell["dense_accuracy"]["mean"] == 1 and cell["level"] == "model" and cell["asked"] == "generated"
     by_name = {(row["method"], row["setting"]): row for row in cell["rows"]}
     exact = by_name["dense", 1.0]
     assert exact["agreement"]["top1"] == 1 and exact["recall"]["worst"] > 0.999 and exact["error"] < 1e-3
     sparse = by_name["xattention", 0.5]
     assert sparse["density"] < 1 and sparse["agreement"]["kl"] > exact["agreement"]["kl"] >= -1e-6
-    assert len(sparse["layers"]) == 3 and sparse["accuracy"]["tasks"]["last"]["accuracy"] == 0.75
+    assert len(sparse["layers"]) == 3 and exact["accuracy"]["mean"] == 1
+    assert sparse["accuracy"]["mean"] < 1
+    assert sparse["accuracy"]["against_dense"]["difference"] == pytest.approx(sparse["accuracy"]["mean"] - 1)
+    first = sparse["accuracy"]["tasks"]["first"]
+    assert first["questions"] == 4 and first["low"] <= first["accuracy"] <= first["high"]
     for row in cell["rows"]:
         assert 0 < row["total_ms"] < row["ttft_ms"]
         assert (row["selection_ms"] > 0) == (row["method"] != "dense")
@@ -87,11 +97,18 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     (cell,) = json.loads(done.out)["cells"]
     assert {row["method"] for row in cell["rows"]} == {"dense", "bsfa"} and cell["calibrated_on"] == "the run run"
     assert "random weights" in cell["label"] or "model" in cell["label"]
+    one_sentence(run("compare", checkpoint, "--tasks", "no-such", *options), 2, "there is no task 'no-such'")
     (tmp_path / "result.json").write_text(done.out)
     assert run("report", tmp_path / "result.json", "-o", tmp_path / "report.html").code == 0
     one_sentence(
         run("compare", checkpoint, "--run", calibrated, "--tile", "128x64", *options), 4, "calibrated with tiles of"
     )
+    artifact = tmp_path / "thresholds.safetensors"
+    assert run("export", calibrated, "-o", artifact, "--target-skip", "0.1", "--target-skip", "0.2").code == 0
+    done = run("compare", checkpoint, "--thresholds", artifact, "--methods", "bsfa,bsfa_top_k", *options, "--json")
+    (exported,) = json.loads(done.out)["cells"]
+    assert [row["setting"] for row in exported["rows"]] == [1.0, 0.2, 0.1]
+    assert exported["calibrated_on"] == "thresholds.safetensors"
     manifest = json.loads((calibrated / "run.json").read_text())
     manifest["model"]["weights"] = "another"
     (calibrated / "run.json").write_text(json.dumps(manifest))
@@ -101,7 +118,10 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
 @pytest.mark.parametrize(
     "arguments, code, words",
     [
-        (("--run", "somewhere"), 2, "--run belongs to a comparison inside a model"),
+        (("--tasks", "all"), 2, "--tasks are asked of a model"),
+        (("--run", "somewhere"), 2, "belong to a comparison inside a model"),
+        (("model", "--run", "a", "--thresholds", "b"), 2, "either --run or --thresholds"),
+        (("model", "--thresholds", "/nonexistent/t.safetensors"), 4, "/nonexistent/t.safetensors"),
         (("model", "--captured", "a.safetensors"), 2, "either a model or --captured"),
         (("/nonexistent/model",), 4, "does not exist"),
         (("/nonexistent/model", "--run", "/nonexistent/run"), 4, "is no run directory"),
@@ -109,11 +129,3 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
 )
 def test_bad_flags_are_refused_in_one_sentence(run, one_sentence, arguments, code, words):
     one_sentence(run("compare", *arguments, "--device", "cpu"), code, words)
-
-
-@pytest.mark.parametrize(
-    "right, total, expected",
-    [(0, 0, (0, 1)), (0, 10, (0, 0.2775)), (10, 10, (0.7225, 1)), (95, 100, (0.8883, 0.9785))],
-)
-def test_wilson_intervals(right, total, expected):
-    assert wilson(right, total) == pytest.approx(expected, abs=1e-4)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bsfa_cli.presentation import pareto, svg
+from bsfa_cli.presentation import pareto, readme, svg
 
 STORED = Path(__file__).parent.parent / "profiles" / "results" / "llama-3.1-8b.nvidia-h200.json"
 
@@ -94,6 +94,20 @@ def test_page_says_who_wins_and_what_is_lost(run, stored, tmp_path):
     assert "50% of dense: bsfa (0.9250)" in text and "xattention is number" not in text
     assert "at equal density" in text and "at equal time" in text
     assert "All 7 settings" in text and "2 not measured" in text
+
+
+def test_readme_has_a_block_for_a_comparison(stored, tmp_path):
+    folder = tmp_path / "profiles" / "results"
+    folder.mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    (folder / "methods.json").write_bytes(stored.read_bytes())
+    files = readme.rendered(tmp_path)
+    text = files[tmp_path / "README.md"]
+    assert "### Methods compared on <Some> & GPU" in text and "This run was cut short" in text
+    assert "- 50% of dense: bsfa (0.9250)" in text
+    assert f"| bsfa |{' **0.9600** |' * 6} **0.9313** | - |" in text
+    assert "| bsfa | 2: 8,192 or less |" in text and "](profiles/results/methods.svg)" in text
+    ElementTree.fromstring(files[folder / "methods.svg"])
 
 
 def test_pareto_plot_is_xml_with_a_tooltip_for_every_point(stored):

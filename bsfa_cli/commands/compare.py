@@ -24,10 +24,17 @@ def compare(
     run: Annotated[
         Path | None, Option(metavar="RUN", help="Inside a model: run directory of bsfa calibrate, for bsfa's methods.")
     ] = None,
+    thresholds: Annotated[
+        Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
+    ] = None,
     data: Annotated[
         str | None, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
     ] = None,
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
+    tasks: Annotated[
+        str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
+    ] = None,
+    questions: Annotated[int, Option(min=1, help="Questions a task and length, for --tasks.")] = 20,
     captured: Annotated[
         Path | None, Option(metavar="FILE", help="Compare on the layers in this file of bsfa capture.")
     ] = None,
@@ -45,6 +52,7 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
+    plot: Annotated[Path | None, Option(help="Write an SVG plot of quality against time, longest length.")] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -55,8 +63,12 @@ def compare(
         raise UsageError("--calibrate-on belongs to --captured; structured layers are calibrated on a sample of theirs")
     if model is not None and captured is not None:
         raise UsageError("give either a model or --captured")
-    if run is not None and model is None:
-        raise UsageError("--run belongs to a comparison inside a model; name the model that was calibrated")
+    if (run is not None or thresholds is not None) and model is None:
+        raise UsageError("--run and --thresholds belong to a comparison inside a model; name the calibrated model")
+    if run is not None and thresholds is not None:
+        raise UsageError("give either --run or --thresholds")
+    if tasks is not None and model is None:
+        raise UsageError("--tasks are asked of a model; name one")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     if tile not in ("64x128", "128x64"):
@@ -82,16 +94,19 @@ def compare(
         import torch
 
         torch.cuda.set_device(place)
-    if output:
-        check_writable(output)
+    for path in filter(None, (output, plot)):
+        check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
-        loaded, calibration = _loaded(model, run, shown, place, dtype)
+        loaded, calibration = _loaded(model, run, thresholds, shown, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
+        asked = [_questions(loaded, tasks, n, questions, seed) if tasks else [] for n in wanted]
 
         def cell(i: int, begin) -> dict:
-            return bench.model_cell(loaded, calibration, methods, shown, place, texts[i], seconds, seed, None, begin)
+            return bench.model_cell(
+                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin
+            )
 
     else:
         if captured is not None:
@@ -123,6 +138,12 @@ def compare(
     if output:
         write_json(output, result)
         note(f"written: {output}; next: bsfa report {output} -o report.html")
+    if plot:
+        from ..files import write_whole
+        from ..presentation.compare_readme import plot_of
+
+        write_whole(plot, plot_of(result).encode())
+        note(f"written: {plot}")
     if json:
         print_json(result)
     failures = bench.failures(result)
@@ -140,24 +161,27 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _loaded(model: str, run: Path | None, tile, place, dtype: str):
-    """(LoadedModel, Calibration or None). Raises InputError for a run of another model or tile shape."""
-    from bsfa_kernels.thresholds import MODEL_CHECKED
+def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, dtype: str):
+    """(LoadedModel, Calibration, Exported or None). Raises InputError for thresholds of another model or tile shape."""
+    from bsfa_kernels.thresholds import MODEL_CHECKED, Thresholds
 
     from ..calibration.store import Run
-    from ..comparison.calibration import Calibration
+    from ..comparison.calibration import Calibration, Exported
     from ..models.load import load_model
 
     opened = None if run is None else Run.open(run)
+    artifact = None if thresholds is None else Thresholds.read(thresholds)
     loaded = load_model(model, device=place, dtype=dtype)
-    if opened is None:
-        return loaded, None
-    for key in MODEL_CHECKED:
+    made_for = opened.plan.tile if opened else artifact.tile if artifact else tile
+    if made_for != tile:
+        raise InputError(f"{run or thresholds} was calibrated with tiles of {made_for}; give --tile {made_for}")
+    if artifact:
+        artifact.check_model(loaded.identity)
+        return loaded, Exported(artifact, thresholds.name)
+    for key in MODEL_CHECKED if opened else ():
         if opened.manifest["model"].get(key) != loaded.identity.get(key):
             raise InputError(f"{run} was calibrated on another model: its {key} differs")
-    if opened.plan.tile != tile:
-        raise InputError(f"{run} was calibrated with tiles of {opened.plan.tile}; give --tile {opened.plan.tile}")
-    return loaded, Calibration.of_run(opened)
+    return loaded, Calibration.of_run(opened) if opened else None
 
 
 def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> list:
@@ -170,3 +194,9 @@ def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> li
     if any(len(text.tokens) < length for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")
     return texts
+
+
+def _questions(loaded, names: str, length: int, count: int, seed: int) -> list:
+    from ..suites.questions import Plan, parse_names
+
+    return list(Plan(parse_names(names), (length,), count, seed).questions_for(loaded.tokenizer))

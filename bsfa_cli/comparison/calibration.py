@@ -1,7 +1,10 @@
 """bsfa's thresholds for a comparison: fitted on other data than they are judged on, read at any skip rate or k.
 
-calibration = Calibration.on_tensors(layers, tile)          # or Calibration.of_run(Run.open("run/"))
-calibration.gate("model.layers.0.self_attn", "target-skip", 0.5, query_tiles=512, device="cuda")
+    calibration = Calibration.on_tensors(layers, tile, ranks, source)    # or Calibration.of_run(Run.open("run/"))
+    calibration = Exported(Thresholds.read("thresholds.safetensors"), "thresholds.safetensors")
+    calibration.gate("model.layers.0.self_attn", "target-skip", 0.5, query_tiles=512, device="cuda")
+
+Both have `source`, `skips` and `top_k` (the arguments of the two recipes to sweep, sparse first) and `gate`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from functools import cache
 
 import torch
 from bsfa_kernels import Gate, TileShape
-from bsfa_kernels.thresholds import interpolate
+from bsfa_kernels.thresholds import Thresholds, ThresholdsError, interpolate
 
 from ..calibration import fit
 from ..calibration.collector import Collector
@@ -19,10 +22,13 @@ from ..calibration.curves import ModuleCurves, Plan
 from ..errors import InputError
 
 GATES = {"target-skip": "gap", "top-k": "absolute"}
+SKIPS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3)
 
 
 class Calibration:
     """Curves of every attention module, by name, and the thresholds of any operating point read from them."""
+
+    skips = SKIPS
 
     def __init__(self, plan: Plan, curves: Mapping[str, Mapping[str, torch.Tensor]], source: str):
         self.plan, self.curves, self.source = plan, curves, source
@@ -72,3 +78,28 @@ class Calibration:
         if recipe == "top-k":
             return fit.top_k(self.curves, self.plan, int(argument))
         return fit.at_knots(self._table, self.plan, fit.target_skip(self._table, argument))
+
+
+class Exported:
+    """The operating points of a thresholds artifact: what a server would load."""
+
+    def __init__(self, thresholds: Thresholds, source: str):
+        self.thresholds, self.source = thresholds, source
+        self.points = {(point.recipe, point.argument): point.name for point in thresholds.points}
+        self.skips = self._arguments("target-skip", sparse_first=-1)
+        self.top_k = self._arguments("top-k", sparse_first=1)
+        self._gates = cache(self._gate)
+
+    def gate(self, layer: str, recipe: str, argument: float, query_tiles: int, device) -> Gate:
+        """The same Gate for the same arguments. Raises InputError for a layer or point that the artifact lacks."""
+        return self._gates(layer, recipe, argument, query_tiles, torch.device(device))
+
+    def _gate(self, layer, recipe, argument, query_tiles, device) -> Gate:
+        try:
+            return self.thresholds.gate(layer, self.points[recipe, argument], query_tiles, device)
+        except (KeyError, ThresholdsError) as error:
+            raise InputError(f"{self.source}: {error}") from error
+
+    def _arguments(self, recipe: str, sparse_first: int) -> tuple[float, ...]:
+        found = [point.argument for point in self.thresholds.points if point.recipe == recipe]
+        return tuple(sorted(found, key=lambda argument: sparse_first * argument))

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 
 import torch
-from bsfa_kernels import TileShape, block_sparse_attention
+from bsfa_kernels import TileShape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -69,7 +69,9 @@ class MethodAttention:
     """A handler (bsfa_kernels.integrations.transformers.Handler): one method at one setting in one module.
 
     With `quality`, exact attention runs beside it on the same queries, keys and values, and the loss is added there.
-    Padded, chunked and cached prompts, and directions the method is not defined for, run exact: a comparison has none.
+
+    Raises ValueError for padded, batched, chunked or cached prompts, and for a direction the method is not defined for:
+    nothing runs dense without a word.
     """
 
     def __init__(self, path: str, method: Method, setting: float, tile: TileShape, stopwatch: Stopwatch):
@@ -78,15 +80,13 @@ class MethodAttention:
 
     def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
         options = dict(scale=scale, causal=causal, tile=self.tile)
-        if spans is not None or q.shape[2] != k.shape[2] or not self.method.defined(causal):
-            return block_sparse_attention(q, k, v, spans=spans, **options).out
+        if q.shape[2] != k.shape[2] or (spans is not None and spans.tolist() != [[0, 0, q.shape[2], q.shape[2]]]):
+            raise ValueError("methods are compared on whole prompts, one at a time, without padding")
+        if not self.method.defined(causal):
+            raise ValueError(f"not defined for {'causal' if causal else 'non-causal'} attention")
         with self.stopwatch.lap(SELECTION):
             choice = self.method.choose(self.path, q, k, v, setting=self.setting, **options)
         if self.quality is None:
             with self.stopwatch.lap(ATTENTION):
                 return attend(q, choice, **options).out
-        result = attend(q, choice, return_lse=True, return_counts=True, **options)
-        exact = block_sparse_attention(q, k, v, return_lse=True, **options)
-        layer = Layer(self.path, q, k, v, scale, causal)
-        self.quality.add(layer, result, exact, self.tile, choice.options.get("keep_sink", True))
-        return result.out
+        return self.quality.measure(Layer(self.path, q, k, v, scale, causal), choice, self.tile)

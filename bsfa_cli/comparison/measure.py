@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from bsfa_kernels import TileShape, block_sparse_attention, explain
+from bsfa_kernels import TileShape, block_sparse_attention
 
 from ..errors import BsfaError
 from ..timing import baselines
@@ -20,6 +21,8 @@ from .methods import Choice, Method, attend
 from .quality import Quality
 from .tensors import Layer
 
+# Dense kernels to compare with: those with grouped queries. `bsfa profile` times the others too.
+GROUPED = ("cuDNN", "FlashAttention-2", "PyTorch's CPU flash attention")
 SELECTION, ATTENTION = "selection", "attention"
 
 
@@ -46,14 +49,12 @@ class Bench:
         self.entries = [Entry(method, setting) for method in methods for setting in method.sweep]
         self.tile, self.device, self.seconds, self.seed = tile, device, seconds, seed
         self.dense: dict[str, dict] = {}  # {baseline: {"ms_median", "samples_ms"}} or {"reason"}
-        self.backend: str | None = None
 
     def add(self, layer: Layer, step: Callable[[], None] = lambda: None) -> None:
         """Measure every entry on one layer. `step` is called once per entry."""
         exact = block_sparse_attention(
             layer.q, layer.k, layer.v, scale=layer.scale, causal=layer.causal, tile=self.tile, return_lse=True
         )
-        self.backend = explain(layer.q, layer.k, layer.v, causal=layer.causal, tile=self.tile)[0]
         contenders = self._dense(layer)
         for entry in self.entries:
             if entry.reason is None:
@@ -80,7 +81,7 @@ class Bench:
         found = []
         # The baselines scale by head_dim ** -0.5 only; scaled queries give the same scores.
         q = layer.q if layer.scale == layer.q.shape[-1] ** -0.5 else layer.q * (layer.scale * layer.q.shape[-1] ** 0.5)
-        for name, call in baselines.dense(q, layer.k, layer.v, layer.causal).items():
+        for name, call in baselines.dense(q, layer.k, layer.v, layer.causal, GROUPED).items():
             entry = self.dense.setdefault(name, {})
             _, reason = (None, call) if isinstance(call, str) else first_call(call, self.device)
             if reason:
@@ -106,12 +107,10 @@ class Bench:
         if said:
             entry.reason = said[0]
         if entry.reason is None:
-            result, entry.reason = first_call(
-                lambda: attend(layer.q, choice, return_lse=True, return_counts=True, **options), self.device
-            )
+            judge = partial(entry.quality.measure, layer, choice, self.tile, exact)
+            _, entry.reason = first_call(judge, self.device)
         if entry.reason is not None:
             return []
-        entry.quality.add(layer, result, exact, self.tile, choice.options.get("keep_sink", True))
         found = [Contender(f"{entry.name}: {ATTENTION}", lambda: attend(layer.q, choice, **options).out)]
         if entry.method.selects:
             found.append(Contender(f"{entry.name}: {SELECTION}", choose))
@@ -148,7 +147,7 @@ class Bench:
             "dense": [{"name": name, **found} for name, found in self.dense.items() if "reason" not in found],
             "fastest_dense": fastest,
             "fastest_dense_ms": timed.get(fastest),
-            "backend": self.backend,
+            "backend": next((row["backend"] for row in rows), None),
             "unavailable": unavailable,
             "rows": rows,
         }

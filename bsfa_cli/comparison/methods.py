@@ -19,13 +19,12 @@ from bsfa_kernels import Attention, BlockLists, Gate, TileShape, block_sparse_at
 from bsfa_kernels.selection import METHODS, PBS
 
 from ..errors import UsageError
-from .calibration import Calibration
+from .calibration import Calibration, Exported
 
 ON_TOP = ("flexprefill", "xattention", "pooled_top_p", "pbs")
 GATE = "+bsfa"
-# Factors lambda = factor / length of skip-softmax, and skip rates of bsfa's thresholds, from sparse to dense.
+# Factors lambda = factor / length of skip-softmax, from sparse to dense.
 FACTORS = (32000.0, 16000.0, 8000.0, 4000.0, 2000.0, 500.0)
-SKIPS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3)
 TOP_K = (8, 16, 32, 64, 96, 128)
 
 
@@ -114,7 +113,7 @@ class Calibrated(Method):
 
     selects = False
 
-    def __init__(self, name: str, recipe: str, knob: str, sweep, calibration: Calibration):
+    def __init__(self, name: str, recipe: str, knob: str, sweep, calibration: Calibration | Exported):
         self.name, self.recipe, self.knob, self.sweep, self.calibration = name, recipe, knob, sweep, calibration
 
     def choose(self, layer, q, k, v, *, scale, causal, tile, setting):
@@ -139,18 +138,18 @@ class OnTop(Method):
         return Choice(listed.k, listed.v, gate, listed.options)
 
 
-def available(calibration: Calibration | None) -> dict[str, Method]:
+def available(calibration: Calibration | Exported | None) -> dict[str, Method]:
     """{name: method}, dense first. Without a calibration, those that need thresholds are missing."""
     methods: list[Method] = [Dense(), *map(Mask, METHODS.values()), Permuted(PBS), Blasst()]
     if calibration is not None:
-        bsfa = Calibrated("bsfa", "target-skip", "skip", SKIPS, calibration)
+        bsfa = Calibrated("bsfa", "target-skip", "skip", calibration.skips, calibration)
         methods += [bsfa, Calibrated("bsfa_top_k", "top-k", "k", calibration.top_k, calibration)]
         selections = {method.name: method for method in methods}
         methods += [OnTop(selections[name], bsfa) for name in ON_TOP]
     return {method.name: method for method in methods}
 
 
-def chosen(names: str, calibration: Calibration | None, causal: bool) -> tuple[list[Method], dict[str, str]]:
+def chosen(names: str, calibration: Calibration | Exported | None, causal: bool) -> tuple[list[Method], dict[str, str]]:
     """(methods to run, {method: why it is left out}) for "all" or names separated by commas; dense is always there.
 
     Raises UsageError for a name that is none.

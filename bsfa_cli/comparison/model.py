@@ -17,18 +17,31 @@ from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import AttentionModule, attach
 
 from ..errors import BsfaError
-from ..intervals import wilson
 from ..models.load import LoadedModel
+from ..suites.run import Examiner, mode
+from ..suites.statistics import paired, wilson
 from ..timing.baselines import CPU_SDPA, SDPA
 from ..timing.interleave import Contender, first_call, measure
 from ..verification.logits import Head, Predictions
 from .handlers import DenseAttention, MethodAttention, Stopwatch
-from .measure import ATTENTION, SELECTION, Entry
+from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method
 
-GROUPED = ("cuDNN", "FlashAttention-2", "PyTorch's CPU flash attention")  # dense backends with grouped queries
-# {task: (right answers, questions)} of the model as it stands, with whatever handlers it has.
-Score = Callable[[torch.nn.Module], dict[str, tuple[int, int]]]
+# {task: whether each question was answered right, 0 or 1} of the model with whatever handlers it has.
+Score = Callable[[torch.nn.Module], dict[str, list[float]]]
+
+
+def score_questions(loaded: LoadedModel, questions: list) -> tuple[Score, str]:
+    """(score on suites.questions, how they are asked: teacher-forced or generated)."""
+    examiner = Examiner(loaded.model, loaded.tokenizer)
+
+    def score(model) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for question in questions:
+            found.setdefault(question.task, []).append(float(examiner.ask(question).exact))
+        return found
+
+    return score, mode(questions[0])
 
 
 @dataclass
@@ -150,7 +163,7 @@ class ModelBench:
                 rows.append({
                     "method": method.name, "knob": method.knob, "setting": setting,
                     "published": setting == method.published, "selection_ms": selection, "attention_ms": attention,
-                    "total_ms": selection + attention, "accuracy": accuracy(run.scored),
+                    "total_ms": selection + attention, "accuracy": accuracy(run.scored, dense_score),
                     "agreement": run.predictions.summary(),
                 } | times | run.entry.quality.summary())  # fmt: skip
         fastest = min(baselines, key=lambda found: found["ms_median"], default=None)
@@ -160,9 +173,9 @@ class ModelBench:
             "level": "model",
             "label": "task" if dense_score is not None else "text",
             "length": length,
-            "backend": "auto",
+            "backend": next((row["backend"] for row in rows), None),
             "dense": baselines,
-            "dense_accuracy": accuracy(dense_score),
+            "dense_accuracy": accuracy(dense_score, None),
             "fastest_dense": fastest and fastest["name"],
             "fastest_dense_ms": fastest and fastest["ms_median"],
             "fastest_ttft_ms": min((found["ttft_ms"] for found in baselines), default=None),
@@ -171,16 +184,23 @@ class ModelBench:
         }
 
 
-def accuracy(scored: dict[str, tuple[int, int]] | None) -> dict | None:
-    """JSON of {task: (right, questions)}: mean over tasks, the worst task, and each with its 95 % Wilson interval."""
+def accuracy(scored: dict[str, list[float]] | None, dense: dict[str, list[float]] | None) -> dict | None:
+    """JSON of {task: right or not, question by question}: mean over tasks, the worst task, each with its 95 % Wilson
+    interval, and the paired difference from dense attention on the same questions.
+    """
     if not scored:
         return None
     tasks = {}
-    for name, (right, total) in scored.items():
-        low, high = wilson(right, total)
-        tasks[name] = {"right": right, "questions": total, "accuracy": right / total, "low": low, "high": high}
-    right, total = (sum(count[i] for count in scored.values()) for i in (0, 1))
-    low, high = wilson(right, total)
+    for name, answers in scored.items():
+        low, high = wilson(round(sum(answers)), len(answers))
+        tasks[name] = {
+            "questions": len(answers), "accuracy": sum(answers) / len(answers), "low": low, "high": high,
+        }  # fmt: skip
+    everything = [answer for answers in scored.values() for answer in answers]
+    low, high = wilson(round(sum(everything)), len(everything))
     worst = min(tasks, key=lambda name: tasks[name]["accuracy"])
     mean = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
-    return {"mean": mean, "all": right / total, "low": low, "high": high, "worst": worst, "tasks": tasks}
+    against = None
+    if dense:
+        against = paired(everything, [answer for name in scored for answer in dense[name]])
+    return {"mean": mean, "low": low, "high": high, "worst": worst, "tasks": tasks, "against_dense": against}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from bsfa_kernels import Attention, TileShape
+from bsfa_kernels import Attention, TileShape, block_sparse_attention, explain
 from bsfa_kernels.tiles import query_tile_count, visit
 
 from ..verification.layers import DroppedMass
+from .methods import Choice, attend
 
 
 def tile_counts(length: int, tile: TileShape, causal: bool, keep_sink: bool) -> tuple[int, int]:
@@ -34,10 +35,24 @@ class Quality:
     masses: list[DroppedMass] = field(default_factory=list)
     needle: list[torch.Tensor] = field(default_factory=list)  # kept mass of the rows that look for a needle
     finite: bool = True
+    backend: str | None = None
     layers: list[dict] = field(default_factory=list)
 
+    def measure(self, layer, choice: Choice, tile: TileShape, exact: Attention | None = None) -> torch.Tensor:
+        """Attend with a method's choice on `layer` (tensors.Layer), add what is lost; returns the output.
+
+        `exact`: attention with every tile kept, with its lse, where the caller has it.
+        """
+        options = dict(scale=layer.scale, causal=layer.causal, tile=tile)
+        result = attend(layer.q, choice, return_lse=True, return_counts=True, **options)
+        self.backend, _ = explain(layer.q, choice.k, choice.v, choice.gate, **choice.options, **options)
+        if exact is None:
+            exact = block_sparse_attention(layer.q, layer.k, layer.v, return_lse=True, **options)
+        self.add(layer, result, exact, tile, choice.options.get("keep_sink", True))
+        return result.out
+
     def add(self, layer, result: Attention, exact: Attention, tile: TileShape, keep_sink: bool) -> None:
-        """`result` has lse and counts, `exact` its lse; both of `layer` (tensors.Layer)."""
+        """`result` has lse and counts, `exact` its lse; both of `layer`."""
         heads, length = layer.q.shape[1:3]
         everything, forced = (heads * n for n in tile_counts(length, tile, layer.causal, keep_sink))
         candidates, kept = (int(x.sum(dtype=torch.int64)) for x in (result.candidates, result.kept))
@@ -85,6 +100,7 @@ class Quality:
             "error": _finite((self.error / self.norm) ** 0.5 if self.norm else 0.0),
             "needle": needle,
             "finite": self.finite,
+            "backend": self.backend,
             "note": note,
             "layers": self.layers,
         }

@@ -10,7 +10,7 @@ from bsfa_kernels import TileShape
 from .. import environment
 from ..errors import InputError
 from . import matching, methods
-from .calibration import Calibration
+from .calibration import Calibration, Exported
 from .measure import Bench
 
 
@@ -67,16 +67,17 @@ def cell(
 
 
 def model_cell(
-    loaded, calibration: Calibration | None, names: str, tile: TileShape, device: torch.device, texts: list,
-    seconds: float, seed: int, score=None, begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    loaded, calibration: Calibration | Exported | None, names: str, tile: TileShape, device: torch.device, texts: list,
+    seconds: float, seed: int, questions: list, begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
 ) -> dict:  # fmt: skip
-    """All methods inside a model (models.load.LoadedModel) on `texts` of equal length; `score` as model.Score."""
+    """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any."""
     from ..calibration.run import chosen_modules
-    from .model import ModelBench
+    from .model import ModelBench, score_questions
 
     modules, passed_over = chosen_modules(loaded.model, None)
     chosen, left_out = methods.chosen(names, calibration, True)
     bench = ModelBench(loaded, modules, chosen, tile, device)
+    score, asked = score_questions(loaded, questions) if questions else (None, None)
     found = bench.cell(texts, len(texts[0].tokens), seconds, seed, score, begin(len(bench.runs)))
     label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
     return found | {
@@ -84,6 +85,7 @@ def model_cell(
         "source": {"model": loaded.identity, "texts": [text.source for text in texts], "dense_modules": passed_over},
         "calibrated_on": None if calibration is None else calibration.source,
         "left_out": left_out,
+        "asked": asked,
     }
 
 

@@ -15,6 +15,7 @@ METHOD_COLOURS = (*COLOURS[1:], "#2a9d8f", "#c0392b", "#6c5ce7", "#795548", "#9e
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 AXES = {
     "total_ms": "ms, selection and attention",
+    "attention_ms": "ms, attention alone",
     "ttft_ms": "ms to the first logits",
     "density": "share of tiles kept",
 }
@@ -30,7 +31,7 @@ def pareto_plot(cell: dict, axis: str, metric: str, words: str) -> str:
     if not lines:
         return ""
     xs = [x for points in lines.values() for x, _, _ in points]
-    dense = cell["fastest_dense_ms"] if axis == "total_ms" else None
+    dense = cell["fastest_dense_ms"] if axis in ("total_ms", "attention_ms") else None
     right = max(xs + [dense or 0]) * 1.05
     ys = [y for points in lines.values() for _, y, _ in points]
     low, high = min(ys), max(ys)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ..comparison import matching
 from ..errors import BsfaError, InputError
-from ..files import write_whole
-from ..timing.compare import read
+from ..files import read_result, write_whole
+from ..timing.compare import FORMATS
+from . import compare_readme
 from .plot import speedup_plot
 from .profile_table import head_shape
+from .versions import versions
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTABLE = 0.02  # distance between skip rates asked for and reached from which the table says so
@@ -21,12 +24,15 @@ NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to 
 
 def rendered(root: Path) -> dict[Path, str]:
     """{file: its content} for README.md and each plot, as they should be. Raises InputError for a bad file."""
-    results = {path: read(path) for path in sorted((root / "profiles" / "results").glob("*.json"))}
+    formats = FORMATS | {matching.KIND: matching.FORMAT}
     files, blocks = {}, []
-    for path, result in results.items():
-        blocks.append(block(result, path.relative_to(root).as_posix(), path.with_suffix(".svg").relative_to(root)))
+    for path in sorted((root / "profiles" / "results").glob("*.json")):
+        result, plot = read_result(path, formats), path.with_suffix(".svg")
+        profile = result["kind"] != matching.KIND
+        describe = block if profile else compare_readme.block
+        blocks.append(describe(result, path.relative_to(root).as_posix(), plot.relative_to(root)))
         if result["cells"]:
-            files[path.with_suffix(".svg")] = speedup_plot(result)
+            files[plot] = speedup_plot(result) if profile else compare_readme.plot_of(result)
     readme = (root / "README.md").read_text(encoding="utf-8")
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise InputError(f"README.md needs one line '{BEGIN}' and one line '{END}'")
@@ -39,15 +45,11 @@ def rendered(root: Path) -> dict[Path, str]:
 def block(result: dict, source: str, plot: Path) -> str:
     """Markdown for one stored profile: what it was measured on, a table per head shape, the plot."""
     facts = result["environment"]
-    versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
-    if facts.get("commit"):
-        changed = " with uncommitted changes" if facts["commit"].endswith("+") else ""
-        versions += f", commit {facts['commit'][:COMMIT_DIGITS]}{changed}"
     ceiling = result.get("ceiling")
     subject = result["profile"] if result["cells"] else "Prefill"
     data = " Synthetic data, thresholds fitted to it." if result["cells"] else ""
     lines = [f"### {subject} on {facts.get('gpu') or 'a CPU'}", ""]
-    lines.append(f"{versions}.{data} Raw samples: [`{source}`]({source}).")
+    lines.append(f"{versions(facts)}.{data} Raw samples: [`{source}`]({source}).")
     if ceiling:
         lines[-1] += f" A {ceiling['size']}^3 {ceiling['dtype']} matmul reached {ceiling['tflops']:.0f} TFLOP/s."
     if not result.get("complete"):
@@ -59,16 +61,6 @@ def block(result: dict, source: str, plot: Path) -> str:
     if result["cells"]:
         lines += ["", f"![Speedup against length]({plot.as_posix()})"]
     return "\n".join(lines)
-
-
-VERSIONS = (
-    ("driver", "driver"),
-    ("PyTorch", "torch"),
-    ("CUDA", "cuda"),
-    ("cuDNN", "cudnn"),
-    ("Triton", "triton"),
-)
-COMMIT_DIGITS = 10
 
 
 def _by_shape(cells: list[dict]) -> dict[str, list[dict]]:

@@ -15,7 +15,7 @@ from .pareto import pareto_plot
 from .plot import speedup_plot
 from .profile_table import HEADINGS as PROFILE_HEADINGS
 from .profile_table import cell_rows, head_shape, verdict
-from .readme import VERSIONS
+from .versions import versions
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e; --rule: #d1d9e0; --best: #dafbe1 }
@@ -31,7 +31,7 @@ th, td { padding: 3px 10px; border-bottom: 1px solid var(--rule); text-align: ri
 th:first-child, td:first-child { text-align: left } td.best { background: var(--best); font-weight: 600 }
 svg.chart, figure svg { max-width: 100%; height: auto } figure { margin: 16px 0 } summary { cursor: pointer }
 """
-AXES = ("total_ms", "ttft_ms", "density")
+AXES = ("total_ms", "attention_ms", "ttft_ms", "density")
 MAIN = ("accuracy.mean", "agreement.top1", "needle.mean", "recall.mean", "error")  # metrics that get plots
 
 
@@ -53,7 +53,8 @@ def _comparison(path: Path, result: dict) -> str:
     parts.append(_aside(
         f"Tiles of {result['tile']}. Every method runs through the same kernel on the same inputs, in turns with the "
         "dense baselines; time is selection and attention together. Density is the share of causal tiles that are "
-        "weighed; a gate has to score the others too."
+        "weighed; a gate has to score the others too, and FLOP density counts that. Selections are plain PyTorch: a "
+        "method's own kernels may select faster, hence the tables and plots of attention alone."
     ))  # fmt: skip
     rows = break_even_rows(result)
     if rows:
@@ -103,10 +104,11 @@ def _profile(path: Path, result: dict) -> str:
 
 def _heading(kind: str, path: Path, result: dict) -> str:
     facts = result["environment"]
-    versions = ", ".join(f"{name} {facts[key]}" for name, key in VERSIONS if facts.get(key))
     cut = "" if result.get("complete") else " This run was cut short."
     machine = facts.get("gpu") or "a CPU (its times say nothing about a GPU)"
-    return f"<h2>{kind} on {escape(machine)}</h2>" + _aside(f"{path.name}; {versions}; seed {result['seed']}.{cut}")
+    return f"<h2>{kind} on {escape(machine)}</h2>" + _aside(
+        f"{path.name}; {versions(facts)}; seed {result['seed']}.{cut}"
+    )
 
 
 def _matched(headings: list[str], table: dict[str, list[float | None]], largest: bool) -> str:

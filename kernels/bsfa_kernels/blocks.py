@@ -48,9 +48,10 @@ class BlockLists:
 
     @staticmethod
     def from_mask(mask: torch.Tensor) -> BlockLists:
-        """The tiles set in `mask`, bool [B, Hq, query tiles, key tiles], each list from right to left.
+        """The tiles set in `mask`, bool [B, Hq, query tiles, key tiles].
 
-        Runs on the mask's device without waiting for it; the capacity is the number of key tiles.
+        One entry a key tile, -1 where it is not set: nothing has to be sorted, and what selects tiles on the device
+        pays one pass. Runs on the mask's device without waiting for it.
 
         Raises ValueError for a mask of another type or number of axes.
         """
@@ -60,8 +61,8 @@ class BlockLists:
                 f"got {mask.dtype} {list(mask.shape)}"
             )
         tile = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-        indices = torch.where(mask, tile, -1).sort(-1, descending=True).values
-        return BlockLists(indices, mask.sum(-1, dtype=torch.int32))
+        counts = torch.full(mask.shape[:3], mask.shape[-1], dtype=torch.int32, device=mask.device)
+        return BlockLists(torch.where(mask, tile, -1), counts)
 
     def to(self, device: torch.device | str) -> BlockLists:
         return BlockLists(self.indices.to(device), self.counts.to(device))
