@@ -1,4 +1,4 @@
-# make demo        install, then calibrate -> export -> verify -> profile on an embedded model (no GPU, no network)
+# make demo        install, then calibrate -> export -> verify -> profile on the bundled model (no GPU, no network)
 # make test        install, then every test that needs no GPU
 # make lint        ruff
 # make readme      README.md's table and the plots, again from profiles/results/*.json
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= profiles/results
 DEMO := demo
+ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.95 --json
 PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
 PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \
@@ -34,15 +35,19 @@ $(STAMP): constraints.txt pyproject.toml
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
-	$(BIN)/bsfa calibrate -o $(DEMO)/run
-	$(BIN)/bsfa export $(DEMO)/run -o $(DEMO)/thresholds.safetensors --target-skip 0.15
-	$(BIN)/bsfa verify --thresholds $(DEMO)/thresholds.safetensors --min-skip 0.1 --json > $(DEMO)/verify.json
+	$(BIN)/bsfa calibrate -o $(DEMO)/run --data tasks:multi-key,records,tracking-1
+	$(BIN)/bsfa export $(DEMO)/run -o $(DEMO)/thresholds.safetensors --target-skip 0.6
+	$(BIN)/bsfa export $(DEMO)/run -o $(DEMO)/reckless.safetensors --target-skip 0.95 --gate absolute
+	$(BIN)/bsfa verify --thresholds $(DEMO)/thresholds.safetensors $(ASK) --heat-map $(DEMO)/verify.svg > $(DEMO)/verify.json
+	@echo "The same with far too many tiles skipped, which must fail:"
+	! $(BIN)/bsfa verify --thresholds $(DEMO)/reckless.safetensors $(ASK) > $(DEMO)/reckless.json
 	$(BIN)/bsfa profile --profile tiny --output $(DEMO)/profile.json --plot $(DEMO)/profile.svg
 	@echo
 	@echo "What was written (the model is small; speeds are this CPU's and say nothing about a GPU):"
 	@echo "  $(DEMO)/run/                    tile statistics of every layer and head   (bsfa calibrate)"
 	@echo "  $(DEMO)/thresholds.safetensors  the thresholds a server would load        (bsfa export)"
-	@echo "  $(DEMO)/verify.json             dense against sparse, layer by layer      (bsfa verify)"
+	@echo "  $(DEMO)/verify.json, .svg       answers dense and sparse, by task         (bsfa verify)"
+	@echo "  $(DEMO)/reckless.json           the same where they are lost"
 	@echo "  $(DEMO)/profile.json, .svg      time against skip rate on this machine    (bsfa profile)"
 
 # Triton decides at import whether kernels run in its interpreter, hence two runs.

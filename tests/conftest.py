@@ -14,6 +14,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """A folder with a small random model, which takes the place of the bundled one for the tests of a module."""
+    import random_llama
+
+    from bsfa_cli.models import load
+
+    folder = tmp_path_factory.mktemp("random") / "model"
+    random_llama.save(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "BUNDLED", folder)
+        yield folder
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run a command line in this process: run("env", "--json") has .code, .out and .err."""

@@ -10,10 +10,12 @@ import pickle
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("random_model")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The embedded model as a checkpoint directory."""
+    """The random model as a checkpoint directory."""
     from bsfa_cli.models.load import load_model
 
     folder = tmp_path_factory.mktemp("model")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from bsfa_kernels.integrations.transformers import apply
 from bsfa_kernels.thresholds import Thresholds
+from random_llama import build, build_tokenizer
 
 from bsfa_cli import app, files
 from bsfa_cli.calibration import run as calibration
 from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.calibration.store import Run
-from bsfa_cli.models.embedded import build, build_tokenizer
 
+pytestmark = pytest.mark.usefixtures("random_model")
 RUN_FILES = ("run.json", "fit.safetensors", "heldout.safetensors")
 SMALL = ["--samples", "5", "--length", "768", "--top-k", "1,2,3", "--device", "cpu"]
 
@@ -35,15 +36,16 @@ def bsfa(monkeypatch, capfd):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, random_model):
     """A finished run, calibrated in another process."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    bsfa_process(path).communicate()
+    bsfa_process(path, random_model).communicate()
     return path
 
 
-def bsfa_process(path, prelude=""):
-    code = f"import sys\n{prelude}\nfrom bsfa_cli import app\nsys.exit(app.run())"
+def bsfa_process(path, model, prelude=""):
+    bundled = f"import pathlib\nfrom bsfa_cli.models import load\nload.BUNDLED = pathlib.Path({str(model)!r})"
+    code = f"import sys\n{bundled}\n{prelude}\nfrom bsfa_cli import app\nsys.exit(app.run())"
     command = [sys.executable, "-c", code, "calibrate", "-o", str(path), *SMALL]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -83,10 +85,10 @@ os.replace = dying
 
 @pytest.mark.parametrize("prelude, survived", [(DIE_IN_SAMPLE_3, 2), (DIE_WHILE_WRITING, 2)], ids=["sample", "write"])
 def test_kill_loses_the_sample_in_progress_and_the_same_command_ends_in_the_same_bytes(
-    prelude, survived, finished, tmp_path, bsfa
+    prelude, survived, finished, random_model, tmp_path, bsfa
 ):
     path = tmp_path / "run"
-    process = bsfa_process(path, prelude)
+    process = bsfa_process(path, random_model, prelude)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert sum(len(Run.open(path).load(role)[0]) for role in ("fit", "heldout")) == survived
@@ -115,9 +117,9 @@ def test_interrupt_says_how_to_resume(finished, tmp_path, bsfa, monkeypatch):
     assert contents(tmp_path / "run") == contents(finished)
 
 
-def test_a_signal_from_the_terminal_ends_it_cleanly(tmp_path):
+def test_a_signal_from_the_terminal_ends_it_cleanly(tmp_path, random_model):
     path = tmp_path / "run"
-    process = bsfa_process(path, SLEEP)
+    process = bsfa_process(path, random_model, SLEEP)
     deadline = time.monotonic() + 60
     while not (path / ".lock").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -15,12 +15,14 @@ from bsfa_cli.comparison import run as comparison
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.models.load import load_model
 
+pytestmark = pytest.mark.usefixtures("random_model")
+
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two captures of the embedded model, different texts."""
+    """Two captures of the random model, different texts."""
     folder = tmp_path_factory.mktemp("captured")
     loaded = load_model(None, device="cpu")
     modules = bsfa.attention_modules(loaded.model)
@@ -50,7 +52,7 @@ def test_captured_tensors_are_those_of_the_layers(files):
     assert torch.allclose(layers[0].v.float(), v, atol=1e-5)
     assert torch.allclose(layers[0].q.float().norm(dim=-1), q.norm(dim=-1), rtol=1e-4)
     assert not torch.allclose(layers[0].q.float()[:, :, 1:], q[:, :, 1:], atol=1e-2)
-    assert source.label == "captured from bsfa/embedded-random-llama (random weights: says nothing about accuracy)"
+    assert source.label == "captured from bsfa/retrieval-llama (random weights: says nothing about accuracy)"
 
 
 def test_a_comparison_runs_on_captured_layers(files):

@@ -7,7 +7,7 @@ import pytest
 from bsfa_cli.calibration.data import data_hash, load_texts
 from bsfa_cli.calibration.generated_text import KINDS, generate
 from bsfa_cli.errors import InputError, UsageError
-from bsfa_cli.models.embedded import build_tokenizer
+from bsfa_cli.models.random_weights import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -151,3 +151,25 @@ def test_top_k_keeps_about_k_tiles_and_its_estimate_is_close(fitted, held_out):
     assert thresholds[:, short].eq(-torch.inf).all() and thresholds[:, short[-1] + 1 :].isfinite().all()
     with pytest.raises(UsageError, match="--top-k 3 was not collected; the run has 2, 4"):
         fit.top_k(fitted, PLAN, 3)
+
+
+@pytest.mark.parametrize("gate", GRIDS)
+def test_an_even_skip_is_even(gate, fitted):
+    table = fit.Table.of(fitted, gate)
+    choice = fit.even_skip(table, 0.4)
+    dropped = table.dropped.gather(-1, choice[..., None])[..., 0]
+    reachable = table.dropped[..., -1] >= 0.4 * table.candidates
+    assert reachable.any() and (dropped >= 0.4 * table.candidates)[reachable].all()
+    less = table.dropped.gather(-1, (choice - 1).clamp(min=0)[..., None])[..., 0]
+    assert (less < 0.4 * table.candidates)[reachable & (choice > 0)].all()
+    assert (dropped == table.dropped[..., -1])[~reachable].all()
+
+
+@pytest.mark.parametrize("gate", GRIDS)
+def test_one_threshold_is_one_and_reaches_its_rate(gate, fitted):
+    table = fit.Table.of(fitted, gate)
+    choice = fit.one_threshold(table, 0.4)
+    assert len(choice.unique()) == 1
+    assert fit.evaluate(table, choice, 0.99).skip >= 0.4 > fit.evaluate(table, choice - 1, 0.99).skip
+    with pytest.raises(UsageError, match="cannot be reached"):
+        fit.one_threshold(fit.Table.of(fitted, "gap"), 0.9999)

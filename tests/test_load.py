@@ -8,8 +8,10 @@ import torch
 import transformers
 
 from bsfa_cli.errors import InputError, MachineError, UsageError
-from bsfa_cli.models import embedded
+from bsfa_cli.models import load, random_weights
 from bsfa_cli.models.load import explain_memory, load_model, resolve_device, resolve_dtype
+from bsfa_cli.suites import vocabulary
+from bsfa_cli.suites.questions import Plan, is_bundled
 
 TINY = dict(
     vocab_size=257, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=32,
@@ -24,7 +26,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).to(torch.bfloat16)
     model.save_pretrained(path)
-    embedded.build_tokenizer().save_pretrained(path)
+    random_weights.build_tokenizer().save_pretrained(path)
     return path
 
 
@@ -56,20 +58,33 @@ def test_a_directory_loads_with_its_identity(saved):
     assert again.identity == loaded.identity
 
 
-def test_the_embedded_model_is_the_same_every_time_and_says_what_it_is(tmp_path):
-    first, second = (load_model(None, device="cpu", dtype=dtype) for dtype in ("auto", "bfloat16"))
+def test_the_bundled_model_is_the_same_every_time_and_says_what_it_is(tmp_path):
+    first, second = (load_model(name, device="cpu", dtype="bfloat16") for name in (None, "bsfa/retrieval-llama"))
     assert first.identity == second.identity
-    assert first.identity["id"] == "bsfa/embedded-random-llama"
-    first.model.save_pretrained(tmp_path)
-    first.tokenizer.save_pretrained(tmp_path)
-    saved = load_model(tmp_path, device="cpu").identity
-    assert saved == {**first.identity, "id": tmp_path.name}
-    assert "nothing about accuracy" in first.label
+    assert first.identity["id"] == "bsfa/retrieval-llama" and first.identity["head_dim"] == 128
+    assert "synthetic retrieval tasks only" in first.label
+    shutil.copytree(load.BUNDLED, tmp_path / "copy")
+    assert load_model(tmp_path / "copy", device="cpu").identity == {**first.identity, "id": "copy"}
+
+
+def test_the_bundled_tokenizer_is_the_one_that_tasks_are_made_with(tmp_path):
+    shipped = load_model(None, device="cpu").tokenizer
+    assert is_bundled(shipped)
+    vocabulary.build_tokenizer().save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (load.BUNDLED / "tokenizer.json").read_bytes()
+    document = Plan(("frequent-words",), (512,), 1).draw("frequent-words", 512, 0).batch.tokens[0]
+    assert shipped(shipped.decode(document[1:])).input_ids == document.tolist()
+
+
+def test_the_bundled_model_fits_the_package():
+    assert sum(file.stat().st_size for file in load.BUNDLED.iterdir()) < 8_000_000
+
+
+def test_byte_level_tokens():
+    tokenizer = random_weights.build_tokenizer()
     text = "Grüße, 世界\t\n"
-    tokens = first.tokenizer(text).input_ids
-    assert tokens == list(text.encode()) and first.tokenizer.decode(tokens) == text
-    with torch.no_grad():
-        assert first.model(torch.tensor([tokens])).logits.isfinite().all()
+    tokens = tokenizer(text).input_ids
+    assert tokens == list(text.encode()) and tokenizer.decode(tokens) == text
 
 
 def test_missing_and_empty_directories_and_files(tmp_path, checkpoint):
@@ -144,7 +159,7 @@ def test_truncated_missing_and_incomplete_weights(checkpoint):
 )
 def test_models_that_are_no_causal_language_models(model, tmp_path):
     model().save_pretrained(tmp_path)
-    embedded.build_tokenizer().save_pretrained(tmp_path)
+    random_weights.build_tokenizer().save_pretrained(tmp_path)
     message = refused(tmp_path)
     assert "encoder" in message
 
@@ -181,12 +196,10 @@ def test_running_out_of_memory_names_the_option():
 
 
 def test_a_checkpoint_with_random_weights_keeps_its_label(tmp_path, monkeypatch):
-    from bsfa_cli.models import random_weights
-
     small = random_weights.config()
     small.update(dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=300, head_dim=32))
     small.update(dict(num_attention_heads=2, num_key_value_heads=1))
     monkeypatch.setattr(random_weights, "config", lambda: small)
     random_weights.build(0, "cpu").save_pretrained(tmp_path)
-    embedded.build_tokenizer().save_pretrained(tmp_path)
+    random_weights.build_tokenizer().save_pretrained(tmp_path)
     assert "nothing about accuracy" in load_model(tmp_path, device="cpu").label

@@ -8,8 +8,7 @@ import torch
 from bsfa_kernels import Gate, TileShape
 from bsfa_kernels.integrations.transformers import model_identity
 from bsfa_kernels.thresholds import Thresholds
-
-from bsfa_cli.models.embedded import build, build_tokenizer
+from random_llama import build, build_tokenizer
 
 TILES = 9
 

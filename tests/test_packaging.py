@@ -48,6 +48,8 @@ def test_a_plain_installation_finds_its_own_files(installed, tmp_path):
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         "import bsfa_cli, bsfa_kernels, bsfa_cli.app\n"
         "from bsfa_cli.timing import plan\n"
+        "from bsfa_cli.models import load\n"
+        "assert (load.BUNDLED / 'model.safetensors').is_file() and (load.BUNDLED / 'tokenizer.json').is_file()\n"
         "print(bsfa_cli.__file__, bsfa_kernels.__file__, plan._folder(), *plan.available(), sep='\\n')"
     )
     lines = python(code, tmp_path).splitlines()

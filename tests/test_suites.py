@@ -8,7 +8,7 @@ import torch
 
 from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.errors import InputError, UsageError
-from bsfa_cli.models import embedded
+from bsfa_cli.models import random_weights
 from bsfa_cli.suites import ruler, statistics, tasks
 from bsfa_cli.suites.questions import HELD_OUT, Plan, TextQuestion, as_text, is_bundled, parse_names
 from bsfa_cli.suites.run import Examiner, Score, match, mode
@@ -65,7 +65,7 @@ def test_a_plan_takes_tasks_and_lengths_in_turn():
 
 
 def test_another_tokenizer_gets_text_of_its_own_length():
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = random_weights.build_tokenizer()
     assert is_bundled(build_tokenizer()) and not is_bundled(tokenizer)
     plan = Plan(("multi-value", "records"), (3000,), 1)
     for question in plan.questions_for(tokenizer):
@@ -144,7 +144,7 @@ def test_string_match():
 
 
 def test_ruler_files_are_read_back_as_they_were_written(tmp_path):
-    tokenizer = embedded.build_tokenizer()
+    tokenizer = random_weights.build_tokenizer()
     questions = list(Plan(("single", "frequent-words"), (2000,), 2).questions_for(tokenizer))
     ruler.write(tmp_path / "q.jsonl", questions)
     assert ruler.read(tmp_path / "q.jsonl") == questions

@@ -2,13 +2,14 @@
 
 import json
 import random
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bsfa_cli.suites import tasks
-from bsfa_cli.training import curriculum, model
+from bsfa_cli.training import curriculum, curves, model
 from bsfa_cli.training.loop import Budget, Trainer
 
 PHASES = (curriculum.Phase(0.5, 128, 2, 0.5), curriculum.Phase(1.0, 160, 2, 0.2))
@@ -71,3 +72,12 @@ def test_repeats_are_supervised_where_the_token_can_be_known():
 def test_the_full_model_fits_the_package():
     parameters = sum(parameter.numel() for parameter in model.build(model.FULL, 0).parameters())
     assert parameters * 2 < 7.5e6
+
+
+def test_curves_are_means_of_the_last_questions(tmp_path):
+    entries = [
+        {"seconds": second, "kinds": {"repeats": [1, 1, 1], "single": [0.5, 0.5, right]}}
+        for second, right in ((1, 0.0), (2, 1.0), (11, 1.0))
+    ]
+    assert curves.curves([*entries, {"evaluated": 256}]) == {"single": [(5.0, 0.5), (15.0, 1.0)]}
+    assert ElementTree.fromstring(curves.draw(entries)).tag.endswith("svg")

@@ -20,6 +20,8 @@ from bsfa_cli.verification.kernel import check_kernel
 from bsfa_cli.verification.layers import DroppedMass, MeasuringAttention
 from bsfa_cli.verification.logits import Head, Predictions
 
+pytestmark = pytest.mark.usefixtures("random_model")
+
 TILE = TileShape(32, 64)
 
 

@@ -66,6 +66,11 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
     return found
 
 
+def default_data(tokenizer) -> str:
+    """What is read where no data is named: the tasks for the bundled model, which knows no other words."""
+    return f"{TASKS}{questions.ALL}" if questions.is_bundled(tokenizer) else f"{BUILTIN}mixed"
+
+
 def is_generated(spec: str) -> bool:
     """Whether `spec` names data made here instead of a file."""
     return spec.startswith((BUILTIN, TASKS))

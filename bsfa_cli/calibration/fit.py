@@ -71,14 +71,7 @@ def target_skip(table: Table, rate: float) -> torch.Tensor:
     go over from the cheaper to the dearer choice one by one until the rate is reached. Raises UsageError where even
     the highest threshold of the grid drops too little.
     """
-    wanted = math.ceil(rate * int(table.candidates.sum()) - 1e-6)
-    most = int(table.dropped[..., -1].sum())
-    if most < wanted or not int(table.candidates.sum()):
-        share = math.floor(1e4 * most / max(1, int(table.candidates.sum()))) / 1e4
-        raise UsageError(
-            f"--target-skip {rate:g} cannot be reached: the highest {table.gate} threshold drops {share:.4f} of the "
-            f"candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
-        )
+    wanted = _wanted(table, rate)
 
     def cheapest(price: float) -> torch.Tensor:
         return table.tightened((table.mass - price * table.dropped.double()).argmin(-1))
@@ -105,6 +98,36 @@ def target_skip(table: Table, rate: float) -> torch.Tensor:
     if int(count(low).sum()) < wanted:
         result[changed] = high.flatten()[changed]
     return result.view_as(low)
+
+
+def _wanted(table: Table, rate: float) -> int:
+    """Tiles to drop for `rate` of all candidates. Raises UsageError where the grid cannot."""
+    wanted = math.ceil(rate * int(table.candidates.sum()) - 1e-6)
+    most = int(table.dropped[..., -1].sum())
+    if most < wanted or not int(table.candidates.sum()):
+        share = math.floor(1e4 * most / max(1, int(table.candidates.sum()))) / 1e4
+        raise UsageError(
+            f"--target-skip {rate:g} cannot be reached: the highest {table.gate} threshold drops {share:.4f} of the "
+            f"candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
+        )
+    return wanted
+
+
+def even_skip(table: Table, rate: float) -> torch.Tensor:
+    """Choice [N, P] that drops at least `rate` of the candidate tiles in every unit alike, or all that its grid can."""
+    wanted = torch.ceil(rate * table.candidates - 1e-6).long()
+    enough = torch.searchsorted(table.dropped, wanted[..., None])[..., 0]
+    return table.tightened(enough.clamp(max=len(table.values) - 1))
+
+
+def one_threshold(table: Table, rate: float) -> torch.Tensor:
+    """Choice [N, P], the same threshold in every unit: the lowest that drops `rate` of all candidate tiles.
+
+    Raises UsageError where even the highest threshold of the grid drops too little.
+    """
+    wanted = _wanted(table, rate)
+    entry = int(torch.searchsorted(table.dropped.sum((0, 1)), wanted))
+    return torch.full_like(table.candidates, entry)
 
 
 def max_dropped_mass(table: Table, most: float, quantile: float) -> torch.Tensor:

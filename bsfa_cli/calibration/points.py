@@ -15,10 +15,16 @@ from .curves import octave
 from .data import is_generated
 from .store import Curves, Run
 
+CHOICES = {"target-skip": fit.target_skip, "even-skip": fit.even_skip, "one-threshold": fit.one_threshold}
+
 
 @dataclass(frozen=True)
 class Request:
-    """One point: recipe "top-k", "target-skip" or "max-dropped-mass", and what is asked of it."""
+    """One point: a recipe and what is asked of it.
+
+    "top-k" K; "max-dropped-mass" E; and for a skip rate R "target-skip" (shared out over heads so that the mass dropped
+    is least), "even-skip" (the same in every head) or "one-threshold" (for the whole model).
+    """
 
     recipe: str
     argument: float
@@ -28,8 +34,8 @@ class Request:
     def name(self) -> str:
         if self.recipe == "top-k":
             return f"topk-{self.argument:g}"
-        if self.recipe == "target-skip":
-            return f"skip-{100 * self.argument:.10g}"
+        if self.recipe in CHOICES:
+            return f"{self.recipe.removeprefix('target-')}-{100 * self.argument:.10g}"
         return f"mass-{self.argument:.10g}"
 
 
@@ -130,8 +136,8 @@ def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: 
         def reached(table, heads=slice(None)):
             return table and fit.evaluate_positions(table, plan, thresholds, quantile, heads)
     else:
-        if request.recipe == "target-skip":
-            choice = fit.target_skip(fitted, request.argument)
+        if request.recipe in CHOICES:
+            choice = CHOICES[request.recipe](fitted, request.argument)
         else:
             choice = fit.max_dropped_mass(fitted, request.argument, quantile)
         thresholds = fit.at_knots(fitted, plan, choice)

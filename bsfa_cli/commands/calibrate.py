@@ -16,17 +16,18 @@ DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
 def calibrate(
     model: Annotated[
-        str | None, Argument(help="Checkpoint directory or Hub id; a small random model when left out.")
+        str | None, Argument(help="Checkpoint directory or Hub id; the bundled retrieval model when left out.")
     ] = None,
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="RUN", help="Run directory; the same command resumes it.")
     ] = None,
     data: Annotated[
-        str,
+        str | None,
         Option(
-            help="A .txt or .jsonl file (text, input_text or input), builtin:NAME or tasks:NAME,NAME generated text."
+            help="A .txt or .jsonl file (text, input_text or input), builtin:NAME or tasks:NAME,NAME generated text; "
+            "tasks:all for the bundled model and builtin:mixed for others by default."
         ),
-    ] = "builtin:mixed",
+    ] = None,
     samples: Annotated[int, Option(min=1, help="Samples; every fourth is held out for checking.")] = 8,
     length: Annotated[
         int | None, Option(min=1, help="Tokens a sample, at most; 32768 on a GPU and 2048 on a CPU by default.")
@@ -50,7 +51,7 @@ def calibrate(
         raise UsageError(f"--tile must be one of {', '.join(TILES)}, got {tile!r}")
     ranks = _ranks(top_k)
 
-    from ..calibration.data import load_texts
+    from ..calibration.data import default_data, load_texts
     from ..environment import resolve_device
     from ..models.load import check_positions, load_model
     from ..presentation.console import note, print_json
@@ -67,6 +68,7 @@ def calibrate(
 
     from ..calibration import run
 
+    data = data or default_data(loaded.tokenizer)
     modules, dense = run.chosen_modules(loaded.model, layers)
     texts = load_texts(
         data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=2 * max(rows, keys)

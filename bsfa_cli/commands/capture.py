@@ -15,10 +15,12 @@ DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
 def capture(
     model: Annotated[
-        str | None, Argument(help="Checkpoint directory or Hub id; a small random model when left out.")
+        str | None, Argument(help="Checkpoint directory or Hub id; the bundled retrieval model when left out.")
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The safetensors file.")] = None,
-    data: Annotated[str, Option(help="The prompt: .txt, .jsonl or builtin:NAME, as for calibrate.")] = "builtin:mixed",
+    data: Annotated[
+        str | None, Option(help="The prompt: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
+    ] = None,
     length: Annotated[
         int | None, Option(min=1, help="Tokens of the prompt; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
@@ -33,7 +35,7 @@ def capture(
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
 
-    from ..calibration.data import load_texts
+    from ..calibration.data import default_data, load_texts
     from ..calibration.run import chosen_modules
     from ..comparison import tensors
     from ..comparison.capture import capture as run
@@ -50,6 +52,7 @@ def capture(
         note(f"{loaded.identity['id']}: {loaded.label}")
     check_positions(loaded.model.config, length, "--length")
     modules, _ = chosen_modules(loaded.model, layers)
+    data = data or default_data(loaded.tokenizer)
     (text,) = load_texts(data, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if len(text.tokens) < length:
         raise InputError(f"{data}: its longest prompt has {len(text.tokens)} tokens, {length} were asked for")

@@ -29,8 +29,8 @@ def compare(
         Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
     ] = None,
     data: Annotated[
-        str, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
-    ] = "builtin:mixed",
+        str | None, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
+    ] = None,
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
     tasks: Annotated[
         str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
@@ -185,11 +185,12 @@ def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, 
     return loaded, Calibration.of_run(opened) if opened else None
 
 
-def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
-    from ..calibration.data import load_texts
+def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> list:
+    from ..calibration.data import default_data, load_texts
     from ..models.load import check_positions
 
     check_positions(loaded.model.config, length, "--length")
+    data = data or default_data(loaded.tokenizer)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if any(len(text.tokens) < length for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")

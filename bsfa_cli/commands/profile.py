@@ -41,8 +41,8 @@ def profile(
     thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
     data: Annotated[
-        str, Option(help="Prompt for --end-to-end: .txt, .jsonl or builtin:NAME, as for calibrate.")
-    ] = "builtin:mixed",
+        str | None, Option(help="Prompt for --end-to-end: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
+    ] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
     plot: Annotated[Path | None, Option(help="Write an SVG plot of speedup against length.")] = None,
     baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,

@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Argument, Option
 
 from ..errors import GateFailed, UsageError
 from ..options import Config, Device, Dtype, Json
 
+if TYPE_CHECKING:
+    from bsfa_kernels.thresholds import Thresholds
+
+    from ..models.load import LoadedModel
+    from ..verification.gates import Gates
+
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
 
 def verify(
     model: Annotated[
-        str | None, Argument(help="Checkpoint directory or Hub id; the embedded random model by default.")
+        str | None, Argument(help="Checkpoint directory or Hub id; the bundled retrieval model by default.")
     ] = None,
     thresholds: Annotated[Path, Option(help="Thresholds artifact made by bsfa export.")] = ...,
     point: Annotated[str | None, Option(help="Operating point in the artifact; all of them by default.")] = None,
     data: Annotated[
-        str, Option(help="Texts to verify on: .txt, .jsonl or builtin:NAME, as for calibrate.")
-    ] = "builtin:mixed",
+        str | None, Option(help="Texts to verify on: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
+    ] = None,
     samples: Annotated[int, Option(min=1, help="Number of texts.")] = 2,
     length: Annotated[
         int | None, Option(min=2, help="Tokens a text, at most; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
-    seed: Annotated[int | None, Option(help="Seed of the texts; by default another one than calibration used.")] = None,
+    seed: Annotated[
+        int | None, Option(min=0, help="Seed of the texts or questions; by default another one than calibration used.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        Option(help="Ask questions instead: all, task names (single,multi-key,...), or a RULER .jsonl file."),
+    ] = None,
+    questions: Annotated[int, Option(min=1, help="With --tasks: questions for each task and length.")] = 20,
+    lengths: Annotated[str | None, Option(help="With --tasks: several, e.g. 4096,32768, instead of --length.")] = None,
+    min_retention: Annotated[
+        float | None, Option(help="With --tasks: fail below this share of the dense model's right answers.")
+    ] = None,
+    heat_map: Annotated[
+        Path | None, Option(metavar="FILE.svg", help="With --tasks: draw accuracy by length and depth.")
+    ] = None,
+    save_questions: Annotated[
+        Path | None, Option(metavar="FILE.jsonl", help="With --tasks: write the questions as a RULER file.")
+    ] = None,
     min_top1: Annotated[
         float | None, Option(help="Fail below this share of positions where sparse and dense predict the same token.")
     ] = None,
@@ -47,15 +71,11 @@ def verify(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Compare the model at an operating point with its dense self: kernel, layers, predictions."""
+    """Compare the model at an operating point with its dense self: kernel, layers, predictions, or answers."""
     from ..verification.gates import Gates
 
-    gates = Gates(min_top1, max_perplexity_increase, max_dropped_mass, min_skip)
-    if negative_control and not gates.judge_accuracy:
-        raise UsageError(
-            "--negative-control needs an accuracy gate that it can fail: --min-top1, --max-perplexity-increase or "
-            "--max-dropped-mass"
-        )
+    gates = Gates(min_top1, max_perplexity_increase, max_dropped_mass, min_skip, min_retention)
+    _check_options(tasks, gates, negative_control, lengths, heat_map, save_questions)
 
     from bsfa_kernels.backends import NAMES
     from bsfa_kernels.thresholds import Thresholds
@@ -66,11 +86,9 @@ def verify(
     points = [each.name for each in artifact.points] if point is None else [point]
     artifact.index(points[0])
 
-    from ..calibration.data import data_hash, load_texts
     from ..environment import describe
-    from ..models.load import check_positions, explain_memory, load_model, resolve_device
-    from ..presentation import verify_table
-    from ..presentation.console import note, print_json, progress
+    from ..models.load import load_model, resolve_device
+    from ..presentation.console import note, print_json
     from ..verification import run
 
     device = resolve_device(device)
@@ -79,8 +97,56 @@ def verify(
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
-    check_positions(loaded.model.config, length, "--length")
     seed = _held_out_seed(artifact.provenance) if seed is None else seed
+    job = _Job(loaded, artifact, points, gates, negative_control, backend, seed)
+    if tasks is None:
+        found, failures = _texts(job, data, samples, length)
+    else:
+        sizes = (length,) if lengths is None else _lengths(lengths)
+        found, failures = _tasks(job, tasks, sizes, questions, heat_map, save_questions)
+    dense = run.dense_notes(loaded.model)
+    for reason in sorted({entry["reason"] for entry in dense}):
+        count = sum(entry["reason"] == reason for entry in dense)
+        note(f"{count} module(s) ran dense: {reason}")
+    if json:
+        print_json({
+            "model": loaded.identity, "label": loaded.label, "thresholds": str(thresholds),
+            "tile": str(artifact.tile), "environment": describe(device), "device": str(device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend,
+            "gates": vars(gates), "dense": dense, "passed": not failures, **found,
+        })  # fmt: skip
+    if failures:
+        raise GateFailed("; ".join(failures))
+    if gates.judge_accuracy:
+        note("passed")
+    else:
+        limits = "--min-top1, --max-perplexity-increase or --max-dropped-mass" if tasks is None else "--min-retention"
+        note(f"passed, with no accuracy limit asked for: {limits}")
+
+
+class _Job(NamedTuple):
+    """What both kinds of verification work with."""
+
+    loaded: LoadedModel
+    artifact: Thresholds
+    points: list[str]
+    gates: Gates
+    negative_control: bool
+    backend: str
+    seed: int
+
+
+def _texts(job: _Job, data: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
+    """(JSON, failures) of dense against sparse predictions on texts."""
+    from ..calibration.data import data_hash, default_data, load_texts
+    from ..models.load import check_positions, explain_memory
+    from ..presentation import verify_table
+    from ..presentation.console import note, progress
+    from ..verification import run
+
+    loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
+    check_positions(loaded.model.config, length, "--length")
+    data = data or default_data(loaded.tokenizer)
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)
     note(f"data: {len(texts)} texts of {data}, seed {seed}, {sum(len(text.tokens) for text in texts):,} tokens")
@@ -92,45 +158,126 @@ def verify(
     with memory, progress() as display:
         task = display.add_task("dense and sparse passes", total=len(texts) * (1 + len(points)))
         results = run.verify_points(
-            loaded.model, artifact, points, texts, backend, lambda: display.advance(task)
+            loaded.model, artifact, points, texts, job.backend, lambda: display.advance(task)
         )  # fmt: skip
         control = None
-        if negative_control:
-            control = run.negative_control(loaded.model, artifact, points[0], texts, backend)
+        if job.negative_control:
+            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend)
 
     failures = []
     for result in results:
-        result["failures"] = gates.failures(result)
+        result["failures"] = job.gates.failures(result)
         failures += [f"{result['name']}: {failure}" for failure in result["failures"]]
         verify_table.show(result, result["failures"])
-    if control:
-        control["failures"] = gates.accuracy_failures(control)
-        if control["failures"]:
-            note(f"negative control fails, as it must: {'; '.join(control['failures'])}")
-        else:
-            failures.append("the negative control passed: these gates cannot tell a broken model from a good one")
-    dense = run.dense_notes(loaded.model)
-    for reason in sorted({entry["reason"] for entry in dense}):
-        count = sum(entry["reason"] == reason for entry in dense)
-        note(f"{count} module(s) ran dense: {reason}")
-    if json:
-        print_json({
-            "model": loaded.identity, "label": loaded.label, "thresholds": str(thresholds),
-            "tile": str(artifact.tile), "environment": describe(device), "device": str(device),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend,
-            "data": {
-                "spec": data, "seed": seed, "hash": data_hash(texts),
-                "samples": [{"id": t.id, "source": t.source, "tokens": len(t.tokens)} for t in texts],
-            },
-            "gates": vars(gates), "points": results, "negative_control": control, "dense": dense,
-            "passed": not failures,
-        })  # fmt: skip
-    if failures:
-        raise GateFailed("; ".join(failures))
-    if gates.judge_accuracy:
-        note("passed")
-    else:
-        note("passed, with no accuracy limit asked for: --min-top1, --max-perplexity-increase or --max-dropped-mass")
+    failures += _judge_control(control, job.gates.accuracy_failures)
+    drawn = {
+        "spec": data, "seed": seed, "hash": data_hash(texts),
+        "samples": [{"id": t.id, "source": t.source, "tokens": len(t.tokens)} for t in texts],
+    }  # fmt: skip
+    return {"data": drawn, "points": results, "negative_control": control}, failures
+
+
+def _tasks(
+    job: _Job, spec: str, lengths: tuple[int, ...], count: int, heat_map: Path | None, save: Path | None
+) -> tuple[dict, list[str]]:
+    """(JSON, failures) of dense against sparse answers to questions."""
+    from ..files import write_whole
+    from ..models.load import check_positions, explain_memory
+    from ..presentation import tasks_table
+    from ..presentation.console import note, progress
+    from ..presentation.heat_map import heat_map as draw
+    from ..suites import ruler
+    from ..suites.run import mode
+    from ..verification import tasks
+
+    loaded = job.loaded
+    for length in lengths:
+        check_positions(loaded.model.config, length, "--length" if len(lengths) == 1 else "--lengths")
+    asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
+    how = mode(asked[0])
+    note(f"{len(asked)} questions of {spec}, answers {how}")
+    if save is not None:
+        ruler.write(save, asked if how == "generated" else _written(spec, lengths, count, job.seed, loaded.tokenizer))
+    memory = explain_memory("--length, or choose a 16-bit --dtype")
+    with memory, progress() as display:
+        bar = display.add_task("dense and sparse answers", total=len(asked) * (1 + len(job.points)))
+        dense, results, answers = tasks.verify_tasks(
+            loaded, job.artifact, job.points, asked, job.backend, lambda: display.advance(bar)
+        )
+        control = None
+        if job.negative_control:
+            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend)
+
+    failures = []
+    for result in results:
+        result["failures"] = job.gates.task_failures(result)
+        failures += [f"{result['name']}: {failure}" for failure in result["failures"]]
+        tasks_table.show(result, result["failures"])
+    failures += _judge_control(control, job.gates.task_accuracy_failures)
+    if heat_map is not None:
+        words = f"Exact answers in percent, by tokens and depth: {loaded.identity['id']}, {how}"
+        write_whole(heat_map, draw([dense, *results], words).encode())
+        note(f"written: {heat_map}")
+    found = {
+        "tasks": {"spec": spec, "mode": how, "seed": job.seed, "questions": tasks.to_json(answers)},
+        "dense_answers": dense, "points": results, "negative_control": control,
+    }  # fmt: skip
+    return found, failures
+
+
+def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> list:
+    from ..suites import ruler
+    from ..suites.questions import Plan, parse_names
+
+    if spec.endswith(".jsonl"):
+        return ruler.read(Path(spec).expanduser())
+    return list(Plan(parse_names(spec), lengths, count, seed).questions_for(tokenizer))
+
+
+def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> Iterator:
+    """The questions of a plan as text, where the model is asked them as tokens."""
+    from ..suites.questions import Plan, parse_names
+
+    plan = Plan(parse_names(spec), lengths, count, seed)
+    return (plan.write(*place, tokenizer) for place in plan.places())
+
+
+def _judge_control(control: dict | None, judge: Callable[[dict], list[str]]) -> list[str]:
+    """The failure of a negative control that passed."""
+    from ..presentation.console import note
+
+    if control is None:
+        return []
+    control["failures"] = judge(control)
+    if not control["failures"]:
+        return ["the negative control passed: these gates cannot tell a broken model from a good one"]
+    note(f"negative control fails, as it must: {'; '.join(control['failures'])}")
+    return []
+
+
+def _check_options(tasks, gates: Gates, negative_control: bool, lengths, heat_map, save_questions) -> None:
+    """Raise UsageError for options that do not go together."""
+    text_limits = {
+        "--min-top1": gates.min_top1, "--max-perplexity-increase": gates.max_perplexity_increase,
+        "--max-dropped-mass": gates.max_dropped_mass,
+    }  # fmt: skip
+    task_options = {
+        "--min-retention": gates.min_retention, "--lengths": lengths, "--heat-map": heat_map,
+        "--save-questions": save_questions,
+    }  # fmt: skip
+    for option, value in (task_options if tasks is None else text_limits).items():
+        if value is not None:
+            raise UsageError(f"{option} needs --tasks" if tasks is None else f"{option} judges texts: drop --tasks")
+    if negative_control and not gates.judge_accuracy:
+        limits = "--min-top1, --max-perplexity-increase or --max-dropped-mass" if tasks is None else "--min-retention"
+        raise UsageError(f"--negative-control needs an accuracy gate that it can fail: {limits}")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise UsageError(f"--lengths must be whole numbers separated by commas, got {text!r}") from None
 
 
 def _held_out_seed(provenance) -> int:

@@ -20,8 +20,10 @@ import torch
 
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError
-from . import embedded
+from .random_weights import LABEL_KEY
 
+# Made by `python -m bsfa_cli.training`.
+BUNDLED, BUNDLED_ID = Path(__file__).parent / "retrieval", "bsfa/retrieval-llama"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.spm")
 
@@ -72,7 +74,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | dict[str, str] = "bsfa",
 ) -> LoadedModel:
-    """The model of a local directory or a Hub id, in eval mode on `device`; None for the embedded random one.
+    """The model of a local directory or a Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
 
     `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. Raises InputError
     for a directory, configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the
@@ -86,12 +88,8 @@ def load_model(
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
-    if name_or_path is None:
-        dtype = torch.bfloat16 if dtype == "auto" else dtype
-        model = embedded.build(attn_implementation)
-        identity = _identity(model, embedded.ID, None)
-        return LoadedModel(model.to(device, dtype), embedded.build_tokenizer(), identity, embedded.LABEL)
-    source = _source(os.fspath(name_or_path))
+    bundled = name_or_path in (None, BUNDLED_ID)
+    source = str(BUNDLED) if bundled else _source(os.fspath(name_or_path))
     with _quiet():
         config = _read_config(source)
         tokenizer = _read_tokenizer(source)
@@ -100,8 +98,8 @@ def load_model(
             _check_causal(source, model)
             model = model.to(device).eval()
     name = Path(source).resolve().name if os.path.isdir(source) else source
-    identity = _identity(model, name, getattr(config, "_commit_hash", None))
-    return LoadedModel(model, tokenizer, identity, getattr(config, embedded.LABEL_KEY, None))
+    identity = _identity(model, BUNDLED_ID if bundled else name, getattr(config, "_commit_hash", None))
+    return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None))
 
 
 def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:

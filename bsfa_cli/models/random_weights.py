@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from . import embedded
-
+LABEL = "random weights: says nothing about accuracy"
+LABEL_KEY = "bsfa_label"  # in the config.json of a checkpoint that bsfa made and must be labelled
 # Standard deviation of a query-key score in natural units: peaked enough that tiles differ.
 CONTENT = 3.0
 
@@ -26,7 +26,7 @@ def config():
             rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
-        bos_token_id=256, eos_token_id=256, tie_word_embeddings=False, **{embedded.LABEL_KEY: embedded.LABEL},
+        bos_token_id=256, eos_token_id=256, tie_word_embeddings=False, **{LABEL_KEY: LABEL},
     )  # fmt: skip
 
 
@@ -50,6 +50,27 @@ def build(seed: int, device: str):
     return model
 
 
+def build_tokenizer():
+    """Byte-level: token i is byte i of the text's UTF-8, 256 begins and ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: byte for byte, character in enumerate(_printable_bytes())} | {"<|end|>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def _printable_bytes() -> list[str]:
+    """The character by which byte-level BPE spells each byte: itself where printable, else one from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def main() -> None:
     import torch
 
@@ -58,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     build(options.seed, "cuda" if torch.cuda.is_available() else "cpu").save_pretrained(options.directory)
-    embedded.build_tokenizer().save_pretrained(options.directory)
+    build_tokenizer().save_pretrained(options.directory)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,14 @@ class Plan:
     def questions_for(self, tokenizer) -> Iterator[TokenQuestion | TextQuestion]:
         """Token questions where `tokenizer` is the bundled one, else texts of the plan's lengths in its tokens."""
         ours = is_bundled(tokenizer)
+        for place in self.places():
+            yield self.draw(*place) if ours else self.write(*place, tokenizer)
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """(task, length, number) of every question."""
         for index in range(self.questions):
             for length in self.lengths:
-                for task in self.tasks:
-                    yield self.draw(task, length, index) if ours else self.write(task, length, index, tokenizer)
+                yield from ((task, length, index) for task in self.tasks)
 
     def draw(self, task: str, length: int, index: int, tokens: int | None = None) -> TokenQuestion:
         """Question `index` of a task and length; `tokens` makes the document that long instead."""

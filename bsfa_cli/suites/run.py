@@ -2,7 +2,8 @@
 
     examiner = Examiner(model, tokenizer)
     with attach(model, handlers):
-        score = examiner.ask(question)      # Score(exact, share)
+        score = examiner.ask(question)                        # Score(exact, share)
+    answers = examine(examiner, {"dense": handlers, "mine": others}, questions)  # {"dense": [Answer, ...], ...}
 
 A TokenQuestion is teacher-forced: document, question and right answer in one prefill, and exact where the model
 predicts every token of the answer. Its answer is read through sparse attention too. A TextQuestion is answered by
@@ -12,9 +13,12 @@ contains all outputs (or any, for match "part").
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from bsfa_kernels.integrations import dense
+from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
 
 from ..verification.logits import Head
 from .questions import TextQuestion, TokenQuestion
@@ -28,6 +32,16 @@ class Score:
 
     exact: bool
     share: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A contender's score, and the tiles that it kept of those that it might have dropped (0 of 0: not counted)."""
+
+    question: TokenQuestion | TextQuestion
+    score: Score
+    kept: int = 0
+    candidates: int = 0
 
 
 def mode(question: TokenQuestion | TextQuestion) -> str:
@@ -77,3 +91,35 @@ def match(answer: str, question: TextQuestion) -> Score:
     if question.match == "part":
         return Score(any(found), float(any(found)))
     return Score(all(found), sum(found) / len(found))
+
+
+def dense_handlers(model) -> dict[str, Handler]:
+    """PyTorch's attention in every module that could skip tiles: what sparse answers are compared with."""
+    able = [path for path, module in attention_modules(model).items() if module.dense_reason is None]
+    return dict.fromkeys(able, dense.attention)
+
+
+def examine(
+    examiner: Examiner,
+    contenders: Mapping[str, Mapping[str, Handler]],
+    questions: Iterable[TokenQuestion | TextQuestion],
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, list[Answer]]:
+    """Every question to every contender {name: {module path: handler}} in turn; `step` is called after each answer.
+
+    Handlers with `counts`, as `SparseAttention` with count=True, have them read and set back to None.
+    """
+    answers: dict[str, list[Answer]] = {name: [] for name in contenders}
+    for question in questions:
+        for name, handlers in contenders.items():
+            with attach(examiner.model, handlers):
+                score = examiner.ask(question)
+            counting = [handler for handler in handlers.values() if getattr(handler, "counts", None) is not None]
+            kept, candidates = (
+                sum(int(getattr(handler.counts, key).sum()) for handler in counting) for key in ("kept", "candidates")
+            )
+            for handler in counting:
+                handler.counts = None
+            answers[name].append(Answer(question, score, kept, candidates))
+            step()
+    return answers

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import sdpa_kernel
 
+from ..calibration.data import default_data, load_texts
 from ..errors import InputError
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Contender, first_call, measure
@@ -38,12 +39,13 @@ class Prefill:
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
 
-    def time(self, data: str, length: int, seed: int, seconds: float) -> dict:
+    def time(self, data: str | None, length: int, seed: int, seconds: float) -> dict:
         """One prompt of `length` tokens of `data`, timed every way that runs here.
 
         `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
         Raises InputError for data that cannot be used or holds no prompt that long.
         """
+        data = data or default_data(self.loaded.tokenizer)
         ids = torch.tensor([self._prompt(data, length, seed)], device=self.device)
 
         @torch.inference_mode()
@@ -99,8 +101,6 @@ class Prefill:
         return dict(Counter(note.reason for note in notes(self.model)))
 
     def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
-        from ..calibration.data import load_texts
-
         # Generated text is another one than calibration with the same seed saw.
         texts = load_texts(data, samples=1, length=length, tokenizer=self.loaded.tokenizer, seed=seed + OTHER_TEXTS)
         if len(texts[0].tokens) < length:

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..models.random_weights import LABEL_KEY
 from ..suites import tasks
 from ..suites.questions import HELD_OUT
 from ..suites.vocabulary import BEGIN, END, IDS, PAD, WORDS, build_tokenizer
 
+LABEL = "trained on synthetic retrieval tasks only: says little about other models"
 FULL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 128}  # fmt: skip
 TOY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -37,6 +39,7 @@ def export(model, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = type(model.config).from_dict({**model.config.to_dict(), "dtype": "bfloat16"})
     config.architectures = [type(model).__name__]
+    config.update({LABEL_KEY: LABEL})
     config.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
 

@@ -15,9 +15,10 @@ class Gates:
     max_perplexity_increase: float | None = None  # relative: 0.01 is one percent
     max_dropped_mass: float | None = None  # 99th percentile over rows, 0 .. 1
     min_skip: float | None = None  # share of candidate tiles, 0 .. 1
+    min_retention: float | None = None  # of the dense model's right answers, 0 .. 1
 
     def __post_init__(self):
-        for name in ("min_top1", "max_dropped_mass", "min_skip"):
+        for name in ("min_top1", "max_dropped_mass", "min_skip", "min_retention"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
@@ -27,7 +28,7 @@ class Gates:
 
     @property
     def judge_accuracy(self) -> bool:
-        limits = (self.min_top1, self.max_perplexity_increase, self.max_dropped_mass)
+        limits = (self.min_top1, self.max_perplexity_increase, self.max_dropped_mass, self.min_retention)
         return any(limit is not None for limit in limits)
 
     def accuracy_failures(self, result: dict) -> list[str]:
@@ -64,4 +65,23 @@ class Gates:
                     f"{check['path']}: backend {check['backend']} is off the reference by {error} (allowed {allowed}) "
                     f"and decided {check['decided_differently']} of {check['candidates']} tiles differently"
                 )
+        return found
+
+    def task_accuracy_failures(self, result: dict) -> list[str]:
+        """The same for `--min-retention` and the `summarise` of a point's answers."""
+        if self.min_retention is None:
+            return []
+        if result["retention"] is None:
+            return ["the dense model answers nothing, so there is nothing to retain (--min-retention)"]
+        if result["retention"] >= self.min_retention:
+            return []
+        return [f"retention of dense accuracy is {result['retention']:.4g} (--min-retention {self.min_retention:g})"]
+
+    def task_failures(self, result: dict) -> list[str]:
+        """Everything that fails a point's answers: its limits, and no skipping."""
+        found, skip = self.task_accuracy_failures(result), result["skip"] or 0.0
+        if self.min_skip is not None and skip < self.min_skip:
+            found.append(f"skip rate is {skip:.4g} (--min-skip {self.min_skip:g})")
+        if not skip:
+            found.append("nothing was skipped, so nothing was verified")
         return found

@@ -60,13 +60,16 @@ def verify_points(
 
 def negative_control(model, thresholds: Thresholds, point: str, samples: list, backend: str) -> dict:
     """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample."""
-    index = thresholds.index(point)
-    absurd = dataclasses.replace(
+    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, lambda: None)[0]
+
+
+def absurd(thresholds: Thresholds, point: str) -> Thresholds:
+    """`point` alone, with thresholds that drop every candidate tile."""
+    return dataclasses.replace(
         thresholds,
-        points=(thresholds.points[index],),
+        points=(thresholds.points[thresholds.index(point)],),
         tensors={path: torch.full_like(tensor[:1], ABSURD) for path, tensor in thresholds.tensors.items()},
     )
-    return verify_points(model, absurd, [point], samples[:1], backend, lambda: None)[0]
 
 
 def dense_notes(model) -> list[dict[str, str]]:

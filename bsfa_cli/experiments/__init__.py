@@ -1,0 +1,1 @@
+"""Measurements of the project itself, stored under profiles/results/."""

@@ -1,0 +1,158 @@
+"""python -m bsfa_cli.experiments.recipes --out DIR
+
+How far every recipe for thresholds can go: calibrates once, exports eight points for each recipe, and asks the model
+questions from other seeds, and by default about other tasks and lengths, dense and at every point. Questions come in
+turn to all points, so a run that --minutes cuts short has asked all of them the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
+
+from ..calibration import fit, points, run
+from ..calibration.data import TASKS, load_texts
+from ..calibration.points import Request
+from ..calibration.store import Run
+from ..environment import describe, resolve_device
+from ..errors import BsfaError
+from ..files import write_whole
+from ..models.load import LoadedModel, load_model
+from ..presentation.recipes_plot import recipes_plot
+from ..suites.questions import Plan, parse_names
+from ..suites.run import Answer, Examiner, dense_handlers, examine, mode
+from ..suites.summary import summarise
+
+RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # or as much less as the gate can reach
+TOP_K = (96, 64, 48, 32, 16, 8, 4, 2)
+MASSES = tuple(10 ** (-exponent / 4) for exponent in (12, 10, 8, 6, 4, 3, 2, 1))  # levels that calibration counts at
+QUANTILE, TILE, KEPT = 0.99, (64, 128), 0.99
+DENSE = "dense"
+
+
+def calibrated(loaded: LoadedModel, spec: str, samples: int, length: int, folder: Path) -> Run:
+    """A run of `samples` documents, like `bsfa calibrate --data spec`."""
+    texts = load_texts(spec, samples=samples, length=length, tokenizer=loaded.tokenizer)
+    modules, _ = run.chosen_modules(loaded.model, None)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    options = run.Options(spec, samples, length, 0, TILE, TOP_K, None, loaded.model.device.type, dtype)
+    run.calibrate(loaded, texts, modules, options, folder)
+    return Run.open(folder)
+
+
+def recipes(begun: Run) -> dict[str, list[Request]]:
+    """Eight points for each recipe."""
+    _, curves = begun.load("fit")
+    rates = {}
+    for gate in ("gap", "absolute"):
+        table = fit.Table.of(curves, gate)
+        reach = int(table.dropped[..., -1].sum()) / int(table.candidates.sum())
+        rates[gate] = [rate * min(1.0, reach / RATES[-1]) for rate in RATES]
+    return {
+        "top-k, absolute": [Request("top-k", k, "absolute") for k in TOP_K],
+        "even skip, absolute": [Request("even-skip", rate, "absolute") for rate in rates["absolute"]],
+        "shared skip, absolute": [Request("target-skip", rate, "absolute") for rate in rates["absolute"]],
+        "one lambda, gap": [Request("one-threshold", rate, "gap") for rate in rates["gap"]],
+        "shared skip, gap": [Request("target-skip", rate, "gap") for rate in rates["gap"]],
+        "max dropped mass, gap": [Request("max-dropped-mass", mass, "gap") for mass in MASSES],
+    }
+
+
+def contenders(loaded: LoadedModel, begun: Run) -> dict:
+    """{(recipe, point): handlers}."""
+    modules, found = attention_modules(loaded.model), {}
+    for recipe, requests in recipes(begun).items():
+        for request in requests:
+            artifact, _ = points.export(begun, [request], QUANTILE)
+            found[recipe, request.name] = SparseAttention.for_model(artifact, modules, count=True)
+    return found
+
+
+def measure(loaded: LoadedModel, found: dict, plan: Plan, seconds: float) -> dict[object, list[Answer]]:
+    """Answers of the dense model and of every contender to the plan's questions, as many as fit into `seconds`."""
+    deadline = time.monotonic() + seconds
+
+    def in_time() -> Iterator:
+        for question in plan.questions_for(loaded.tokenizer):
+            if time.monotonic() > deadline:
+                return
+            yield question
+
+    examiner = Examiner(loaded.model, loaded.tokenizer)
+    return examine(examiner, {DENSE: dense_handlers(loaded.model), **found}, in_time())
+
+
+def table(answers: dict[object, list[Answer]]) -> dict:
+    """JSON by recipe: its points, and the one that skips most of those which keep 99 % of the dense answers."""
+    result: dict[str, dict] = {}
+    for key, given in answers.items():
+        if key != DENSE:
+            recipe, name = key
+            summary = summarise(given, answers[DENSE])
+            del summary["by_length_and_depth"]
+            result.setdefault(recipe, {"points": []})["points"].append({"name": name, **summary})
+    for entry in result.values():
+        good = [point for point in entry["points"] if (point["retention"] or 0) >= KEPT]
+        best = max(good, key=lambda point: point["skip"], default=None)
+        keys = ("name", "skip", "exact", "retention", "retention_interval")
+        entry["furthest"] = best and {key: best[key] for key in keys}
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bsfa_cli.experiments.recipes", description=__doc__)
+    parser.add_argument("--model", help="checkpoint directory or Hub id; the bundled model by default")
+    parser.add_argument("--out", type=Path, required=True, help="folder for recipes.json and recipes.svg")
+    parser.add_argument("--calibrate-on", default="single,records,tracking-1", help="tasks to calibrate on")
+    parser.add_argument("--calibrate-length", type=int, default=16384)
+    parser.add_argument("--samples", type=int, default=12)
+    parser.add_argument("--tasks", default="multi-key,multi-query,multi-value,tracking-2,tracking-4,frequent-words")
+    parser.add_argument("--lengths", default="32768", help="tokens of the documents asked about")
+    parser.add_argument("--questions", type=int, default=510, help="for each point, over all tasks and lengths")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the questions, at most")
+    parser.add_argument("--name", default="recipes", help="of the files in --out")
+    options = parser.parse_args()
+    loaded = load_model(options.model, device=resolve_device("auto"))
+    names, lengths = parse_names(options.tasks), tuple(map(int, options.lengths.split(",")))
+    plan = Plan(names, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
+    spec = TASKS + options.calibrate_on
+    with tempfile.TemporaryDirectory() as folder:
+        begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run")
+        found = contenders(loaded, begun)
+    answers = measure(loaded, found, plan, 60 * options.minutes)
+    asked = answers[DENSE]
+    dense = summarise(asked, asked)
+    result = {
+        "model": loaded.identity, "label": loaded.label, "environment": describe(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."), "tile": "x".join(map(str, TILE)),
+        "calibration": {"data": spec, "length": options.calibrate_length, "samples": options.samples,
+                        "hash": begun.manifest["data"]["hash"], "quantile": QUANTILE},
+        "evaluation": {"tasks": names, "lengths": lengths, "seed": plan.seed, "mode": mode(asked[0].question),
+                       "questions": len(asked), "planned": len(plan)},
+        "dense": dense, "recipes": table(answers),
+    }  # fmt: skip
+    content = json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_whole(options.out / f"{options.name}.json", content.encode())
+    write_whole(options.out / f"{options.name}.svg", recipes_plot(result).encode())
+    print(f"dense {dense['exact']:.3f} of {len(asked)} questions", file=sys.stderr)
+    for recipe, entry in result["recipes"].items():
+        best = entry["furthest"]
+        reach = f"{best['skip']:.3f} skipped at {best['retention']:.4f} of dense" if best else "none keeps 99 %"
+        line = "  ".join(f"{point['exact']:.3f} @ {point['skip']:.3f}" for point in entry["points"])
+        print(f"{recipe:24} {line}  furthest: {reach}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BsfaError as error:
+        print(f"recipes: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,53 @@
+"""The tables of `bsfa verify --tasks`, on stderr."""
+
+from __future__ import annotations
+
+from .console import console, note
+from .verify_table import percent
+
+
+def show(result: dict, failures: list[str]) -> None:
+    """One operating point: exact answers by task and length, worst task and mean. `result` as from `summarise`."""
+    from rich import box
+    from rich.table import Table
+
+    note(f"\noperating point {result['name']}: {percent(result['skip'])} of the tiles skipped")
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("exact answers", overflow="fold")
+    for heading in ("asked", "dense %", "sparse % (95 %)", "change (95 %)", "skip %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, part in result["by_task"].items():
+        table.add_row(name, *_cells(part))
+    if len(result["by_length"]) > 1:
+        table.add_section()
+        for length, part in result["by_length"].items():
+            table.add_row(f"{int(length):,} tokens", *_cells(part))
+    table.add_section()
+    table.add_row("all", *_cells(result))
+    console().print(table)
+    if result["retention"] is not None:
+        low, high = result["retention_interval"]
+        worst = result["worst_retention"]
+        note(
+            f"{percent(result['retention'])} of dense accuracy kept ({percent(low)} to {percent(high)}) at "
+            f"{percent(result['skip'])} skipped; least on {worst}: {percent(result['by_task'][worst]['retention'])}"
+        )
+    for failure in failures:
+        note(f"FAILED {result['name']}: {failure}")
+
+
+def _cells(part: dict) -> list[str]:
+    return [
+        str(part["questions"]), _share(part["dense"]),
+        f"{_share(part['exact'])} ({_interval(part['exact_interval'])})",
+        f"{_share(part['difference'], '+')} ({_interval(part['difference_interval'], '+')})",
+        "-" if part["skip"] is None else _share(part["skip"]),
+    ]  # fmt: skip
+
+
+def _share(share: float, sign: str = "") -> str:
+    return f"{100 * share:{sign}.1f}"
+
+
+def _interval(ends: list[float], sign: str = "") -> str:
+    return " .. ".join(f"{100 * end:{sign}.0f}" for end in ends)
