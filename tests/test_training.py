@@ -81,3 +81,21 @@ def test_curves_are_means_of_the_last_questions(tmp_path):
     ]
     assert curves.curves([*entries, {"evaluated": 256}]) == {"single": [(5.0, 0.5), (15.0, 1.0)]}
     assert ElementTree.fromstring(curves.draw(entries)).tag.endswith("svg")
+
+
+def test_an_exported_model_is_trained_further_in_the_second_half(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    from bsfa_cli.training import __main__ as command
+
+    model.export(model.build(SHAPE, 0), tmp_path / "before")
+    arguments = ["--from-model", tmp_path / "before", "--minutes", 1, "--chunks", 2, "--seed", 1, "--toy"]
+    monkeypatch.setattr("sys.argv", ["training", *map(str, arguments), "--out", str(tmp_path)])
+    monkeypatch.setattr(model, "accuracy", lambda *arguments, **options: (0.0, 0.0))
+    command.main()
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["progress"] for entry in entries if "kinds" in entry] == [0.5]
+    before, after = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("before", "model"))
+    assert after.config.hidden_size == SHAPE["hidden_size"]
+    moved = (before.model.embed_tokens.weight - after.model.embed_tokens.weight).abs().max()
+    assert 0 < moved < 0.05

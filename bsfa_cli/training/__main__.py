@@ -1,6 +1,7 @@
 """python -m bsfa_cli.training --minutes 8 --out DIR
 
-One GPU, four or five minutes at least; DIR/checkpoint resumes with the same command and a larger --minutes.
+One GPU, four or five minutes at least; DIR/checkpoint resumes with the same command and a larger --minutes. Where only
+the exported model is left, `--from-model MODEL --seed 1` trains it further on other data, with fresh moments.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ..suites import tasks
 from . import curriculum, model
@@ -29,13 +30,19 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, help="train this many chunks of 16 steps instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--from-model", type=Path, help="begin with this exported model's weights, in the second half of --minutes"
+    )
     parser.add_argument("--toy", action="store_true", help="a smaller model at 256 tokens, for a CPU")
     options = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     shape, phases = (model.TOY, curriculum.TOY) if options.toy else (model.FULL, curriculum.FULL)
-    llama = model.build(shape, options.seed).to(device)
+    if options.from_model:
+        llama = LlamaForCausalLM.from_pretrained(options.from_model, dtype=torch.float32).to(device)
+    else:
+        llama = model.build(shape, options.seed).to(device)
     if device.type == "cuda":
         # A layer that cannot be compiled runs uncompiled: slower, but the lease is not lost.
         torch._dynamo.config.suppress_errors = True
@@ -48,6 +55,8 @@ def main() -> None:
     if (options.out / "checkpoint" / "exp_avg.safetensors").exists():
         trainer.load()
         print(f"going on after {trainer.position.seconds:.0f} s of training", file=sys.stderr)
+    elif options.from_model:
+        trainer.position = trainer.budget.half()
     trainer.run(60 * options.stop_after)
     model.export(llama, options.out / "model")
 

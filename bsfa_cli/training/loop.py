@@ -46,6 +46,10 @@ class Budget:
         """Share of the budget that is spent, 0 to 1."""
         return min(1.0, position.chunk / self.chunks if self.chunks else position.seconds / self.seconds)
 
+    def half(self) -> Position:
+        """Where the curriculum goes from short to long for the second time."""
+        return Position(self.chunks // 2) if self.chunks else Position(0, self.seconds / 2)
+
 
 class Trainer:
     """AdamW on the answers' tokens of a LlamaForCausalLM. `out` gets checkpoint/ and log.jsonl."""
