@@ -21,7 +21,7 @@ CPU, TILE = torch.device("cpu"), TileShape()
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(random_model):
     return load_model(None, device="cpu", dtype=torch.float32)
 
 
