@@ -89,6 +89,13 @@ def test_portable_with_block_lists_uses_tensor_cores_and_fits_as_well(capability
     assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=label)
+@pytest.mark.parametrize("width, forced", [(1, False), (3, True)])
+def test_streams_of_block_lists_compile(width, forced, causal, tmp_path):
+    code = sass.schedule(tmp_path, width, forced, causal)
+    assert code.spilled == 0 and code.count("STG") >= 1
+
+
 def test_a_spill_and_a_serialized_product_would_be_seen():
     notes = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
     notes += "    8 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads\n"
