@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import configuration
+from .errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,3 +49,11 @@ Dtype = Annotated[
         callback=_dtype,
     ),
 ]
+
+
+def numbers(text: str, kind: type[int] | type[float], rule: str) -> tuple:
+    """The numbers of "8192,32_768", in their order. Raises UsageError that begins with `rule` ("--x takes numbers")."""
+    try:
+        return tuple(kind(part) for part in text.replace("_", "").split(","))
+    except ValueError:
+        raise UsageError(f"{rule} separated by commas, got {text!r}") from None

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -99,3 +100,19 @@ def test_an_exported_model_is_trained_further_in_the_second_half(tmp_path, monke
     assert after.config.hidden_size == SHAPE["hidden_size"]
     moved = (before.model.embed_tokens.weight - after.model.embed_tokens.weight).abs().max()
     assert 0 < moved < 0.05
+
+
+def test_the_readme_says_what_the_training_log_says():
+    root = Path(__file__).parents[1]
+    logs = sorted((root / "profiles" / "results" / "training").glob("*.jsonl"))
+    entries = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    section = (root / "README.md").read_text().partition("## The model in the box")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    stated = {int(row[0].replace(",", "")): row[1:] for row in rows if row[0][:1].isdigit()}
+    evaluated = {entry["evaluated"]: entry["exact_and_token_accuracy"] for entry in entries if "evaluated" in entry}
+    assert stated.keys() == evaluated.keys()
+    for length, found in evaluated.items():
+        exact = {name: f"{value[0]:.2f}" for name, value in found.items()}
+        chains = ", ".join(exact.pop(f"tracking-{hops}") for hops in range(1, 5))
+        *first, records, words = exact.values()
+        assert stated[length] == [*first, chains, records, words]

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from bsfa_kernels import TileShape, reference
-from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
+from bsfa_kernels.integrations.transformers import SparseAttention
 from bsfa_kernels.reference import Span
 from bsfa_kernels.request import UNBOUNDED
-from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds, ThresholdsError
+from bsfa_kernels.thresholds import ThresholdsError
+from gap_thresholds import TILE, thresholds
 
 from bsfa_cli.commands.verify import verify
 from bsfa_cli.errors import GateFailed, InputError, UsageError
@@ -22,24 +23,10 @@ from bsfa_cli.verification.logits import Head, Predictions
 
 pytestmark = pytest.mark.usefixtures("random_model")
 
-TILE = TileShape(32, 64)
-
 
 @pytest.fixture(scope="module")
 def loaded():
     return load_model(None, device="cpu")
-
-
-def thresholds(loaded, gates, provenance=None):
-    """Thresholds with one point for each {name: gap value}."""
-    values = torch.tensor(list(gates.values()))
-    tensors = {
-        path: values[:, None, None].expand(-1, module.query_heads, 1).contiguous()
-        for path, module in attention_modules(loaded.model).items()
-    }
-    identity = {key: loaded.identity.get(key) for key in MODEL_KEYS}
-    points = tuple(Point(name, "gap", "test", 0.0) for name in gates)
-    return Thresholds(identity, TILE, True, (0,), points, tensors, provenance or {})
 
 
 @pytest.fixture

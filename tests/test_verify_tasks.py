@@ -5,10 +5,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-import torch
-from bsfa_kernels import TileShape
-from bsfa_kernels.integrations.transformers import attention_modules
-from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
+from gap_thresholds import thresholds
 
 from bsfa_cli.errors import UsageError
 from bsfa_cli.models.load import load_model
@@ -18,8 +15,6 @@ from bsfa_cli.suites.questions import Plan
 from bsfa_cli.suites.run import Answer, Examiner, Score, dense_handlers, examine
 from bsfa_cli.suites.summary import summarise
 from bsfa_cli.verification.gates import Gates
-
-TILE = TileShape(32, 64)
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +26,8 @@ def loaded():
 def artifact(loaded, tmp_path_factory):
     """Gap gates: one that drops what hardly weighs, one that drops all that it may."""
     gates = {"mild": -4.0, "reckless": 1e9}
-    values = torch.tensor(list(gates.values()))
-    tensors = {
-        path: values[:, None, None].expand(-1, module.query_heads, 1).contiguous()
-        for path, module in attention_modules(loaded.model).items()
-    }
-    identity = {key: loaded.identity.get(key) for key in MODEL_KEYS}
-    points = tuple(Point(name, "gap", "test", 0.0) for name in gates)
     path = tmp_path_factory.mktemp("artifact") / "thresholds.safetensors"
-    Thresholds(identity, TILE, True, (0,), points, tensors, {"seed": 0}).write(path)
+    thresholds(loaded, gates, {"seed": 0}).write(path)
     return path
 
 
@@ -85,7 +73,8 @@ def test_generation_and_teacher_forcing_agree(loaded):
 
 
 def test_tiles_are_counted_question_by_question(loaded, artifact):
-    from bsfa_kernels.integrations.transformers import SparseAttention
+    from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
+    from bsfa_kernels.thresholds import Thresholds
 
     modules = attention_modules(loaded.model)
     handlers = SparseAttention.for_model(Thresholds.read(artifact), modules, "mild", count=True)

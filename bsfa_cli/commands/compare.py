@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import Config, Device, Dtype, Json
+from ..options import Config, Device, Dtype, Json, numbers
 
 BUNDLED = "bundled"
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
@@ -153,10 +153,7 @@ def compare(
 
 
 def _lengths(text: str) -> list[int]:
-    try:
-        lengths = sorted({int(part) for part in text.replace("_", "").split(",")})
-    except ValueError:
-        raise UsageError(f"--length takes whole numbers separated by commas, got {text!r}") from None
+    lengths = sorted(set(numbers(text, int, "--length takes whole numbers")))
     if lengths[0] < 1:
         raise UsageError(f"--length takes positive numbers, got {text!r}")
     return lengths

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from ..errors import GateFailed, MachineError, UsageError
-from ..options import Config, Device, Dtype, Json
+from ..options import Config, Device, Dtype, Json, numbers
 
 
 def profile(
@@ -64,7 +64,8 @@ def profile(
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     # Everything that can be refused without torch is refused before its import.
-    lengths, skip = _numbers(lengths, int, "--lengths"), _numbers(skip, float, "--skip")
+    lengths = None if lengths is None else numbers(lengths, int, "--lengths takes numbers")
+    skip = None if skip is None else numbers(skip, float, "--skip takes numbers")
     names = None if baselines is None else tuple(name.strip() for name in baselines.split(","))
     plan = load(profile) if profile else None
 
@@ -145,15 +146,6 @@ def _judge(result: dict, failures: list[str], fail_under: float | None) -> None:
         ]
     if failures:
         raise GateFailed("; ".join(failures))
-
-
-def _numbers(text: str | None, kind: type, flag: str) -> tuple | None:
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for part in text.replace("_", "").split(","))
-    except ValueError:
-        raise UsageError(f"{flag} takes numbers separated by commas, got {text!r}") from None
 
 
 def _known_backend(name: str) -> None:

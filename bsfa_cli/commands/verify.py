@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Option
 
 from ..errors import GateFailed, UsageError
-from ..options import Config, Device, Dtype, Json
+from ..options import Config, Device, Dtype, Json, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
@@ -274,10 +274,7 @@ def _check_options(tasks, gates: Gates, negative_control: bool, lengths, heat_ma
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise UsageError(f"--lengths must be whole numbers separated by commas, got {text!r}") from None
+    return tuple(sorted(set(numbers(text, int, "--lengths must be whole numbers"))))
 
 
 def _held_out_seed(provenance) -> int:

@@ -6,20 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 from bsfa_kernels import Attention, TileShape, block_sparse_attention, explain
-from bsfa_kernels.tiles import query_tile_count, visit
+from bsfa_kernels.tiles import tile_counts
 
+from ..distance import relative, squares
 from ..verification.layers import DroppedMass
 from .methods import Choice, attend
-
-
-def tile_counts(length: int, tile: TileShape, causal: bool, keep_sink: bool) -> tuple[int, int]:
-    """(visible tiles, forced tiles) of one head and one sequence of `length` queries and keys."""
-    everything = forced = 0
-    for query_tile in range(query_tile_count(0, length, tile)[1]):
-        plan = visit(query_tile, length, causal, keep_sink, tile)
-        everything += plan.end_keys
-        forced += len(plan.forced())
-    return everything, forced
 
 
 @dataclass
@@ -54,17 +45,14 @@ class Quality:
     def add(self, layer, result: Attention, exact: Attention, tile: TileShape, keep_sink: bool) -> None:
         """`result` has lse and counts, `exact` its lse; both of `layer`."""
         heads, length = layer.q.shape[1:3]
-        everything, forced = (heads * n for n in tile_counts(length, tile, layer.causal, keep_sink))
+        everything, forced = (heads * n for n in tile_counts(length, layer.causal, keep_sink, tile))
         candidates, kept = (int(x.sum(dtype=torch.int64)) for x in (result.candidates, result.kept))
         lost = -torch.expm1(result.lse - exact.lse)
         self.finite = self.finite and bool(result.out.isfinite().all()) and bool(lost.isfinite().all())
         lost = lost.nan_to_num(1.0).clamp(0, 1)
         mass = DroppedMass(heads, lost.device)
         mass.add(lost[0])
-        error = norm = 0.0
-        for ours, theirs in zip(result.out[0], exact.out[0], strict=True):  # no float64 copy of a whole layer
-            error += float((ours.double() - theirs.double()).square().sum())
-            norm += float(theirs.double().square().sum())
+        error, norm = squares(result.out, exact.out)
         if layer.planted is not None:
             self.needle.append(1 - lost[0, :, layer.planted.question :])
         self.everything, self.least = self.everything + everything, self.least + forced
@@ -74,7 +62,7 @@ class Quality:
         self.layers.append({
             "name": layer.name,
             "density": (forced + kept) / everything,
-            "error": _finite((error / norm) ** 0.5 if norm else 0.0),
+            "error": relative(error, norm),
             "recall": _recall(DroppedMass.overall([mass])),
         })  # fmt: skip
 
@@ -97,7 +85,7 @@ class Quality:
             "visited": self.visited / self.everything,
             "flop_density": (self.visited + self.kept) / (2 * self.everything),
             "recall": _recall(DroppedMass.overall(self.masses)),
-            "error": _finite((self.error / self.norm) ** 0.5 if self.norm else 0.0),
+            "error": relative(self.error, self.norm),
             "needle": needle,
             "finite": self.finite,
             "backend": self.backend,
@@ -108,7 +96,3 @@ class Quality:
 
 def _recall(dropped: dict) -> dict:
     return {"mean": 1 - dropped["mean"], "p1": 1 - dropped["p99"], "worst": 1 - dropped["worst"]}
-
-
-def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None

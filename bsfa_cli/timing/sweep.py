@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 from bsfa_kernels import Gate, TileShape, block_sparse_attention, explain
+from bsfa_kernels.tiles import tile_counts
 
 from .. import structured
+from ..distance import relative, squares
 from ..errors import UsageError
 from . import baselines, thresholds
 from .interleave import Contender, Timing, first_call, measure
@@ -83,7 +85,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         rows[-1] |= _skipped(run(counts=True), shape.causal, length, tile)
         rows[-1]["finite"] = bool(out.isfinite().all())
         if name == ZERO and dense_out is not None:
-            error = _distance(out, dense_out)
+            error = relative(*squares(out, dense_out))
         del out
     timings = measure(contenders, device, seconds=seconds, seed=plan.seed) if contenders else {}
     flops = 4 * shape.batch * shape.heads * shape.head_dim * _pairs(length, shape.causal)
@@ -203,23 +205,9 @@ def _skipped(result, causal: bool, length: int, tile: TileShape) -> dict:
     """Reached skip rate over candidate tiles, and the share of all visited tiles (forced ones included) kept."""
     candidates = int(result.candidates.sum(dtype=torch.int64))
     dropped = candidates - int(result.kept.sum(dtype=torch.int64))
-    visited = 0
-    for first_row in range(0, length, tile.rows):
-        last = min(first_row + tile.rows, length) if causal else length
-        visited += -(-last // tile.keys)
-    visited *= result.kept.shape[0] * result.kept.shape[1]
+    visited = tile_counts(length, causal, True, tile)[0] * result.kept.shape[0] * result.kept.shape[1]
     return {
         "skip": dropped / candidates if candidates else 0.0,
         "kept_share": 1 - dropped / visited,
         "candidates": candidates,
     }
-
-
-def _distance(out: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """Relative L2 distance, head by head so that no whole float64 copy is made; None when it is not finite."""
-    difference = norm = 0.0
-    for ours, theirs in zip(out.flatten(0, 1), expected.flatten(0, 1), strict=True):
-        difference += float((ours.double() - theirs.double()).square().sum())
-        norm += float(theirs.double().square().sum())
-    distance = (difference / norm) ** 0.5
-    return distance if distance < float("inf") else None

@@ -69,3 +69,13 @@ def visit(query_tile: int, length: int, causal: bool, sink: bool, tile: TileShap
     end_diagonal = min(((query_tile + 1) * tile.rows - 1) // tile.keys, last_tile) + 1
     end_keys = end_diagonal if causal else last_tile + 1
     return Visit(first_diagonal, end_diagonal, sink and first_diagonal > 0, end_keys)
+
+
+def tile_counts(length: int, causal: bool, sink: bool, tile: TileShape) -> tuple[int, int]:
+    """(visible tiles, forced tiles) of one head and one sequence of `length` queries and keys."""
+    everything = forced = 0
+    for query_tile in range(query_tile_count(0, length, tile)[1]):
+        plan = visit(query_tile, length, causal, sink, tile)
+        everything += plan.end_keys
+        forced += len(plan.forced())
+    return everything, forced
