@@ -86,7 +86,7 @@ def hopper(
     signature = RUNTIME | dict(q_desc=rows, k_desc=keys, v_desc=keys, out_ptr=f"*{name}")
     k_stages, v_stages = module.STAGES[block_d]
     constants = dict(
-        HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, K_STAGES=k_stages, V_STAGES=v_stages, CAUSAL=causal,
+        SECTION=8, HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, K_STAGES=k_stages, V_STAGES=v_stages, CAUSAL=causal,
         KEEP_SINK=True, ABSOLUTE="a" in gate, GAP="g" in gate, SPANS=spans, LISTS=lists,
     )  # fmt: skip
     return compile_kernel(module._forward, signature, constants, 90, folder, num_warps=4, maxnreg=128)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain
+from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper
 from kernel_cases import Case, check, check_statistics
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +69,22 @@ def test_triton_with_block_lists(case, blocks):
 @pytest.mark.parametrize("case", cases("hopper", 96))
 def test_hopper_with_block_lists(case, blocks):
     check(replace(case, blocks=blocks), "hopper", "cuda")
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@pytest.mark.parametrize("blocks", ("", "shuffled"))
+@pytest.mark.parametrize("kv_heads", (1, 2, 6))
+def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, blocks):
+    case = Case(2, 12, 6, 777, 777, 128, gate="gap", dtype=torch.bfloat16, blocks=blocks)
+    q, k, v = case.inputs("cuda")
+    gate = Gate(gap=torch.full((12, 13), -2.0, device="cuda"))
+    calls = []
+    for fits in (kv_heads, 6):
+        monkeypatch.setattr(hopper, "SECTION_BYTES", fits * 2 * 777 * 128 * 2)
+        assert hopper.section_kv_heads(k) == fits
+        check(case, "hopper", "cuda")
+        calls.append(block_sparse_attention(q, k, v, gate, blocks=case.block_lists("cuda"), return_lse=True))
+    assert torch.equal(calls[0].out, calls[1].out) and torch.equal(calls[0].lse, calls[1].lse)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")

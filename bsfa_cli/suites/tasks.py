@@ -20,6 +20,7 @@ from .vocabulary import CONTINUING, DECIMAL_PAIRS, IDS, PAIRS, RANGES
 DEPTHS = 10
 SHORTEST = 256  # tokens of a document that every task fits into
 OTHERS = 3
+VALUE_PAIRS = 3  # tokens of a magic number
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ def _draw_queries(rows: int, groups: int, generator: torch.Generator) -> tuple[t
 
 def _draw_values(rows: int, groups: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     key = _keys(rows, groups, generator)
-    values = _code((rows, groups, 4, 3), DECIMAL_PAIRS, generator)
+    values = _code((rows, groups, 4, VALUE_PAIRS), DECIMAL_PAIRS, generator)
+    # Values of a key begin with different pairs: one that was begun must have one way to go on.
+    first = torch.tensor([IDS[pair] for pair in DECIMAL_PAIRS], device=generator.device)
+    values[..., 0] = first[_distinct(rows * groups, 4, len(first), generator)].view(rows, groups, 4)
     return _pad(key[:, :, None].expand(-1, -1, 4, -1), values), _pad(key, values.flatten(2))
 
 
@@ -258,7 +262,7 @@ def _batch(inserted: tuple[torch.Tensor, torch.Tensor], question: str, interchan
     if interchangeable > 1:
         stated = tokens[answer].view(-1, length)
         among = torch.full((*stated.shape, OTHERS), -1, device=tokens.device)
-        step = (length + 1) // interchangeable  # a value and the comma behind it
+        step = (length - VALUE_PAIRS) // (interchangeable - 1)  # a value and what stands before the next one
         firsts = stated[:, ::step]
         for index in range(interchangeable - 1):
             later = firsts[:, index + 1 :]

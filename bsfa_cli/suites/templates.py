@@ -24,9 +24,11 @@ ASK_QUERIES = (
     "The magic number for {0} {1} is [ {2} {3} {4} , for {5} {6} is {7} {8} {9} , for {10} {11} is {12} {13} {14} , "
     "for {15} {16} is {17} {18} {19} ] ."
 )
+# The key stands before every value, so that each is found like a single one; what is new is to leave out those given.
 ASK_VALUES = (
     "Question : What are the four magic numbers for {0} {1} ? Answer : "
-    "The magic numbers for {0} {1} are [ {2} {3} {4} , {5} {6} {7} , {8} {9} {10} , {11} {12} {13} ] ."
+    "The magic number for {0} {1} is [ {2} {3} {4} , for {0} {1} is {5} {6} {7} , for {0} {1} is {8} {9} {10} , "
+    "for {0} {1} is {11} {12} {13} ] ."
 )
 
 STORE_HEADER = "Remember where every value in this text is stored and copied ."

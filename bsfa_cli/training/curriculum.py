@@ -18,7 +18,7 @@ REPEATS = "repeats"
 KINDS = (REPEATS, *tasks.NAMES)
 WEIGHTS = {
     **{name: 0.4 for name in tasks.TASKS if name.startswith("tracking")},
-    "single": 0.3, "multi-query": 1.5, "multi-value": 2.0, "records": 1.5, "frequent-words": 1.5,
+    "single": 0.3, "multi-query": 1.5, "multi-value": 4.0, "records": 1.5, "frequent-words": 1.5,
 }  # fmt: skip
 MOST_QUESTIONS = 64
 SHORTEST_PERIOD = 8  # of repeats, in tokens

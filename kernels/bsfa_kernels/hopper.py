@@ -9,7 +9,9 @@ was worth is in kernels/NOTES.md.
 Order of the stream: causal, the sink and then right to left, so that every consumer meets its forced tiles before its
 candidates; not causal, the diagonal tiles of all three consumers, the sink, then everything else right to left. With
 block lists the stream is their union in the same order (schedule.py), and a consumer lets pass what it has not listed;
-programs start in the order of their streams' lengths, longest first.
+a section's programs start in the order of their streams' lengths, longest first.
+
+Programs start section by section: a section is as many KV heads of a sequence as L2 holds, with their query heads.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
 STAGES = {64: (4, 4), 128: (3, 2)}  # tiles of K and of V in flight, by columns
+SECTION_BYTES = 32 << 20  # of K and V that the programs running at one time stream; L2 holds 50 MB (H200: 60)
 
 
 def unsupported(request: Request) -> str | None:
@@ -74,22 +77,31 @@ def attention(request: Request):
         return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, element))
 
     with device_guard(q):
+        section = section_kv_heads(k) * (heads // k.shape[1])
+        sections = batch * heads // section
         entries = lengths = order = None
         if request.blocks is not None:
             entries, lengths, candidates = schedule(request, CONSUMERS.value, forced=True)
-            order = lengths.flatten().argsort(descending=True)
+            order = lengths.view(sections, -1).argsort(descending=True)
         lists = (entries, lengths, order)
-        _forward[(batch * heads, triton.cdiv(tiles, CONSUMERS.value))](
+        _forward[(section, triton.cdiv(tiles, CONSUMERS.value), sections)](
             *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
             out, lse, kept, candidates, *(lse if x is None else x for x in (*optional, *lists)),
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
-            heads, heads // k.shape[1], head_dim, block_d, *STAGES[block_d], request.causal, request.keep_sink,
+            section, heads, heads // k.shape[1], head_dim, block_d, *STAGES[block_d], request.causal, request.keep_sink,
             *(x is not None for x in (*optional, entries)),
             num_warps=4, maxnreg=128,
         )  # fmt: skip
     return out, lse, kept, candidates
+
+
+def section_kv_heads(k: torch.Tensor) -> int:
+    """KV heads of a section: as many of a sequence's K and V [B, Hkv, Tk, D] as L2 holds, equally many in each."""
+    _, heads, keys, head_dim = k.shape
+    fit = SECTION_BYTES // (2 * keys * head_dim * k.element_size())
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(fit, 1))
 
 
 @gluon.jit
@@ -191,13 +203,13 @@ def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, 
 
 @gluon.jit
 def consumer(
-    WG: gl.constexpr, shared, HEAD_DIM: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
+    WG: gl.constexpr, shared, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
     ABSOLUTE: gl.constexpr, GAP: gl.constexpr, LISTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
-        b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
+        sequence_head, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
         entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
     ) = shared  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -237,6 +249,7 @@ def consumer(
         own_at = -1
         sink_at = -1
         first_candidate = stream
+    head = sequence_head % HEADS
     absolute = -float("inf")
     gap = -float("inf")
     if ABSOLUTE:
@@ -293,6 +306,7 @@ def consumer(
             mbarrier.wait(v_full.index(v_slot), v_parity)
         mbarrier.arrive(empty.index(slot), count=1)
 
+    plane = sequence_head.to(gl.int64)
     if alive & (stream > 0):
         # Plain stores: a TMA store whose tile starts before the tensor (an unaligned chunk) is an illegal instruction.
         total = gl.sum(row_sum, 1)
@@ -322,24 +336,28 @@ def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
     entries_ptr, lengths_ptr, order_ptr,
     scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr,
+    SECTION: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
     LISTS: gl.constexpr,
 ):  # fmt: skip
-    # Longest first.
+    # Of every section, longest first.
+    blocks = gl.num_programs(1)
+    sequence_head = gl.program_id(2) * SECTION
     if LISTS:
-        work = gl.load(order_ptr + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)).to(gl.int32)
-        sequence_head = work // gl.num_programs(1)
-        t = work % gl.num_programs(1) * CONSUMERS
-        entries_ptr += work.to(gl.int64) * room
+        place = (gl.program_id(2) * blocks + gl.program_id(1)) * SECTION + gl.program_id(0)
+        work = gl.load(order_ptr + place).to(gl.int32)  # in its section
+        sequence_head += work // blocks
+        block = work % blocks
+        stream_row = sequence_head * blocks + block
+        entries_ptr += stream_row.to(gl.int64) * room
     else:
-        sequence_head = gl.program_id(0)
-        t = (gl.num_programs(1) - 1 - gl.program_id(1)) * CONSUMERS
+        sequence_head += gl.program_id(0)
+        block = blocks - 1 - gl.program_id(1)
+    t = block * CONSUMERS
     b = sequence_head // HEADS
     head = sequence_head % HEADS
     kv_head = head // GROUP
-    plane = sequence_head.to(gl.int64)
     if not SPANS:
         q_first = q_offset
         k_offset = 0
@@ -367,7 +385,7 @@ def _forward(
     if (length <= 0) | (block_tile * ROWS >= end_row):
         stream = 0
     elif LISTS:
-        stream = gl.load(lengths_ptr + work)
+        stream = gl.load(lengths_ptr + stream_row)
 
     dtype: gl.constexpr = q_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -389,14 +407,14 @@ def _forward(
     shared = (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
-        b, head, plane, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
+        sequence_head, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
         entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consumer, (0, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
-            (consumer, (1, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
-            (consumer, (2, shared, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (0, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (1, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (2, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
             (producer, (
                 q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
                 b, head, kv_head, block_tile * ROWS - q_first, k_offset, entries_ptr, stream, diagonals, sink,
