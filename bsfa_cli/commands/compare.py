@@ -23,7 +23,9 @@ def compare(
         str | None, Option(help="Tokens, separated by commas; 8192,32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
     run: Annotated[
-        Path | None, Option(metavar="RUN", help="Inside a model: run directory of bsfa calibrate, for bsfa's methods.")
+        Path | None,
+        # Named, because Typer 0.27 makes --RUN of this metavar.
+        Option("--run", metavar="RUN", help="Inside a model: run directory of bsfa calibrate, for bsfa's methods."),
     ] = None,
     thresholds: Annotated[
         Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
