@@ -159,6 +159,19 @@ def test_matching_reads_between_a_methods_own_settings():
     assert told[3] == "four: a (0.9500); b is number 2 of 2 (0.7000)"
 
 
+def test_accuracies_that_the_questions_cannot_tell_apart_are_named_together():
+    table = {"dense": [1.0], "a": [0.95], "b": [0.9], "bsfa": [0.8], "d": [0.3]}
+    assert matching.best(table, 0, True) == ["a"]
+    assert matching.best(table, 0, True, asked=20) == ["a", "b", "bsfa"]
+    (told,) = matching.verdicts(table, ["x"], True, asked=20)
+    assert told == "x: a and b and bsfa (0.9500 to 0.8000, not told apart by 20 questions)"
+    (told,) = matching.verdicts(table, ["x"], True, asked=100)
+    assert told == "x: a and b (0.9500 to 0.9000, not told apart by 100 questions); bsfa is number 3 of 4 (0.8000)"
+    tasks = {"multi-key": {"questions": 20}, "records": {"questions": 4}}
+    cell = {"rows": [{"accuracy": None}, {"accuracy": {"tasks": tasks}}]}
+    assert matching.questions(cell, matching.ACCURACY) == 24 and matching.questions(cell, "error") is None
+
+
 @pytest.mark.parametrize(
     "points, expected",
     [([(8192, 0.9), (16384, 0.5)], (8192, "8,192 or less")), ([(1, 2.0), (16384, 1.5)], (None, "slower up to 16,384")),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -116,3 +117,21 @@ def test_the_readme_says_what_the_training_log_says():
         chains = ", ".join(exact.pop(f"tracking-{hops}") for hops in range(1, 5))
         *first, records, words = exact.values()
         assert stated[length] == [*first, chains, records, words]
+
+
+def test_the_readme_says_what_the_recipes_reached():
+    root = Path(__file__).parents[1]
+    results = root / "profiles" / "results" / "recipes"
+    found = [json.loads((results / f"{name}.nvidia-h100.json").read_text()) for name in ("other-tasks", "same-tasks")]
+    section = (root / "README.md").read_text().partition("How far each recipe")[2].partition("\n## ")[0]
+    for result in found:
+        questions, dense = result["evaluation"]["questions"], result["dense"]["exact"]
+        assert re.search(rf"\({questions} questions[^)]*, dense {dense:.3f}\)", section)
+    for name in found[0]["recipes"]:
+        furthest = [result["recipes"][name]["furthest"] for result in found]
+        cells = [part for best in furthest for part in (_stated(best) if best else ("none", "-"))]
+        assert f"| {name} | {' | '.join(cells)} |" in section
+
+
+def _stated(best: dict) -> tuple[str, str]:
+    return f"{best['skip']:.1%}", f"{best['exact']:.3f}"

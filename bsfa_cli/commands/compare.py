@@ -55,7 +55,7 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
-    plot: Annotated[Path | None, Option(help="Write an SVG plot of quality against time, longest length.")] = None,
+    plot: Annotated[Path | None, Option(help="Write an SVG plot of quality against time, of one length.")] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:

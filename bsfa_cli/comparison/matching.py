@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import exp, log
 
+from ..suites.statistics import wilson
+
 KIND, FORMAT = "bsfa compare", 1
 TIMES = (0.9, 0.75, 0.6, 0.5)  # of the fastest dense kernel's
 TTFTS = (0.98, 0.95, 0.9, 0.8)  # of the model's TTFT with it
 DENSITIES = (0.75, 0.5, 0.25, 0.125)
 EVERYTHING = "selects everything"
+ACCURACY = "accuracy.mean"
 
 
 def value(row: dict, path: str) -> float | None:
@@ -52,13 +55,30 @@ def matched(rows: list[dict], axis: str, targets: Iterable[float], metric: str) 
     return table
 
 
-def best(table: dict[str, list[float | None]], column: int, largest: bool) -> list[str]:
-    """The methods, mostly one, that have the best value in a column; dense attention takes no part."""
-    values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
+def questions(cell: dict, metric: str) -> int | None:
+    """How many questions a metric of this cell is a share of; None where it is no share of questions."""
+    if metric != ACCURACY:
+        return None
+    scored = next((row["accuracy"] for row in cell["rows"] if row.get("accuracy")), None)
+    return scored and sum(task["questions"] for task in scored["tasks"].values())
+
+
+def best(table: dict[str, list[float | None]], column: int, largest: bool, asked: int | None = None) -> list[str]:
+    """The methods, mostly one, that have the best value in a column; dense attention takes no part. Where the values
+    are shares of `asked` questions, all whose share the best one's 95 % interval (Wilson) reaches down to.
+    """
+    values = _ranked(table, column, largest)
     if not values:
         return []
-    top = (max if largest else min)(values.values())
-    return [name for name, found in values.items() if found == top]
+    top = next(iter(values.values()))
+    least = wilson(round(top * asked), asked)[0] if asked else top
+    return [name for name, found in values.items() if found == top or asked and found >= least]
+
+
+def _ranked(table: dict[str, list[float | None]], column: int, largest: bool) -> dict[str, float]:
+    """{method: value} of a column, the best first, without dense attention."""
+    values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
+    return dict(sorted(values.items(), key=lambda item: item[1], reverse=largest))
 
 
 def break_even(points: list[tuple[int, float]]) -> tuple[int | None, str]:
@@ -93,20 +113,27 @@ def break_evens(cells: list[dict]) -> dict[str, dict[float, tuple[int | None, st
     }
 
 
-def verdicts(table: dict[str, list[float | None]], headings: list[str], largest: bool, own: str = "bsfa") -> list[str]:
-    """A sentence per column: which method is best, and where `own` stands. Dense attention takes no part."""
+def verdicts(
+    table: dict[str, list[float | None]], headings: list[str], largest: bool, asked: int | None = None,
+    own: str = "bsfa",
+) -> list[str]:  # fmt: skip
+    """A sentence per column: which method is best, and where `own` stands. Dense attention takes no part, and what
+    `asked` questions cannot tell apart is named together (see `best`).
+    """
     sentences = []
     for column, heading in enumerate(headings):
-        values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
+        values = _ranked(table, column, largest)
         if not values:
             sentences.append(f"{heading}: no method gets there")
             continue
-        order = sorted(values, key=values.get, reverse=largest)
-        sentence = f"{heading}: {' and '.join(best(table, column, largest))} ({values[order[0]]:.4f})"
+        winners = best(table, column, largest, asked)
+        top, last = values[winners[0]], values[winners[-1]]
+        span = f"{top:.4f}" if top == last else f"{top:.4f} to {last:.4f}, not told apart by {asked} questions"
+        sentence = f"{heading}: {' and '.join(winners)} ({span})"
         if own not in values:
             sentence += f"; {own} does not get there"
-        elif values[own] != values[order[0]]:
-            better = sum((value > values[own]) == largest and value != values[own] for value in values.values())
-            sentence += f"; {own} is number {better + 1} of {len(values)} ({values[own]:.4f})"
+        elif own not in winners:
+            place = list(values.values()).index(values[own]) + 1
+            sentence += f"; {own} is number {place} of {len(values)} ({values[own]:.4f})"
         sentences.append(sentence)
     return sentences

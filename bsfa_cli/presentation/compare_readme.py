@@ -9,9 +9,11 @@ from .compare_table import METRICS, break_even_rows, matched_tables, number, pre
 from .pareto import pareto_plot
 from .versions import versions
 
+SHOWN = 2  # metrics of a cell: inside a model with tasks, accuracy and agreement with the dense model
+
 
 def block(result: dict, source: str, plot: Path) -> str:
-    """Markdown for one stored comparison; `plot` is where the longest cell's plot lies."""
+    """Markdown for one stored comparison; `plot` is where `plot_of` lies."""
     facts = result["environment"]
     lines = [f"### Methods compared on {facts.get('gpu') or 'a CPU'}", ""]
     lines.append(f"{versions(facts)}. Raw samples: [`{source}`]({source}); `bsfa report {source} -o report.html`.")
@@ -19,9 +21,11 @@ def block(result: dict, source: str, plot: Path) -> str:
         lines[-1] += " **This run was cut short.**"
     for cell in result["cells"]:
         lines += ["", *_cell(cell)]
-    longest = max(result["cells"], key=lambda cell: cell["length"], default=None)
-    if longest is not None:
-        lines += ["", f"**All methods, {longest['length']:,} tokens**", "", *_tables(longest)]
+    if result["cells"]:
+        surest = _surest(result)
+        for metric in present(surest)[:SHOWN]:
+            lines += ["", f"**All methods, {surest['length']:,} tokens: {METRICS[metric][0]}**", ""]
+            lines += _table(surest, metric)
         lines += ["", f"![Quality against time]({plot.as_posix()})"]
     rows = break_even_rows(result)
     if rows:
@@ -31,30 +35,37 @@ def block(result: dict, source: str, plot: Path) -> str:
 
 
 def plot_of(result: dict) -> str:
-    """The SVG of the longest cell: its first metric against time."""
-    longest = max(result["cells"], key=lambda cell: cell["length"])
-    metric = present(longest)[0]
-    return pareto_plot(longest, "total_ms", metric, METRICS[metric][0])
+    """The SVG of one cell (see `_surest`): its first metric against time."""
+    cell = _surest(result)
+    metric = present(cell)[0]
+    return pareto_plot(cell, "total_ms", metric, METRICS[metric][0])
+
+
+def _surest(result: dict) -> dict:
+    """The cell with the most questions, the longest of several."""
+    return max(result["cells"], key=lambda cell: (matching.questions(cell, matching.ACCURACY) or 0, cell["length"]))
 
 
 def _cell(cell: dict) -> list[str]:
-    metric = present(cell)[0]
-    title, headings, table = matched_tables(cell, metric)[0]
-    lines = [f"**{cell['length']:,} tokens, {cell['label']}: {title}**", ""]
-    return lines + [f"- {sentence}" for sentence in matching.verdicts(table, headings, METRICS[metric][1])]
+    """Who is best at equal time, or where there is no such table at equal density, by the first metrics."""
+    lines = [f"**{cell['length']:,} tokens, {cell['label']}**"]
+    for metric in present(cell)[:SHOWN]:
+        title, headings, table = matched_tables(cell, metric)[0]
+        told = matching.verdicts(table, headings, METRICS[metric][1], matching.questions(cell, metric))
+        lines += ["", f"{title[0].upper()}{title[1:]}:", "", *(f"- {sentence}" for sentence in told)]
+    return lines
 
 
-def _tables(cell: dict) -> list[str]:
-    """One table of a cell's first metric: a row a method, columns at equal times and densities, the best in bold."""
-    metric = present(cell)[0]
-    largest = METRICS[metric][1]
+def _table(cell: dict, metric: str) -> list[str]:
+    """One metric of a cell: a row a method, columns at equal times and densities, the best in bold."""
+    largest, asked = METRICS[metric][1], matching.questions(cell, metric)
     found = {title.rpartition("at equal ")[2]: rest for title, *rest in matched_tables(cell, metric)}
     columns = []
     for kind in ("time (selection and attention)", "density"):
         headings, table = found.get(kind, ([], {}))
-        columns += [(heading, table, i, matching.best(table, i, largest)) for i, heading in enumerate(headings)]
+        columns += [(heading, table, i, matching.best(table, i, largest, asked)) for i, heading in enumerate(headings)]
     lines = [
-        f"| {METRICS[metric][0]} | " + " | ".join(heading for heading, *_ in columns) + " |",
+        "| | " + " | ".join(heading for heading, *_ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for method in matching.by_method(cell["rows"]):

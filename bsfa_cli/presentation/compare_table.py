@@ -11,7 +11,7 @@ HEADINGS = (
 )  # fmt: skip
 MODEL_HEADINGS = ("TTFT ms", "top-1", "accuracy")
 METRICS = {  # path into a row: (words, larger is better)
-    "accuracy.mean": ("task accuracy", True),
+    matching.ACCURACY: ("task accuracy", True),
     "agreement.top1": ("top-1 agreement with the dense model", True),
     "agreement.kl": ("KL divergence from the dense model, nats a token", False),
     "recall.mean": ("recall of softmax mass, mean over rows", True),
@@ -52,7 +52,7 @@ def show_matched(cell: dict, metric: str) -> None:
         lines = [(name, *(number(x) for x in values)) for name, values in table.items()]
         for line in aligned([("", *headings), *lines]):
             note(f"    {line}")
-        for sentence in matching.verdicts(table, headings, METRICS[metric][1]):
+        for sentence in matching.verdicts(table, headings, METRICS[metric][1], matching.questions(cell, metric)):
             note(f"    {sentence}")
 
 

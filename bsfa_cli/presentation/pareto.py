@@ -10,7 +10,7 @@ from .svg import COLOURS, STYLE, line, number, path, text, ticks
 
 HEIGHT, LEGEND = 300, 230
 WIDTH = PLOT_WIDTH + 40
-LEFT, RIGHT, TOP, BOTTOM = 64, LEGEND, 60, 50
+LEFT, RIGHT, TOP, BOTTOM = 64, LEGEND, 76, 50
 METHOD_COLOURS = (*COLOURS[1:], "#2a9d8f", "#c0392b", "#6c5ce7", "#795548", "#9e9d24", "#00838f", "#ad1457")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 AXES = {
@@ -49,7 +49,8 @@ def pareto_plot(cell: dict, axis: str, metric: str, words: str) -> str:
         f"<title>{escape(words)}</title>",
         f"<style>{STYLE}</style>",
         '<rect width="100%" height="100%" class="page"/>',
-        text(LEFT, 24, f"{words}; {cell['length']:,} tokens, {cell['label']}", "title"),
+        text(LEFT, 24, f"{words}; {cell['length']:,} tokens", "title"),
+        text(LEFT, 44, cell["label"], "soft"),
     ]
     for y in ticks(low, high):
         parts.append(line(LEFT, at(0, y)[1], WIDTH - RIGHT, at(0, y)[1], "grid"))

@@ -75,10 +75,11 @@ def _cell(cell: dict) -> str:
     parts.append(_aside("; ".join(facts) + "."))
     for metric in present(cell):
         words, largest = METRICS[metric]
+        asked = matching.questions(cell, metric)
         for title, headings, table in matched_tables(cell, metric):
             parts.append(f"<h4>{escape(title)}</h4>")
-            parts.append(_matched(headings, table, largest))
-            parts.append(_list(matching.verdicts(table, headings, largest)))
+            parts.append(_matched(headings, table, largest, asked))
+            parts.append(_list(matching.verdicts(table, headings, largest, asked)))
         if metric in MAIN:
             parts += [f"<figure>{plot}</figure>" for axis in AXES if (plot := pareto_plot(cell, axis, metric, words))]
     headings, *rows = rows_table(cell)
@@ -111,8 +112,8 @@ def _heading(kind: str, path: Path, result: dict) -> str:
     )
 
 
-def _matched(headings: list[str], table: dict[str, list[float | None]], largest: bool) -> str:
-    winners = [matching.best(table, column, largest) for column in range(len(headings))]
+def _matched(headings: list[str], table: dict[str, list[float | None]], largest: bool, asked: int | None) -> str:
+    winners = [matching.best(table, column, largest, asked) for column in range(len(headings))]
     lines = [f"<tr><th></th>{''.join(f'<th>{escape(heading)}</th>' for heading in headings)}</tr>"]
     for method, values in table.items():
         cells = [

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 Z = 1.959963984540054  # two-sided 95 %
 RESAMPLES = 4000
 
@@ -25,6 +23,8 @@ def paired(sparse: Sequence[float], dense: Sequence[float], seed: int = 0) -> di
     """JSON of sparse against dense scores of the same questions: `difference` of the means and `retention`, their
     ratio, with 95 % intervals over resampled questions; ratios are None where no dense answer is right.
     """
+    import torch  # not at the top: reports need Wilson's interval and no torch
+
     pair = torch.tensor([sparse, dense], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(pair.shape[1], (RESAMPLES, pair.shape[1]), generator=generator)
@@ -40,5 +40,5 @@ def paired(sparse: Sequence[float], dense: Sequence[float], seed: int = 0) -> di
     }
 
 
-def _interval(values: torch.Tensor) -> list[float]:
-    return torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+def _interval(values) -> list[float]:
+    return values.quantile(values.new_tensor([0.025, 0.975])).tolist()
