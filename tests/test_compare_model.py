@@ -122,6 +122,7 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     [
         (("--tasks", "all"), 2, "--tasks are asked of a model"),
         (("--run", "somewhere"), 2, "belong to a comparison inside a model"),
+        (("model", "--ask-at", "0.5"), 2, "--ask-at belongs to --tasks"),
         (("model", "--run", "a", "--thresholds", "b"), 2, "either --run or --thresholds"),
         (("model", "--thresholds", "/nonexistent/t.safetensors"), 4, "/nonexistent/t.safetensors"),
         (("model", "--captured", "a.safetensors"), 2, "either a model or --captured"),

@@ -5,13 +5,18 @@ import math
 
 import pytest
 import torch
+from bsfa_kernels import TileShape
+from bsfa_kernels.integrations.transformers import attention_modules
 
 from bsfa_cli.calibration.data import load_texts
+from bsfa_cli.comparison import methods
+from bsfa_cli.comparison.handlers import MethodAttention, Stopwatch
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.models import random_weights
+from bsfa_cli.models.load import load_model
 from bsfa_cli.suites import ruler, statistics, tasks
 from bsfa_cli.suites.questions import HELD_OUT, Plan, TextQuestion, as_text, is_bundled, parse_names
-from bsfa_cli.suites.run import Examiner, Score, match, mode
+from bsfa_cli.suites.run import Examiner, Score, dense_handlers, examine, match, mode
 from bsfa_cli.suites.vocabulary import build_tokenizer
 from bsfa_cli.training import model
 
@@ -118,6 +123,44 @@ def test_teacher_forcing_asks_for_every_token_of_the_answer(llama, monkeypatch):
         examiner._head, "hidden", lambda tokens: answering(torch.where(tokens == answer[1], answer[0], tokens))
     )
     assert examiner.ask(question) == Score(False, pytest.approx(2 / 3))
+
+
+def test_filler_behind_the_answer_moves_the_question_and_changes_no_answer():
+    end, middle = (Plan(("multi-value",), (length,), 1, ask_at=at) for length, at in ((512, 1.0), (1024, 0.5)))
+    question = middle.draw("multi-value", 1024, 3).batch
+    assert question.tokens.shape == question.answer.shape == (1, 1024) and question.tail == 512
+    assert (
+        question.place.stop == 511 and question.answer[0, question.place].all() and not question.answer[0, 512:].any()
+    )
+    assert question.right(question.answers).all()
+    with pytest.raises(UsageError, match="at least 256 tokens, got 204"):
+        Plan(("single",), (1024,), 1, ask_at=0.2)
+    with pytest.raises(UsageError, match="at most 1, got 1.5"):
+        Plan(("single",), (1024,), 1, ask_at=1.5)
+    with pytest.raises(UsageError, match="only the bundled model can be asked before the end"):
+        next(middle.questions_for(random_weights.build_tokenizer()))
+    loaded = load_model(None, device="cpu", dtype=torch.float32)
+    scores = [Examiner(loaded.model, loaded.tokenizer).ask(plan.draw("multi-value", n, 3))
+              for plan, n in ((end, 512), (middle, 1024))]  # fmt: skip
+    assert [score.exact for score in scores] == [True, True]
+
+
+def test_rows_that_tri_shape_computes_densely_are_only_the_last_ones():
+    """A needle beyond the window is found from the end of a text, and not from its middle."""
+    loaded = load_model(None, device="cpu", dtype=torch.float32)
+    examiner, method = Examiner(loaded.model, loaded.tokenizer), methods.available(None)["tri_shape"]
+    handlers = {
+        path: MethodAttention(path, method, 512, TileShape(), Stopwatch(torch.device("cpu")))
+        for path in attention_modules(loaded.model)
+    }
+    right = {}
+    for at in (1.0, 0.75):
+        plan = Plan(("multi-key",), (2048,), 3, ask_at=at)
+        answers = examine(
+            examiner, {"dense": dense_handlers(loaded.model), "tri": handlers}, plan.questions_for(loaded.tokenizer)
+        )
+        right[at] = [sum(answer.score.exact for answer in given) for given in answers.values()]
+    assert right == {1.0: [3, 3], 0.75: [3, 0]}
 
 
 def test_a_model_is_really_asked(llama):

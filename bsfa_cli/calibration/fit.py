@@ -32,6 +32,11 @@ class Table:
     candidates: torch.Tensor  # int64 [N, P]
     tiles: torch.Tensor  # int64 [N, P]: query tiles with a candidate
 
+    @property
+    def reach(self) -> float:
+        """The share of candidate tiles that the highest threshold of the grid drops, in four digits rounded down."""
+        return math.floor(1e4 * int(self.dropped[..., -1].sum()) / max(1, int(self.candidates.sum()))) / 1e4
+
     @classmethod
     def of(cls, curves: Mapping[str, Mapping[str, torch.Tensor]], gate: str) -> Table:
         modules, first = {}, 0
@@ -105,10 +110,9 @@ def _wanted(table: Table, rate: float) -> int:
     wanted = math.ceil(rate * int(table.candidates.sum()) - 1e-6)
     most = int(table.dropped[..., -1].sum())
     if most < wanted or not int(table.candidates.sum()):
-        share = math.floor(1e4 * most / max(1, int(table.candidates.sum()))) / 1e4
         raise UsageError(
-            f"--target-skip {rate:g} cannot be reached: the highest {table.gate} threshold drops {share:.4f} of the "
-            f"candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
+            f"--target-skip {rate:g} cannot be reached: the highest {table.gate} threshold drops {table.reach:.4f} of "
+            f"the candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
         )
     return wanted
 

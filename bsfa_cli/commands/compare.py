@@ -38,6 +38,9 @@ def compare(
         str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
     ] = None,
     questions: Annotated[int, Option(min=1, help="Questions a task and length, for --tasks.")] = 20,
+    ask_at: Annotated[
+        float, Option(help="With --tasks: where the question stands, as a share of the length; bundled model only.")
+    ] = 1.0,
     captured: Annotated[
         Path | None, Option(metavar="FILE", help="Compare on the layers in this file of bsfa capture.")
     ] = None,
@@ -72,6 +75,8 @@ def compare(
         raise UsageError("give either --run or --thresholds")
     if tasks is not None and model is None:
         raise UsageError("--tasks are asked of a model; name one")
+    if tasks is None and ask_at != 1:
+        raise UsageError("--ask-at belongs to --tasks")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     if tile not in ("64x128", "128x64"):
@@ -104,7 +109,7 @@ def compare(
         loaded, calibration = _loaded(model, run, thresholds, shown, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
-        asked = [_questions(loaded, tasks, n, questions, seed) if tasks else [] for n in wanted]
+        asked = [_questions(loaded, tasks, n, questions, seed, ask_at) if tasks else [] for n in wanted]
 
         def cell(i: int, begin) -> dict:
             return bench.model_cell(
@@ -196,7 +201,7 @@ def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> li
     return texts
 
 
-def _questions(loaded, names: str, length: int, count: int, seed: int) -> list:
+def _questions(loaded, names: str, length: int, count: int, seed: int, ask_at: float) -> list:
     from ..suites.questions import Plan, parse_names
 
-    return list(Plan(parse_names(names), (length,), count, seed).questions_for(loaded.tokenizer))
+    return list(Plan(parse_names(names), (length,), count, seed, ask_at=ask_at).questions_for(loaded.tokenizer))

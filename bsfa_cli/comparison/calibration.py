@@ -22,13 +22,11 @@ from ..calibration.curves import ModuleCurves, Plan
 from ..errors import InputError
 
 GATES = {"target-skip": "gap", "top-k": "absolute"}
-SKIPS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3)
+SKIPS, SWEEP = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3, 0.2, 0.1, 0.05), 6  # the sparsest SWEEP that can be reached
 
 
 class Calibration:
     """Curves of every attention module, by name, and the thresholds of any operating point read from them."""
-
-    skips = SKIPS
 
     def __init__(self, plan: Plan, curves: Mapping[str, Mapping[str, torch.Tensor]], source: str):
         self.plan, self.curves, self.source = plan, curves, source
@@ -47,6 +45,11 @@ class Calibration:
         if plan is None:
             raise InputError(f"{source} holds no layer to calibrate on")
         return cls(plan, curves, source)
+
+    @property
+    def skips(self) -> tuple[float, ...]:
+        """The sparsest of SKIPS; in place of those that no threshold reaches, what the highest one does reach."""
+        return tuple(sorted({min(skip, self._table.reach) for skip in SKIPS}, reverse=True)[:SWEEP])
 
     @property
     def top_k(self) -> tuple[int, ...]:

@@ -52,8 +52,7 @@ def recipes(begun: Run) -> dict[str, list[Request]]:
     _, curves = begun.load("fit")
     rates = {}
     for gate in ("gap", "absolute"):
-        table = fit.Table.of(curves, gate)
-        reach = int(table.dropped[..., -1].sum()) / int(table.candidates.sum())
+        reach = fit.Table.of(curves, gate).reach
         rates[gate] = [rate * min(1.0, reach / RATES[-1]) for rate in RATES]
     return {
         "top-k, absolute": [Request("top-k", k, "absolute") for k in TOP_K],

@@ -69,21 +69,32 @@ class TextQuestion:
 
 @dataclass(frozen=True)
 class Plan:
-    """`questions` questions for each task and length, at the depths in turn. Raises UsageError for what cannot be."""
+    """`questions` questions for each task and length, at the depths in turn. Raises UsageError for what cannot be.
+
+    `ask_at` below 1 puts each question and its answer at that share of the length, with filler behind. Only the bundled
+    model can be asked so, since its answers are read where they stand.
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     questions: int
     seed: int = 0
     held_out: bool = True
+    ask_at: float = 1.0
 
     def __post_init__(self):
         for name in self.tasks:
             if name not in tasks.NAMES:
                 raise UsageError(f"there is no task {name!r}; there are {', '.join(tasks.NAMES)} and {ALL}")
+        if not 0 < self.ask_at <= 1:
+            raise UsageError(f"a question stands at a share of the length above 0 and at most 1, got {self.ask_at:g}")
         for length in self.lengths:
-            if length < tasks.SHORTEST:
-                raise UsageError(f"tasks need at least {tasks.SHORTEST} tokens, got {length}")
+            before = length - self._tail(length)
+            if before < tasks.SHORTEST:
+                raise UsageError(f"tasks need documents of at least {tasks.SHORTEST} tokens, got {before}")
+
+    def _tail(self, length: int) -> int:
+        return length - int(length * self.ask_at)
 
     def __len__(self) -> int:
         return len(self.tasks) * len(self.lengths) * self.questions
@@ -91,6 +102,10 @@ class Plan:
     def questions_for(self, tokenizer) -> Iterator[TokenQuestion | TextQuestion]:
         """Token questions where `tokenizer` is the bundled one, else texts of the plan's lengths in its tokens."""
         ours = is_bundled(tokenizer)
+        if not ours and self.ask_at < 1:
+            raise UsageError(
+                "only the bundled model can be asked before the end of a text; others generate their answer"
+            )
         for place in self.places():
             yield self.draw(*place) if ours else self.write(*place, tokenizer)
 
@@ -106,7 +121,9 @@ class Plan:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
         generator = torch.Generator().manual_seed(seed + (HELD_OUT if self.held_out else 0))
         depth = index % tasks.DEPTHS if task != tasks.FREQUENT_WORDS else None
-        batch = tasks.make(task, length=tokens or length, rows=1, generator=generator, depth=depth)
+        batch = tasks.make(
+            task, length=tokens or length, rows=1, generator=generator, depth=depth, tail=self._tail(tokens or length)
+        )
         return TokenQuestion(task, length, depth, batch)
 
     def write(self, task: str, length: int, index: int, tokenizer) -> TextQuestion:

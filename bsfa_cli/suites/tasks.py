@@ -1,7 +1,7 @@
 """The tasks, as token batches: what a document holds, what is asked, and at which depth.
 
 batch = make("multi-key", length=4096, rows=8, generator=torch.Generator().manual_seed(seed))
-batch.tokens[:, : -batch.answer_length - 1]     # what the model reads; then it must give batch.answers
+batch.tokens[:, : batch.place.start]     # what the model reads; then it must give batch.answers
 
 A group is the sentences that one question is about: one needle, four values of a key, a chain of copies. Groups that
 nobody asks about are distractors.
@@ -25,8 +25,8 @@ VALUE_PAIRS = 3  # tokens of a magic number
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens [rows, length] int64; answer [rows, length] bool, the tokens of every answer in the document; the last
-    `answer_length` + 1 tokens are the last question's answer and the full stop behind it.
+    """tokens [rows, length] int64; answer [rows, length] bool, the tokens of every answer in the document. The last
+    question's answer has `answer_length` tokens; behind it stand a full stop and `tail` tokens of filler.
 
     others [rows, length, OTHERS] int64: tokens that would be as right, -1 for none. Values that may come in any order
     differ in their first token; from there on the value that stands in the document is the right one.
@@ -36,15 +36,31 @@ class Batch:
     answer: torch.Tensor
     answer_length: int
     others: torch.Tensor
+    tail: int = 0
+
+    @property
+    def place(self) -> slice:
+        """Where the last question's answer stands among the tokens of a row."""
+        end = self.tokens.shape[1] - self.tail - 1
+        return slice(end - self.answer_length, end)
 
     @property
     def answers(self) -> torch.Tensor:
         """[rows, answer_length]: the last question's answer."""
-        return self.tokens[:, -self.answer_length - 1 : -1]
+        return self.tokens[:, self.place]
+
+    def followed_by(self, tail: torch.Tensor) -> Batch:
+        """The same with `tail` [rows, n] behind it."""
+        width = (0, tail.shape[1])
+        pad = torch.nn.functional.pad
+        return Batch(
+            torch.cat([self.tokens, tail], 1), pad(self.answer, width), self.answer_length,
+            pad(self.others, (0, 0, *width), value=-1), self.tail + tail.shape[1],
+        )  # fmt: skip
 
     def right(self, predicted: torch.Tensor) -> torch.Tensor:
         """bool [rows, answer_length]: which predictions for `answers`, of that shape, are right."""
-        others = self.others[:, -self.answer_length - 1 : -1]
+        others = self.others[:, self.place]
         return (predicted == self.answers) | (predicted[..., None] == others).any(-1)
 
 
@@ -173,13 +189,19 @@ def make(
     questions: int = 1,
     groups: int | None = None,
     depth: int | None = None,
+    tail: int = 0,
 ) -> Batch:
     """`rows` documents of exactly `length` tokens with `questions` questions, the last one at the very end.
 
     `groups` is how many groups there are, by default the task's own for this length; the first `questions` of them
     are asked about, each somewhere after its last sentence. `depth` (0 to 9) puts the sentences of the last question
-    into that tenth of the document. Tokens are drawn from `generator`, on its device.
+    into that tenth of the document. `tail` of the tokens are filler behind the last answer, and the rest is the
+    document that all else is said of. Tokens are drawn from `generator`, on its device.
     """
+    if tail:
+        options = dict(questions=questions, groups=groups, depth=depth)
+        batch = make(name, length=length - tail, rows=rows, generator=generator, **options)
+        return batch.followed_by(document.prose(rows, tail, generator)[0])
     if name == FREQUENT_WORDS:
         return _frequent_words(length, rows, generator, questions)
     task = TASKS[name]

@@ -111,7 +111,7 @@ def _rows(kind: str, length: int, rows: int, rng: random.Random, generator: torc
         )  # fmt: skip
         tokens, answer, others = batch.tokens, batch.answer, batch.others
         final = torch.zeros_like(answer)
-        final[:, -batch.answer_length - 1 : -1] = True
+        final[:, batch.place] = True
     weight = answer / answer.sum(1, keepdim=True)
     return Rows(tokens, others, weight, final, torch.full((rows,), KINDS.index(kind), device=device))
 
