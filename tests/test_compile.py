@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import sass
 import torch
+from bsfa_kernels import hopper
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KB = 1024
@@ -61,8 +62,21 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, t
     # Per consumer: a product is one to eight wgmmas and a single wait.
     assert code.count("HGMMA") >= 36
     assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
-    assert code.spilled <= HOPPER_SPILLS[variant[1]]
+    # The one that people call most has none: 20 bytes in its loop cost 4 % at 0 % skipped (kernels/NOTES.md).
+    assert code.spilled <= (0 if variant == HOPPER[0] else HOPPER_SPILLS[variant[1]])
     assert code.shared <= HOPPER_SHARED
+
+
+@pytest.mark.parametrize(
+    "heads, keys, head_dim, expected",
+    [(8, 8192, 128, 8), (8, 8200, 128, 4), (8, 32768, 128, 2), (8, 131072, 128, 1), (8, 1 << 20, 128, 1),
+     (12, 32768, 64, 4), (7, 16384, 128, 1), (1, 64, 64, 1)],
+)  # fmt: skip
+def test_a_section_is_as_many_equal_parts_of_the_heads_as_fit(heads, keys, head_dim, expected):
+    k = torch.empty(3, heads, keys, head_dim, dtype=BF16, device="meta")
+    assert hopper.section_kv_heads(k) == expected
+    each = 2 * keys * head_dim * 2
+    assert expected == 1 or expected * each <= hopper.SECTION_BYTES
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
