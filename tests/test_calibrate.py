@@ -44,8 +44,10 @@ def finished(tmp_path_factory, random_model):
 
 
 def bsfa_process(path, model, prelude=""):
+    """A command in a process of its own; in it Ctrl-C works, also where these tests run in the background."""
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
     bundled = f"import pathlib\nfrom bsfa_cli.models import load\nload.BUNDLED = pathlib.Path({str(model)!r})"
-    code = f"import sys\n{bundled}\n{prelude}\nfrom bsfa_cli import app\nsys.exit(app.run())"
+    code = f"import sys\n{heard}\n{bundled}\n{prelude}\nfrom bsfa_cli import app\nsys.exit(app.run())"
     command = [sys.executable, "-c", code, "calibrate", "-o", str(path), *SMALL]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
