@@ -80,21 +80,24 @@ def model_cell(
     score, asked = score_questions(loaded, questions) if questions else (None, None)
     found = bench.cell(texts, len(texts[0].tokens), seconds, seed, score, begin(len(bench.runs)))
     label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
-    if asked_at(questions) < 1:
-        label += f", asked at {asked_at(questions):.0%} of the text"
+    place = asked_at(questions)
+    if place is not None and place < 1:
+        label += f", asked at {place:.0%} of the text"
     return found | {
         "label": label,
         "source": {"model": loaded.identity, "texts": [text.source for text in texts], "dense_modules": passed_over},
         "calibrated_on": None if calibration is None else calibration.source,
         "left_out": left_out,
         "asked": asked,
-        "asked_at": asked_at(questions) if questions else None,
+        "asked_at": place,
     }
 
 
-def asked_at(questions: list) -> float:
-    """The share of the prompts that stands before the end of the answer; 1 where nothing is asked."""
-    batch = getattr(questions[0], "batch", None) if questions else None
+def asked_at(questions: list) -> float | None:
+    """The share of the prompts up to the answer's end, 1 where that is the end; None where nothing is asked."""
+    if not questions:
+        return None
+    batch = getattr(questions[0], "batch", None)  # of a TokenQuestion
     return 1 - batch.tail / batch.tokens.shape[1] if batch else 1.0
 
 

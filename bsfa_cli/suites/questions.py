@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from ..errors import InputError, UsageError
-from . import tasks
+from . import document, tasks
 from .vocabulary import CONTINUING, IDS, PAIRS, RANGES, WORDS, build_tokenizer
 
 HELD_OUT = 1 << 31  # a CPU's generator looks at the lower 32 bits of its seed only
@@ -121,9 +121,11 @@ class Plan:
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
         generator = torch.Generator().manual_seed(seed + (HELD_OUT if self.held_out else 0))
         depth = index % tasks.DEPTHS if task != tasks.FREQUENT_WORDS else None
-        batch = tasks.make(
-            task, length=tokens or length, rows=1, generator=generator, depth=depth, tail=self._tail(tokens or length)
-        )
+        size = tokens or length
+        tail = self._tail(size)
+        batch = tasks.make(task, length=size - tail, rows=1, generator=generator, depth=depth)
+        if tail:
+            batch = batch.followed_by(document.prose(1, tail, generator)[0])
         return TokenQuestion(task, length, depth, batch)
 
     def write(self, task: str, length: int, index: int, tokenizer) -> TextQuestion:

@@ -109,39 +109,44 @@ def _keys(rows: int, count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _code(shape: tuple[int, ...], pairs: list[str], generator: torch.Generator) -> torch.Tensor:
-    """Codes of shape[-1] pairs each: a first pair and continuing ones."""
-    device = generator.device
+    """Codes of shape[-1] pairs each."""
+    return _spelled(torch.randint(len(pairs), shape, generator=generator, device=generator.device), pairs)
+
+
+def _spelled(drawn: torch.Tensor, pairs: list[str]) -> torch.Tensor:
+    """Tokens of codes whose pairs are `pairs[drawn]`: a first pair and continuing ones."""
+    device = drawn.device
     kinds = torch.tensor([[IDS[pair] for pair in pairs], [IDS[CONTINUING + pair] for pair in pairs]], device=device)
-    drawn = torch.randint(len(pairs), shape, generator=generator, device=device)
-    first = torch.arange(shape[-1], device=device) == 0
+    first = torch.arange(drawn.shape[-1], device=device) == 0
     return torch.where(first, kinds[0][drawn], kinds[1][drawn])
 
 
 def _draw_number(rows: int, groups: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = _pad(_keys(rows, groups, generator), _code((rows, groups, 3), DECIMAL_PAIRS, generator))
+    arguments = _pad(_keys(rows, groups, generator), _code((rows, groups, VALUE_PAIRS), DECIMAL_PAIRS, generator))
     return arguments[:, :, None], arguments
 
 
 def _draw_queries(rows: int, groups: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     keys = _keys(rows, 4 * groups, generator)
-    needles = torch.cat([keys, _code((rows, 4 * groups, 3), DECIMAL_PAIRS, generator)], -1)
-    needles = needles.view(rows, groups, 4, 5)
+    needles = torch.cat([keys, _code((rows, 4 * groups, VALUE_PAIRS), DECIMAL_PAIRS, generator)], -1)
+    needles = needles.view(rows, groups, 4, -1)
     return _pad(needles), _pad(needles.flatten(2))
 
 
 def _draw_values(rows: int, groups: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     key = _keys(rows, groups, generator)
-    values = _code((rows, groups, 4, VALUE_PAIRS), DECIMAL_PAIRS, generator)
+    among, shape = len(DECIMAL_PAIRS), (rows, groups, 4, VALUE_PAIRS)
+    drawn = torch.randint(among, shape, generator=generator, device=generator.device)
     # Values of a key begin with different pairs: one that was begun must have one way to go on.
-    first = torch.tensor([IDS[pair] for pair in DECIMAL_PAIRS], device=generator.device)
-    values[..., 0] = first[_distinct(rows * groups, 4, len(first), generator)].view(rows, groups, 4)
+    drawn[..., 0] = _distinct(rows * groups, 4, among, generator).view(shape[:-1])
+    values = _spelled(drawn, DECIMAL_PAIRS)
     return _pad(key[:, :, None].expand(-1, -1, 4, -1), values), _pad(key, values.flatten(2))
 
 
 def _draw_chain(copies: int):
     def draw(rows: int, groups: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         first, last = RANGES["noun"]
-        value = _code((rows, groups, 3), DECIMAL_PAIRS, generator)
+        value = _code((rows, groups, VALUE_PAIRS), DECIMAL_PAIRS, generator)
         names = first + _distinct(rows, groups * (copies + 1), last + 1 - first, generator)
         names = names.view(rows, groups, copies + 1)
         store = _pad(value, names[..., :1])
@@ -189,19 +194,13 @@ def make(
     questions: int = 1,
     groups: int | None = None,
     depth: int | None = None,
-    tail: int = 0,
 ) -> Batch:
     """`rows` documents of exactly `length` tokens with `questions` questions, the last one at the very end.
 
     `groups` is how many groups there are, by default the task's own for this length; the first `questions` of them
     are asked about, each somewhere after its last sentence. `depth` (0 to 9) puts the sentences of the last question
-    into that tenth of the document. `tail` of the tokens are filler behind the last answer, and the rest is the
-    document that all else is said of. Tokens are drawn from `generator`, on its device.
+    into that tenth of the document. Tokens are drawn from `generator`, on its device.
     """
-    if tail:
-        options = dict(questions=questions, groups=groups, depth=depth)
-        batch = make(name, length=length - tail, rows=rows, generator=generator, **options)
-        return batch.followed_by(document.prose(rows, tail, generator)[0])
     if name == FREQUENT_WORDS:
         return _frequent_words(length, rows, generator, questions)
     task = TASKS[name]
