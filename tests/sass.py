@@ -40,6 +40,17 @@ class MachineCode:
         return int(re.search(r"(\d+) bytes spill stores", self.notes)[1])
 
     @property
+    def spilled_in_loops(self) -> int:
+        """Accesses to spilled values in the innermost loops around matrix products."""
+        lines = [line.strip() for line in self.sass.splitlines()]
+        labels = {line[:-1]: i for i, line in enumerate(lines) if line.startswith(".L_x_") and line.endswith(":")}
+        jumps = [(i, re.search(r"\bBRA `\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
+        loops = [range(labels[jump[1]], i) for i, jump in jumps if jump and labels.get(jump[1], i) < i]
+        products = (i for i, line in enumerate(lines) if "HGMMA" in line)
+        innermost = {min((loop for loop in loops if i in loop), key=len, default=range(0)) for i in products}
+        return sum(bool(re.search(r"\b(LDL|STL)\b", lines[i])) for loop in innermost for i in loop)
+
+    @property
     def serialized(self) -> bool:
         """ptxas gave up running wgmma asynchronously."""
         return "serializ" in self.notes

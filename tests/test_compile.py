@@ -62,8 +62,10 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, t
     # Per consumer: a product is one to eight wgmmas and a single wait.
     assert code.count("HGMMA") >= 36
     assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
-    # The one that people call most has none: 20 bytes in its loop cost 4 % at 0 % skipped (kernels/NOTES.md).
-    assert code.spilled <= (0 if variant == HOPPER[0] else HOPPER_SPILLS[variant[1]])
+    assert code.spilled <= HOPPER_SPILLS[variant[1]]
+    # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); with every mask and gate, one
+    # value is read there.
+    assert code.spilled_in_loops <= (2 if variant == (FP16, 96, False, "ag", False) else 0)
     assert code.shared <= HOPPER_SHARED
 
 
@@ -116,5 +118,7 @@ def test_a_spill_and_a_serialized_product_would_be_seen():
     text = "        /*0010*/              @!P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT ;\n"
     text += "        /*0020*/                   STL [R1+0x2c], R0 ;\n"
     code = sass.MachineCode(0, notes, text)
-    assert code.serialized and code.spilled == 12
+    assert code.serialized and code.spilled == 12 and code.spilled_in_loops == 0
+    inside = ".L_x_1:\n.L_x_2:\n" + text + "@P0 BRA `(.L_x_2) ;\nLDL R1, [R2] ;\n@P1 BRA `(.L_x_1) ;\n"
+    assert sass.MachineCode(0, notes, inside).spilled_in_loops == 1
     assert code.instructions == ["HGMMA.64x128x16.F32.BF16", "STL"]

@@ -2,10 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
+from bsfa_cli.calibration.points import Request
+from bsfa_cli.errors import InputError
 from bsfa_cli.experiments import recipes
 from bsfa_cli.suites.questions import Plan
 from bsfa_cli.suites.run import Answer, Score
@@ -29,6 +32,35 @@ def test_the_whole_experiment_at_toy_size(tmp_path, monkeypatch):
         if "gap" in recipe:
             assert entry["furthest"]["retention"] == 1
     assert ElementTree.fromstring((tmp_path / "recipes.svg").read_text()).tag.endswith("svg")
+    _join_halves(tmp_path, result, monkeypatch)
+
+
+def _join_halves(folder, result, monkeypatch):
+    """Two files with half of the recipes each become the whole again, and only if they were measured alike."""
+    names = sorted(result["recipes"])
+    files = [folder / "one.json", folder / "other.json"]
+    for file, half in zip(files, (names[:3], names[3:]), strict=True):
+        file.write_text(json.dumps({**result, "recipes": {name: result["recipes"][name] for name in half}}))
+    monkeypatch.setattr(sys, "argv", ["recipes", "--out", str(folder), "--name", "whole", "--join", *map(str, files)])
+    assert recipes.main() == 0
+    assert json.loads((folder / "whole.json").read_text()) == result
+    files[1].write_text(json.dumps({**result, "dtype": "float64"}))
+    with pytest.raises(InputError, match=r"other\.json: not measured like .*one\.json, its dtype differ"):
+        recipes.joined(files)
+    files[1].write_text("[]")
+    with pytest.raises(InputError, match=r"other\.json: expected a result"):
+        recipes.joined(files)
+
+
+def test_only_the_recipes_asked_for_become_contenders(monkeypatch):
+    asked = {name: [Request("target-skip", 0.5, "gap")] for name in recipes.RECIPES}
+    monkeypatch.setattr(recipes, "recipes", lambda run: asked)
+    monkeypatch.setattr(recipes, "attention_modules", lambda model: None)
+    monkeypatch.setattr(recipes.points, "export", lambda run, requests, quantile: (None, None))
+    monkeypatch.setattr(recipes.SparseAttention, "for_model", lambda *arguments, **options: "handlers")
+    chosen = ("shared skip, gap", "top-k, absolute")
+    found = recipes.contenders(SimpleNamespace(model=None), None, chosen)
+    assert tuple(recipe for recipe, _ in found) == chosen
 
 
 def test_the_furthest_point_is_the_sparsest_that_keeps_99_percent():

@@ -2,7 +2,8 @@
 
 How far every recipe for thresholds can go: calibrates once, exports eight points for each recipe, and asks the model
 questions from other seeds, and by default about other tasks and lengths, dense and at every point. Questions come in
-turn to all points, so a run that --minutes cuts short has asked all of them the same.
+turn to all points, so a run that --minutes cuts short has asked all of them the same. On several GPUs, some recipes on
+each (--recipe), and then one file of them: --join FILE FILE --out DIR.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..calibration.data import TASKS, load_texts
 from ..calibration.points import Request
 from ..calibration.store import Run
 from ..environment import describe, resolve_device
-from ..errors import BsfaError
+from ..errors import BsfaError, InputError
 from ..files import write_whole
 from ..models.load import LoadedModel, load_model
 from ..presentation.recipes_plot import recipes_plot
@@ -33,6 +34,10 @@ from ..suites.summary import summarise
 RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # or as much less as the gate can reach
 TOP_K = (96, 64, 48, 32, 16, 8, 4, 2)
 MASSES = tuple(10 ** (-exponent / 4) for exponent in (12, 10, 8, 6, 4, 3, 2, 1))  # levels that calibration counts at
+RECIPES = (
+    "top-k, absolute", "even skip, absolute", "shared skip, absolute",
+    "one lambda, gap", "shared skip, gap", "max dropped mass, gap",
+)  # fmt: skip
 QUANTILE, TILE, KEPT = 0.99, (64, 128), 0.99
 DENSE = "dense"
 
@@ -54,21 +59,23 @@ def recipes(begun: Run) -> dict[str, list[Request]]:
     for gate in ("gap", "absolute"):
         reach = fit.Table.of(curves, gate).reach
         rates[gate] = [rate * min(1.0, reach / RATES[-1]) for rate in RATES]
-    return {
-        "top-k, absolute": [Request("top-k", k, "absolute") for k in TOP_K],
-        "even skip, absolute": [Request("even-skip", rate, "absolute") for rate in rates["absolute"]],
-        "shared skip, absolute": [Request("target-skip", rate, "absolute") for rate in rates["absolute"]],
-        "one lambda, gap": [Request("one-threshold", rate, "gap") for rate in rates["gap"]],
-        "shared skip, gap": [Request("target-skip", rate, "gap") for rate in rates["gap"]],
-        "max dropped mass, gap": [Request("max-dropped-mass", mass, "gap") for mass in MASSES],
-    }
+    requests = (
+        [Request("top-k", k, "absolute") for k in TOP_K],
+        [Request("even-skip", rate, "absolute") for rate in rates["absolute"]],
+        [Request("target-skip", rate, "absolute") for rate in rates["absolute"]],
+        [Request("one-threshold", rate, "gap") for rate in rates["gap"]],
+        [Request("target-skip", rate, "gap") for rate in rates["gap"]],
+        [Request("max-dropped-mass", mass, "gap") for mass in MASSES],
+    )
+    return dict(zip(RECIPES, requests, strict=True))
 
 
-def contenders(loaded: LoadedModel, begun: Run) -> dict:
-    """{(recipe, point): handlers}."""
+def contenders(loaded: LoadedModel, begun: Run, chosen: tuple[str, ...]) -> dict:
+    """{(recipe, point): handlers} of the chosen recipes."""
     modules, found = attention_modules(loaded.model), {}
-    for recipe, requests in recipes(begun).items():
-        for request in requests:
+    points_of = recipes(begun)
+    for recipe in chosen:
+        for request in points_of[recipe]:
             artifact, _ = points.export(begun, [request], QUANTILE)
             found[recipe, request.name] = SparseAttention.for_model(artifact, modules, count=True)
     return found
@@ -105,6 +112,25 @@ def table(answers: dict[object, list[Answer]]) -> dict:
     return result
 
 
+def joined(files: list[Path]) -> dict:
+    """One result of several that measured different recipes and agree in everything else.
+
+    Raises InputError for a file that is no result, or does not agree with the first.
+    """
+    first, found = None, {}
+    for file in files:
+        try:
+            result = json.loads(file.read_text())
+            found |= result.pop("recipes")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{file}: expected a result of this experiment ({error})") from None
+        first = first or result
+        differing = sorted(key for key in first | result if first.get(key) != result.get(key))
+        if differing:
+            raise InputError(f"{file}: not measured like {files[0]}, its {', '.join(differing)} differ")
+    return first | {"recipes": found}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bsfa_cli.experiments.recipes", description=__doc__)
     parser.add_argument("--model", help="checkpoint directory or Hub id; the bundled model by default")
@@ -116,37 +142,43 @@ def main() -> int:
     parser.add_argument("--lengths", default="32768", help="tokens of the documents asked about")
     parser.add_argument("--questions", type=int, default=510, help="for each point, over all tasks and lengths")
     parser.add_argument("--minutes", type=float, default=8.0, help="for the questions, at most")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="only this one; may be given again")
     parser.add_argument("--name", default="recipes", help="of the files in --out")
+    parser.add_argument("--join", type=Path, nargs="+", help="measure nothing: put the recipes of these files into one")
     options = parser.parse_args()
-    loaded = load_model(options.model, device=resolve_device("auto"))
-    names, lengths = parse_names(options.tasks), tuple(map(int, options.lengths.split(",")))
-    plan = Plan(names, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
-    spec = TASKS + options.calibrate_on
-    with tempfile.TemporaryDirectory() as folder:
-        begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run")
-        found = contenders(loaded, begun)
-    answers = measure(loaded, found, plan, 60 * options.minutes)
-    asked = answers[DENSE]
-    dense = summarise(asked, asked)
-    result = {
-        "model": loaded.identity, "label": loaded.label, "environment": describe(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."), "tile": "x".join(map(str, TILE)),
-        "calibration": {"data": spec, "length": options.calibrate_length, "samples": options.samples,
-                        "hash": begun.manifest["data"]["hash"], "quantile": QUANTILE},
-        "evaluation": {"tasks": names, "lengths": lengths, "seed": plan.seed, "mode": mode(asked[0].question),
-                       "questions": len(asked), "planned": len(plan)},
-        "dense": dense, "recipes": table(answers),
-    }  # fmt: skip
+    result = joined(options.join) if options.join else measured(options)
     content = json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_whole(options.out / f"{options.name}.json", content.encode())
     write_whole(options.out / f"{options.name}.svg", recipes_plot(result).encode())
-    print(f"dense {dense['exact']:.3f} of {len(asked)} questions", file=sys.stderr)
+    print(f"dense {result['dense']['exact']:.3f} of {result['evaluation']['questions']} questions", file=sys.stderr)
     for recipe, entry in result["recipes"].items():
         best = entry["furthest"]
         reach = f"{best['skip']:.3f} skipped at {best['retention']:.4f} of dense" if best else "none keeps 99 %"
         line = "  ".join(f"{point['exact']:.3f} @ {point['skip']:.3f}" for point in entry["points"])
         print(f"{recipe:24} {line}  furthest: {reach}", file=sys.stderr)
     return 0
+
+
+def measured(options: argparse.Namespace) -> dict:
+    """Calibrate, export, ask: JSON of the whole experiment."""
+    loaded = load_model(options.model, device=resolve_device("auto"))
+    names, lengths = parse_names(options.tasks), tuple(map(int, options.lengths.split(",")))
+    plan = Plan(names, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
+    spec = TASKS + options.calibrate_on
+    with tempfile.TemporaryDirectory() as folder:
+        begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run")
+        found = contenders(loaded, begun, tuple(options.recipe or RECIPES))
+    answers = measure(loaded, found, plan, 60 * options.minutes)
+    asked = answers[DENSE]
+    return {
+        "model": loaded.identity, "label": loaded.label, "environment": describe(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."), "tile": "x".join(map(str, TILE)),
+        "calibration": {"data": spec, "length": options.calibrate_length, "samples": options.samples,
+                        "hash": begun.manifest["data"]["hash"], "quantile": QUANTILE},
+        "evaluation": {"tasks": names, "lengths": lengths, "seed": plan.seed, "mode": mode(asked[0].question),
+                       "questions": len(asked), "planned": len(plan)},
+        "dense": summarise(asked, asked), "recipes": table(answers),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def consumer(
     running_max = gl.full([ROWS], -float("inf"), gl.float32, rows)  # log2 units
     row_sum = gl.full([ROWS, 4], 0.0, gl.float32, partial)
     acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
-    kept = 0
+    kept = 0  # forced tiles too
     q = q_bufs.index(WG).reshape([ROWS, D])
     if stream > 0:
         mbarrier.wait(q_full, 0)
@@ -301,33 +301,35 @@ def consumer(
                 acc, running_max, row_sum = accumulate(
                     s, largest, acc, running_max, row_sum, v_bufs, v_slot, scale * LOG2E, D
                 )
-                kept += gl.where(forced, 0, 1)
+                kept += 1
         else:
             mbarrier.wait(v_full.index(v_slot), v_parity)
         mbarrier.arrive(empty.index(slot), count=1)
 
     plane = sequence_head.to(gl.int64)
     if alive & (stream > 0):
-        # Plain stores: a TMA store whose tile starts before the tensor (an unaligned chunk) is an illegal instruction.
+        # By way of Q's buffer, so that a thread stores 16 bytes at a time. Not by TMA: a store whose tile starts before
+        # the tensor (an unaligned chunk) is an illegal instruction.
         total = gl.sum(row_sum, 1)
         inverse = gl.convert_layout(1.0 / total, o_rows)
-        o_row = gl.arange(0, ROWS, layout=o_rows)
-        column = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+        q.store((acc * inverse[:, None]).to(dtype))
+        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+        column = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
         written = (o_row >= first_valid) & (o_row < end_valid)
         first_row = plane * q_rows + query_tile * ROWS - q_first
-        address = out_ptr + (first_row + o_row)[:, None] * HEAD_DIM + column[None, :]
-        gl.store(address, (acc * inverse[:, None]).to(dtype), mask=written[:, None] & (column < HEAD_DIM)[None, :])
+        # A partition does not know how its pointers are aligned.
+        address = gl.multiple_of(out_ptr + first_row * HEAD_DIM, 16) + o_row[:, None] * HEAD_DIM + column[None, :]
+        gl.store(address, q.load(wide), mask=written[:, None] & (column < HEAD_DIM)[None, :])
         row = gl.arange(0, ROWS, layout=rows)
         valid = (row >= first_valid) & (row < end_valid)
         gl.store(lse_ptr + first_row + row, (running_max + gl.log2(total)) / LOG2E, mask=valid)
-        gl.store(kept_ptr + plane * tiles + t + WG, kept)
+        forced_tiles = gl.where((sink == 1) & (own > 0), 2, 1)
+        gl.store(kept_ptr + plane * tiles + t + WG, kept - forced_tiles)
         if not LISTS:
             visible_tiles = own + 1
-            forced_tiles = 1
             if not CAUSAL:
                 visible_tiles = end_tiles
-            if sink == 1:
-                forced_tiles = gl.where(own > 0, 2, 1)
             gl.store(candidates_ptr + plane * tiles + t + WG, visible_tiles - forced_tiles)
 
 
