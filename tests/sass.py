@@ -39,16 +39,21 @@ class MachineCode:
         """Bytes of spill stores."""
         return int(re.search(r"(\d+) bytes spill stores", self.notes)[1])
 
-    @property
-    def spilled_in_loops(self) -> int:
-        """Accesses to spilled values in the innermost loops around matrix products."""
+    @cached_property
+    def product_loops(self) -> list[list[str]]:
+        """Lines of the innermost loops around matrix products."""
         lines = [line.strip() for line in self.sass.splitlines()]
         labels = {line[:-1]: i for i, line in enumerate(lines) if line.startswith(".L_x_") and line.endswith(":")}
         jumps = [(i, re.search(r"\bBRA `\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines)]
         loops = [range(labels[jump[1]], i) for i, jump in jumps if jump and labels.get(jump[1], i) < i]
-        products = (i for i, line in enumerate(lines) if "HGMMA" in line)
-        innermost = {min((loop for loop in loops if i in loop), key=len, default=range(0)) for i in products}
-        return sum(bool(re.search(r"\b(LDL|STL)\b", lines[i])) for loop in innermost for i in loop)
+        around = ([loop for loop in loops if i in loop] for i, line in enumerate(lines) if "HGMMA" in line)
+        innermost = {min(found, key=len) for found in around if found}
+        return [[lines[i] for i in loop] for loop in innermost]
+
+    @property
+    def spilled_in_loops(self) -> int:
+        """Accesses to spilled values inside them."""
+        return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for loop in self.product_loops for line in loop)
 
     @property
     def serialized(self) -> bool:

@@ -63,6 +63,7 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, t
     assert code.count("HGMMA") >= 36
     assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
     assert code.spilled <= HOPPER_SPILLS[variant[1]]
+    assert len(code.product_loops) == hopper.CONSUMERS.value
     # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); with every mask and gate, one
     # value is read there.
     assert code.spilled_in_loops <= (2 if variant == (FP16, 96, False, "ag", False) else 0)
