@@ -131,6 +131,10 @@ def test_the_readme_says_what_the_recipes_reached():
         furthest = [result["recipes"][name]["furthest"] for result in found]
         cells = [part for best in furthest for part in (_stated(best) if best else ("none", "-"))]
         assert f"| {name} | {' | '.join(cells)} |" in section
+    prose = " ".join(section.split())
+    for name, recipe in (("top-k", "top-k, absolute"), ("even skip", "even skip, absolute")):
+        _, after = sorted(found[0]["recipes"][recipe]["points"], key=lambda point: point["skip"])[:2]
+        assert f"{name} at {after['skip'] * 100:.1f} %" in prose and f"keep {after['retention'] * 100:.2f} %" in prose
 
 
 def _stated(best: dict) -> tuple[str, str]:
