@@ -34,10 +34,14 @@ from ..suites.summary import summarise
 RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # or as much less as the gate can reach
 TOP_K = (96, 64, 48, 32, 16, 8, 4, 2)
 MASSES = tuple(10 ** (-exponent / 4) for exponent in (12, 10, 8, 6, 4, 3, 2, 1))  # levels that calibration counts at
-RECIPES = (
-    "top-k, absolute", "even skip, absolute", "shared skip, absolute",
-    "one lambda, gap", "shared skip, gap", "max dropped mass, gap",
-)  # fmt: skip
+RECIPES = {  # by name: how thresholds are chosen, and for which gate
+    "top-k, absolute": ("top-k", "absolute"),
+    "even skip, absolute": ("even-skip", "absolute"),
+    "shared skip, absolute": ("target-skip", "absolute"),
+    "one lambda, gap": ("one-threshold", "gap"),
+    "shared skip, gap": ("target-skip", "gap"),
+    "max dropped mass, gap": ("max-dropped-mass", "gap"),
+}
 QUANTILE, TILE, KEPT = 0.99, (64, 128), 0.99
 DENSE = "dense"
 
@@ -59,15 +63,11 @@ def recipes(begun: Run) -> dict[str, list[Request]]:
     for gate in ("gap", "absolute"):
         reach = fit.Table.of(curves, gate).reach
         rates[gate] = [rate * min(1.0, reach / RATES[-1]) for rate in RATES]
-    requests = (
-        [Request("top-k", k, "absolute") for k in TOP_K],
-        [Request("even-skip", rate, "absolute") for rate in rates["absolute"]],
-        [Request("target-skip", rate, "absolute") for rate in rates["absolute"]],
-        [Request("one-threshold", rate, "gap") for rate in rates["gap"]],
-        [Request("target-skip", rate, "gap") for rate in rates["gap"]],
-        [Request("max-dropped-mass", mass, "gap") for mass in MASSES],
-    )
-    return dict(zip(RECIPES, requests, strict=True))
+    counted = {"top-k": TOP_K, "max-dropped-mass": MASSES}
+    return {
+        name: [Request(kind, setting, gate) for setting in counted.get(kind, rates[gate])]
+        for name, (kind, gate) in RECIPES.items()
+    }
 
 
 def contenders(loaded: LoadedModel, begun: Run, chosen: tuple[str, ...]) -> dict:

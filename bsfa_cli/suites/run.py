@@ -68,8 +68,7 @@ class Examiner:
     def _force(self, question: TokenQuestion) -> Score:
         batch = question.batch
         hidden = self._head.hidden(batch.tokens[0].to(self.model.device))
-        # A token is predicted by the position before it.
-        logits = self._head.logits(hidden[batch.place.start - 1 : batch.place.stop - 1])
+        logits = self._head.logits(hidden[batch.predicting])
         right = batch.right(logits.argmax(-1)[None].cpu())
         return Score(bool(right.all()), float(right.double().mean()))
 

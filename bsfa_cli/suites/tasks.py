@@ -45,6 +45,11 @@ class Batch:
         return slice(end - self.answer_length, end)
 
     @property
+    def predicting(self) -> slice:
+        """The positions whose predictions are the answer: each stands before its token."""
+        return slice(self.place.start - 1, self.place.stop - 1)
+
+    @property
     def answers(self) -> torch.Tensor:
         """[rows, answer_length]: the last question's answer."""
         return self.tokens[:, self.place]

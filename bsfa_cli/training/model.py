@@ -57,7 +57,7 @@ def accuracy(model, name: str, length: int, documents: int, rows: int = 1) -> tu
         depth = index // rows % tasks.DEPTHS
         batch = tasks.make(name, length=length, rows=rows, generator=generator, depth=depth)
         hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, batch.place.start - 1 : batch.place.stop - 1])
+        logits = model.lm_head(hidden[:, batch.predicting])
         match = batch.right(logits.argmax(-1))
         exact += match.all(1).float().sum().item()
         right += match.float().mean(1).sum().item()
