@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from bsfa_kernels.integrations.transformers import attention_modules
 from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.comparison import methods, model
 from bsfa_cli.comparison import run as comparison
+from bsfa_cli.comparison.handlers import Stopwatch
 from bsfa_cli.models.load import load_model
 from bsfa_cli.suites.questions import TextQuestion
 from bsfa_cli.suites.run import Examiner
@@ -85,6 +87,21 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     cell = bench.cell(texts, 640, 0.001, 0, None, lambda: None)
     assert {row["method"] for row in cell["rows"]} == {"dense"} and cell["rows"][0]["accuracy"] is None
     assert {entry["reason"] for entry in cell["unavailable"]} == {"blocks do not fit"}
+
+
+@pytest.mark.gpu
+def test_a_lap_is_launched_before_its_clock_starts():
+    x = torch.zeros(1024, device="cuda")
+    watch = Stopwatch(x.device)
+    for _ in range(3):
+        watch.begin()
+        with watch.lap("selection"):
+            x.add_(1)
+            time.sleep(0.005)
+            x.add_(1)
+    torch.cuda.synchronize()
+    laps, held = watch.read("selection", 3), watch.read(Stopwatch.HELD, 3)
+    assert max(laps[1:]) < 1 < 4 < laps[0] and held[0] < 1 < 5 < min(held[1:])
 
 
 def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bsfa_cli import app as cli
 from bsfa_cli import structured
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing import baselines, compare, interleave, plan, sweep, thresholds
+from bsfa_cli.timing.lead import Lead
 
 pytestmark = pytest.mark.usefixtures("random_model")
 
@@ -205,6 +207,14 @@ def test_contenders_take_turns_and_setup_is_not_timed():
     assert prepared == calls
 
 
+def test_a_lead_is_the_shortest_launch():
+    lead = Lead()
+    for seconds in (0.02, 0.0, 0.01):
+        with lead.launching():
+            time.sleep(seconds)
+    assert 0 <= lead.launch_ms < 10
+
+
 def test_a_baseline_that_fails_leaves_its_reason():
     import warnings
 
@@ -384,6 +394,20 @@ def test_end_to_end_times_dense_and_sparse_on_one_model(profile, tmp_path):
 def test_end_to_end_on_a_missing_model(profile):
     result = profile("--end-to-end", "/nonexistent/model")
     assert result.code == 4 and "does not exist" in result.err
+
+
+@pytest.mark.gpu
+def test_a_host_that_launches_slowly_is_timed_only_where_a_user_waits_for_it():
+    x = torch.zeros(1024, device="cuda")
+
+    def slow():
+        x.add_(1)
+        time.sleep(0.005)
+        return x.add_(1)
+
+    contenders = [interleave.Contender(f"ahead: {ahead}", slow, ahead=ahead) for ahead in (True, False)]
+    timings = interleave.measure(contenders, x.device, seconds=0)
+    assert max(timings["ahead: True"].samples_ms) < 1 < 4 < min(timings["ahead: False"].samples_ms)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from bsfa_kernels import TileShape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..timing.lead import Lead
 from .measure import ATTENTION, SELECTION
 from .methods import Method, attend
 from .quality import Quality
@@ -17,31 +18,43 @@ from .tensors import Layer
 
 
 class Stopwatch:
-    """Device time of the phases of forward passes, summed over the calls within each pass."""
+    """Device time of the phases of forward passes, summed over the calls within each pass.
+
+    On a GPU each call is launched before its clock starts, once earlier calls have told how long that takes; how long
+    the device was held for that is read by HELD.
+    """
+
+    HELD = "held"
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
+        self.leads = {SELECTION: Lead(), ATTENTION: Lead()}
         self.passes: list[dict[str, list]] = []
 
     def begin(self) -> None:
         """A new forward pass."""
-        self.passes.append({SELECTION: [], ATTENTION: []})
+        self.passes.append({SELECTION: [], ATTENTION: [], self.HELD: []})
 
     @contextmanager
     def lap(self, phase: str):
         """Times its block; on a GPU by events, without waiting."""
         if not self.passes:
             self.begin()
+        laps, lead = self.passes[-1], self.leads[phase]
         if self.cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            before.record()
+            lead.hold(self.device)
             start.record()
-            yield
+            with lead.launching():
+                yield
             end.record()
-            self.passes[-1][phase].append((start, end))
+            laps[self.HELD].append((before, start))
+            laps[phase].append((start, end))
         else:
             start = time.perf_counter()
             yield
-            self.passes[-1][phase].append((time.perf_counter() - start) * 1e3)
+            laps[phase].append((time.perf_counter() - start) * 1e3)
 
     def read(self, phase: str, last: int) -> list[float]:
         """Milliseconds of the `last` passes; call after the device has finished them."""

@@ -1,7 +1,9 @@
 """The comparison inside a model: what every method costs until the first logits, and what the model then gets wrong.
 
 Every method runs in every attention module alike. Times are taken in turns, over whole prefills: TTFT, and within it
-the device time of selection and of attention; the dense backends run in the same modules on the same clock.
+the device time of selection and of attention; the dense backends run in the same modules on the same clock. On a GPU
+both are launched before their clock starts, and TTFT is less what the device was held for that: a model too small to
+keep the device busy would else show how fast Python launches kernels.
 """
 
 from __future__ import annotations
@@ -137,7 +139,9 @@ class ModelBench:
 
         for run in self.runs:
             run.stopwatch.passes.clear()
-        contenders = [Contender(run.name, forward, prepare(run)) for run in self.runs if run.reason is None]
+        contenders = [
+            Contender(run.name, forward, prepare(run), ahead=False) for run in self.runs if run.reason is None
+        ]
         try:
             return measure(contenders, self.device, seconds=seconds, seed=seed)
         finally:
@@ -150,11 +154,13 @@ class ModelBench:
             if run.reason is not None:
                 unavailable.append({"name": run.name, "reason": run.reason})
                 continue
-            timing = timings[run.name]
-            count = len(timing.samples_ms)
-            samples = {phase: run.stopwatch.read(phase, count) for phase in (SELECTION, ATTENTION)}
-            selection, attention = (median(samples[phase]) for phase in (SELECTION, ATTENTION))
-            times = {"ttft_ms": timing.median, "samples_ms": samples | {"ttft": timing.as_dict()["samples_ms"]}}
+            whole = timings[run.name].samples_ms
+            samples = {phase: run.stopwatch.read(phase, len(whole)) for phase in (SELECTION, ATTENTION)}
+            held = run.stopwatch.read(Stopwatch.HELD, len(whole))
+            samples["ttft"] = [spent - waited for spent, waited in zip(whole, held, strict=True)]
+            selection, attention, ttft = (median(samples[phase]) for phase in (SELECTION, ATTENTION, "ttft"))
+            samples = {phase: [round(sample, 6) for sample in taken] for phase, taken in samples.items()}
+            times = {"ttft_ms": ttft, "samples_ms": samples}
             if run.entry is None:
                 baselines.append({"name": run.name, "ms_median": attention} | times)
             else:

@@ -1,7 +1,8 @@
 """Interleaved measurement: contenders take turns, so that clocks, heat and neighbours hit all of them alike.
 
 Each round runs every contender once, in an order shuffled anew. On a GPU a call is timed between two CUDA events
-after writes larger than the L2 cache, and the host waits only at the end of the round; on a CPU by perf_counter.
+after writes larger than the L2 cache and once the host has launched it (lead.py), and the host waits only at the end
+of the round; on a CPU by perf_counter.
 Compilation and the first calls are outside the samples.
 """
 
@@ -16,21 +17,26 @@ from dataclasses import dataclass
 
 import torch
 
+from .lead import Lead
+
 FLUSH_BYTES = 256 * 2**20
-# Writes before each timed call: some 0.5 ms on an H200, so that the host has launched the call before it may start and
-# no contender is charged for its launch.
-FLUSHES = 8
+FLUSHES = 8  # writes before each timed call: some 0.5 ms on an H200, alike for short calls and long ones
 WARM_UP = 2
 LONG_MS = 500.0  # a round that takes longer is warm-up enough by itself
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: `call` starts the work once and returns its output; `prepare` runs untimed before it."""
+    """Something to time: `call` starts the work once and returns its output; `prepare` runs untimed before it.
+
+    `ahead`: the host launches the call before its clock starts. Not for a whole prefill, where launching it is part of
+    what a user waits for.
+    """
 
     name: str
     call: Callable[[], torch.Tensor]
     prepare: Callable[[], None] | None = None
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,17 @@ def measure(
 ) -> dict[str, Timing]:
     """{contender name: Timing}; as many rounds as fit into `seconds` of device time, within the two limits."""
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
-    order = list(contenders)
+    order, leads = list(contenders), {contender.name: Lead() for contender in contenders}
     shuffle = random.Random(seed).shuffle
     for _ in range(WARM_UP):
-        spent = sum(_round(order, device, flush).values())
+        spent = sum(_round(order, leads, device, flush).values())
         if spent > LONG_MS:
             break
     rounds = min(at_most, max(at_least, int(seconds * 1e3 / max(spent, 1e-3))))
     samples = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
         shuffle(order)
-        for name, ms in _round(order, device, flush).items():
+        for name, ms in _round(order, leads, device, flush).items():
             samples[name].append(ms)
     return {name: Timing(values) for name, values in samples.items()}
 
@@ -104,7 +110,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _round(order: list[Contender], device: torch.device, flush: torch.Tensor | None) -> dict[str, float]:
+def _round(
+    order: list[Contender], leads: dict[str, Lead], device: torch.device, flush: torch.Tensor | None
+) -> dict[str, float]:
     if flush is None:
         times = {}
         for contender in order:
@@ -121,8 +129,12 @@ def _round(order: list[Contender], device: torch.device, flush: torch.Tensor | N
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(FLUSHES):
             flush.zero_()
+        lead = leads[contender.name]
+        if contender.ahead:
+            lead.hold(device)
         start.record()
-        contender.call()
+        with lead.launching():
+            contender.call()
         end.record()
         events[contender.name] = (start, end)
     torch.cuda.synchronize(device)

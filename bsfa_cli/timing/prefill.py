@@ -60,7 +60,7 @@ class Prefill:
             if reason:
                 unavailable.append({"name": name, "reason": reason})
             else:
-                contenders.append(Contender(name, call, prepare))
+                contenders.append(Contender(name, call, prepare, ahead=False))
                 rows.append({"name": name, "kind": kind, "skip": skip})
 
         for name, backend in self._dense(length).items():
