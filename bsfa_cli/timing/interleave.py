@@ -1,8 +1,8 @@
 """Interleaved measurement: contenders take turns, so that clocks, heat and neighbours hit all of them alike.
 
 Each round runs every contender once, in an order shuffled anew. On a GPU a call is timed between two CUDA events
-after writes larger than the L2 cache and once the host has launched it (lead.py), and the host waits only at the end
-of the round; on a CPU by perf_counter.
+after writes larger than the L2 cache and, unless it is a whole prefill, once the host has launched it (lead.py); on a
+CPU by perf_counter.
 Compilation and the first calls are outside the samples.
 """
 
@@ -29,8 +29,8 @@ LONG_MS = 500.0  # a round that takes longer is warm-up enough by itself
 class Contender:
     """Something to time: `call` starts the work once and returns its output; `prepare` runs untimed before it.
 
-    `ahead`: the host launches the call before its clock starts. Not for a whole prefill, where launching it is part of
-    what a user waits for.
+    `ahead`: the host launches the call before its clock starts. Not for a whole prefill, whose launches are part of
+    what a user waits for; it begins on an idle device.
     """
 
     name: str
@@ -126,6 +126,8 @@ def _round(
     for contender in order:
         if contender.prepare:
             contender.prepare()
+        if not contender.ahead:
+            torch.cuda.synchronize(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(FLUSHES):
             flush.zero_()
