@@ -13,9 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bsfa_cli.comparison import matching
 from bsfa_cli.presentation import pareto, readme, svg
-from bsfa_cli.presentation.compare_table import matched_tables
+from bsfa_cli.presentation.compare_table import break_even_rows
 
 STORED = Path(__file__).parent.parent / "profiles" / "results" / "llama-3.1-8b.nvidia-h200.json"
 
@@ -105,11 +104,20 @@ def test_readme_has_a_block_for_a_comparison(stored, tmp_path):
     (folder / "methods.json").write_bytes(stored.read_bytes())
     files = readme.rendered(tmp_path)
     text = files[tmp_path / "README.md"]
-    assert "### Methods compared on <Some> & GPU" in text and "This run was cut short" in text
+    assert "### Methods compared (methods) on <Some> & GPU" in text and "This run was cut short" in text
     assert "- 50% of dense: bsfa (0.9250)" in text
     assert f"| bsfa |{' **0.9600** |' * 6} **0.9313** | - |" in text
     assert "| bsfa | 2: 8,192 or less |" in text and "](profiles/results/methods.svg)" in text
     ElementTree.fromstring(files[folder / "methods.svg"])
+
+
+def test_settings_that_break_even_alike_are_one_entry(stored):
+    result = json.loads(stored.read_text())
+    for each in result["cells"]:
+        each["rows"] = [row("bsfa", setting, 2.0, 0.9, published=False) for setting in (1.0, 2.0)]
+    assert break_even_rows(result) == [("bsfa", "all settings: 8,192 or less")]
+    result["cells"][1]["rows"][0]["total_ms"] = 50.0
+    assert break_even_rows(result) == [("bsfa", "1: slower up to 32,768; 2: 8,192 or less")]
 
 
 def test_pareto_plot_is_xml_with_a_tooltip_for_every_point(stored):
@@ -212,37 +220,3 @@ def decoded(png: bytes) -> tuple[list[tuple[int, ...]], int]:
         if y % 7 == 0:
             pixels += [tuple(line[x : x + 3]) for x in range(0, stride, channels)]
     return pixels, width
-
-
-def test_what_the_readme_says_of_the_stored_comparison_is_so():
-    root = Path(__file__).parents[1]
-    stored = json.loads((root / "profiles" / "results" / "methods-tasks.nvidia-h100.json").read_text())
-    said = (root / "README.md").read_text().partition("## How to read the comparison")[2].partition("\n## ")[0]
-    cells = {cell["length"]: cell for cell in stored["cells"]}
-    agreement, at_equal_time = "agreement.top1", {}
-    for length in (32768, 65536):
-        table = {title: table for title, _, table in matched_tables(cells[length], agreement)}
-        at_equal_time[length] = next(found for title, found in table.items() if "selection and attention" in title)
-        for column, share in enumerate(matching.TIMES[:3]):
-            assert matching.best(at_equal_time[length], column, True) == ["bsfa"], (length, share)
-    assert matching.best(at_equal_time[32768], 3, True) == ["blasst"]
-    far = at_equal_time[65536]
-    assert f"({far['pooled_top_p'][3]:.3f} against {far['bsfa'][3]:.3f})" in said
-    assert far["pooled_top_p+bsfa"][3] == pytest.approx(far["pooled_top_p"][3], abs=1e-3)
-    rows = {length: {(row["method"], row["setting"]): row for row in cell["rows"]} for length, cell in cells.items()}
-    for length, setting in ((32768, 0.9), (65536, 0.8)):
-        pair = rows[length]["blasst", 16000.0], rows[length]["bsfa", setting]
-        words = [f"{row['agreement']['top1']:.3f} at {row['density']:.3f}" for row in pair]
-        assert f"{words[0]} against {words[1]}" in " ".join(said.split())
-    flops = next(t for title, _, t in matched_tables(cells[32768], matching.ACCURACY) if "equal FLOP density" in title)
-    at = matching.DENSITIES.index(0.25)
-    assert f"answers {flops['xattention+bsfa'][at]:.3f}, without it {flops['xattention'][at]:.3f}" in " ".join(
-        said.split()
-    )
-    own = matching.by_method(cells[32768]["rows"])
-    tri = [row["agreement"]["top1"] for row in own["tri_shape"]]
-    assert f"{min(tri):.0%}"[:-1] + f" to {max(tri):.0%}".replace("%", " %") in said
-    assert all(row["accuracy"]["mean"] == cells[32768]["dense_accuracy"]["mean"] for row in own["tri_shape"])
-    assert max(row["accuracy"]["mean"] for row in own["sliding_window"]) == 0.5
-    static = [row["accuracy"]["mean"] for name in ("strided", "dilated") for row in own[name]]
-    assert f"{max(static):.0%}".replace("%", " %") in said

@@ -15,7 +15,8 @@ SHOWN = 2  # metrics of a cell: inside a model with tasks, accuracy and agreemen
 def block(result: dict, source: str, plot: Path) -> str:
     """Markdown for one stored comparison; `plot` is where `plot_of` lies."""
     facts = result["environment"]
-    lines = [f"### Methods compared on {facts.get('gpu') or 'a CPU'}", ""]
+    name = Path(source).name.partition(".")[0]
+    lines = [f"### Methods compared ({name}) on {facts.get('gpu') or 'a CPU'}", ""]
     lines.append(f"{versions(facts)}. Raw samples: [`{source}`]({source}); `bsfa report {source} -o report.html`.")
     if not result.get("complete"):
         lines[-1] += " **This run was cut short.**"

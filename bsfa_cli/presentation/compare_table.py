@@ -134,7 +134,10 @@ def show_break_even(result: dict) -> None:
 
 def break_even_rows(result: dict) -> list[tuple[str, str]]:
     """(method, "setting: length" of its settings) for every method; empty where only one length was measured."""
-    return [
-        (method, "; ".join(f"{setting:g}: {words}" for setting, (_, words) in settings.items()))
-        for method, settings in matching.break_evens(result["cells"]).items()
-    ]
+    rows = []
+    for method, settings in matching.break_evens(result["cells"]).items():
+        said = {f"{setting:g}": words for setting, (_, words) in settings.items()}
+        alike = len(said) > 1 and len(set(said.values())) == 1
+        shown = {"all settings": next(iter(said.values()))} if alike else said
+        rows.append((method, "; ".join(f"{setting}: {words}" for setting, words in shown.items())))
+    return rows

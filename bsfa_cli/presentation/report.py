@@ -52,7 +52,7 @@ def _comparison(path: Path, result: dict) -> str:
     parts = [_heading("Comparison", path, result)]
     parts.append(_aside(
         f"Tiles of {result['tile']}. Every method runs through the same kernel on the same inputs, in turns with the "
-        "dense baselines; time is selection and attention together. Density is the share of causal tiles that are "
+        "dense baselines; time is selection and attention together. Density is the share of visible tiles that are "
         "weighed; a gate has to score the others too, and FLOP density counts that. Selections are plain PyTorch: a "
         "method's own kernels may select faster, hence the tables and plots of attention alone."
     ))  # fmt: skip
