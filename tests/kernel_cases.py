@@ -151,7 +151,7 @@ def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: 
     """The call on `device`, its results back on the CPU."""
     q, k, v = (x.transpose(1, 2).to(device).transpose(1, 2) for x in (q, k, v))
     options = case.options(device)
-    poison(q, case)
+    poison(q)
     result = block_sparse_attention(
         q, k, v, gate.to(device), blocks=case.block_lists(device, seed), return_lse=True, return_counts=True,
         backend=backend, **options,
@@ -180,7 +180,8 @@ def check_statistics(case: Case, backend: str, device: str = "cpu"):
         assert torch.allclose(a[finite], e[finite], atol=2e-4, rtol=2e-4), name
 
 
-def poison(q: torch.Tensor, case: Case) -> None:
-    """Leave NaN in the memory that the next output of this shape is likely to get."""
-    for _ in range(2):
-        torch.full((case.batch, case.heads, case.q_rows, case.head_dim), SENTINEL, dtype=q.dtype, device=q.device)
+def poison(q: torch.Tensor) -> None:
+    """Leave NaN in the memory that the next call's outputs, out and lse, are likely to get."""
+    outputs = (q.shape, q.dtype), (q.shape[:3], torch.float32)
+    held = [torch.full(shape, SENTINEL, dtype=dtype, device=q.device) for shape, dtype in outputs * 2]
+    held.clear()

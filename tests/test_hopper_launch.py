@@ -1,0 +1,89 @@
+"""What the hopper backend hands to the GPU, on a machine without one: Triton compiles, and a fake driver takes the calls."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, schedule
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+ROOM = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+IGNORED = 9  # a launcher's arguments before the kernel's: grid, stream, function, metadata and hooks
+
+
+class Driver:
+    """An H100 that remembers what it was asked to run: `loaded` kernels by name, `launched` (name, grid, arguments)."""
+
+    def __init__(self):
+        self.loaded, self.launched = [], []
+        self.utils = SimpleNamespace(
+            load_binary=self._load, get_device_properties=lambda device: ROOM, unload_module=lambda module: None
+        )
+
+    def _load(self, name, kernel, shared, device):
+        self.loaded.append(name)
+        return 1, 2, 128, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, *rest):
+            self.launched.append((source.fn.__name__, (x, y, z), rest[IGNORED - 3 :]))
+
+        return launch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(hopper, "unsupported", lambda request: None)
+    monkeypatch.setattr(hopper, "device_guard", lambda x: nullcontext())
+    for kernel in (hopper._forward, schedule._schedule):
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    fake = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", fake)
+    return fake
+
+
+def call(length: int, columns: int, head_dim: int = 128, mask: torch.Tensor | None = None):
+    q, k = (torch.randn(2, heads, length, head_dim, dtype=torch.bfloat16) for heads in (8, 2))
+    gate = Gate(gap=torch.full((8, columns), -3.0))
+    blocks = None if mask is None else BlockLists.from_mask(mask)
+    return block_sparse_attention(q, k, k, gate, backend="hopper", blocks=blocks, return_counts=True)
+
+
+def test_one_kernel_serves_every_length_and_threshold(gpu):
+    for length, columns in ((192, 3), (1000, 16), (4099, 1)):
+        result = call(length, columns)
+        assert result.out.shape == (2, 8, length, 128) and result.kept.shape == (2, 8, -(-length // 64))
+    assert gpu.loaded == ["_forward"]
+    assert [grid for _, grid, _ in gpu.launched] == [(8, 1, 2), (8, 6, 2), (8, 22, 2)]
+    for _, _, arguments in gpu.launched:
+        q, k, v = arguments[:3]
+        for descriptor, rows in ((q, 64), (k, 128), (v, 128)):
+            block = [1, 1, rows, 128]
+            assert isinstance(descriptor, TensorDescriptor) and descriptor.block_shape == block
+            assert descriptor.layout == gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+
+
+def test_block_lists_are_scheduled_first(gpu):
+    call(1000, 16, head_dim=64, mask=torch.rand(2, 8, 16, 8) < 0.5)
+    (first, streams, _), (second, grid, arguments) = gpu.launched
+    assert (first, second) == ("_schedule", "_forward") and streams[:2] == (16, 6) and grid == (8, 6, 2)
+    assert arguments[0].block_shape == [1, 1, 64, 64]
