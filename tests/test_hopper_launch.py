@@ -1,4 +1,4 @@
-"""What the hopper backend hands to the GPU, on a machine without one: Triton compiles, and a fake driver takes the calls."""
+"""What the hopper backend hands to the GPU: Triton compiles, and a fake driver takes the calls."""
 
 from __future__ import annotations
 
