@@ -89,6 +89,19 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     assert {entry["reason"] for entry in cell["unavailable"]} == {"blocks do not fit"}
 
 
+def test_only_passes_that_have_begun_are_timed():
+    watch = Stopwatch(CPU)
+    with watch.lap("attention"):
+        pass
+    assert watch.passes == []
+    watch.begin()
+    for seconds in (0.001, 0.002):
+        with watch.lap("attention"):
+            time.sleep(seconds)
+    (spent,) = watch.read("attention", 1)
+    assert spent > 2.9 and watch.read("selection", 1) == watch.read(Stopwatch.HELD, 1) == [0]
+
+
 @pytest.mark.gpu
 def test_a_lap_is_launched_before_its_clock_starts():
     x = torch.zeros(1024, device="cuda")

@@ -37,9 +37,10 @@ class Stopwatch:
 
     @contextmanager
     def lap(self, phase: str):
-        """Times its block; on a GPU by events, without waiting."""
+        """Times its block, once a pass has begun; on a GPU by events, without waiting."""
         if not self.passes:
-            self.begin()
+            yield
+            return
         laps, lead = self.passes[-1], self.leads[phase]
         if self.cuda:
             before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
