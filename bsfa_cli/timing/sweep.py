@@ -82,13 +82,13 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         out = enter(name, run, kind="bsfa", skip_target=skip)
         if out is None:
             continue
-        rows[-1] |= _skipped(run(counts=True), shape.causal, length, tile)
+        rows[-1] |= skipped(run(counts=True), shape.causal, length, tile)
         rows[-1]["finite"] = bool(out.isfinite().all())
         if name == ZERO and dense_out is not None:
             error = relative(*squares(out, dense_out))
         del out
     timings = measure(contenders, device, seconds=seconds, seed=plan.seed) if contenders else {}
-    flops = 4 * shape.batch * shape.heads * shape.head_dim * _pairs(length, shape.causal)
+    flops = dense_flops(shape, length)
     result = {
         "shape": shape.describe(),
         "length": length,
@@ -197,11 +197,13 @@ def break_even(points: list[tuple[float, float]], dense_ms: float | None) -> flo
     return None
 
 
-def _pairs(length: int, causal: bool) -> int:
-    return length * (length + 1) // 2 if causal else length * length
+def dense_flops(shape: Shape, length: int) -> int:
+    """Of dense attention: two for each product's multiply and add, over the pairs of positions that see each other."""
+    pairs = length * (length + 1) // 2 if shape.causal else length * length
+    return 4 * shape.batch * shape.heads * shape.head_dim * pairs
 
 
-def _skipped(result, causal: bool, length: int, tile: TileShape) -> dict:
+def skipped(result, causal: bool, length: int, tile: TileShape) -> dict:
     """Reached skip rate over candidate tiles, and the share of all visited tiles (forced ones included) kept."""
     candidates = int(result.candidates.sum(dtype=torch.int64))
     dropped = candidates - int(result.kept.sum(dtype=torch.int64))

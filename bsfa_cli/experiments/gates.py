@@ -1,0 +1,92 @@
+"""python -m bsfa_cli.experiments.gates --out FILE.json
+
+What the gap gate costs over the absolute one at equal skip rates: both in turns in one run, beside the fastest dense
+kernel. The gap gate compares a tile with maxima that only the kernel knows, so it may not cost much more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from bsfa_kernels import TileShape, block_sparse_attention
+
+from ..environment import describe, resolve_device
+from ..errors import BsfaError
+from ..files import check_writable, write_json
+from ..timing import baselines, sweep
+from ..timing.interleave import Contender, first_call, measure
+from ..timing.plan import DATA, Shape
+from ..timing.thresholds import Fit, inert
+
+GATES = ("gap", "absolute")
+TILE = TileShape()
+
+
+def cell(shape: Shape, length: int, skips: list[float], device: torch.device, seconds: float, seed: int = 0) -> dict:
+    """One length: contenders as in `bsfa profile`, each with its `gate`, and `cost`, {skip rate asked for: time of the
+    gap gate over that of the absolute one, less 1}.
+    """
+    q, k, v = sweep.tensors(shape.data, shape, length, device, sweep.resolve_dtype("auto", device), seed)
+    contenders, rows = [], []
+    for name, call in baselines.dense(q, k, v, shape.causal).items():
+        if not isinstance(call, str) and first_call(call, device)[1] is None:
+            contenders.append(Contender(name, call))
+            rows.append({"name": name, "kind": "dense", "skip_target": None})
+    for kind in GATES:
+        fit = Fit(kind, q, k, v, causal=shape.causal, tile=TILE, backend="auto", shared=shape.data == "structured")
+        for skip in skips:
+            gate = fit.reach(skip) if skip else inert(kind, shape.heads, -(-length // TILE.rows), device)
+
+            def call(gate=gate, counts=False):
+                return block_sparse_attention(q, k, v, gate, causal=shape.causal, tile=TILE, return_counts=counts)
+
+            name = f"{kind}, {100 * skip:g} % skipped"
+            contenders.append(Contender(name, lambda call=call: call().out))
+            counted = sweep.skipped(call(counts=True), shape.causal, length, TILE)
+            rows.append({"name": name, "kind": "bsfa", "gate": kind, "skip_target": skip} | counted)
+    timings = measure(contenders, device, seconds=seconds, seed=seed)
+    found = sweep.summarise(rows, timings, sweep.dense_flops(shape, length))
+    ms = {(row.get("gate"), row["skip_target"]): row["ms_median"] for row in found["contenders"]}
+    return {
+        "length": length, "shape": shape.describe(), "data": sweep.LABELS[shape.data],
+        "fastest_dense": found["fastest_dense"], "contenders": found["contenders"],
+        "cost": {f"{skip:g}": ms["gap", skip] / ms["absolute", skip] - 1 for skip in skips},
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bsfa_cli.experiments.gates", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--lengths", default="8192,32768")
+    parser.add_argument("--skip", default="0,0.5,0.75,0.9")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--data", choices=DATA, default="normal")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, a length")
+    options = parser.parse_args()
+    check_writable(options.out)
+    device = resolve_device("auto")
+    shape = Shape("text", options.heads, options.kv_heads, options.head_dim, data=options.data)
+    skips = [float(skip) for skip in options.skip.split(",")]
+    cells = []
+    for length in map(int, options.lengths.split(",")):
+        cells.append(cell(shape, length, skips, device, options.seconds))
+        for row in cells[-1]["contenders"]:
+            skip = f"{row['skip']:7.1%}" if "skip" in row else "      -"
+            spread = f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}"
+            print(f"{length:8,} {row['name']:28} {row['ms_median']:9.3f} ms {spread:>17} {skip} {row['speedup']:.2f}x")
+        print(f"{length:8,} gap over absolute: " + ", ".join(f"{c:+.1%} at {s}" for s, c in cells[-1]["cost"].items()))
+    write_json(options.out, {"environment": describe(device), "tile": str(TILE), "cells": cells})
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BsfaError as error:
+        print(f"gates: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
