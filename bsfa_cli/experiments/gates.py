@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--data", choices=DATA, default="normal")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, a length")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, for each length")
     options = parser.parse_args()
     check_writable(options.out)
     device = resolve_device("auto")
