@@ -7,29 +7,30 @@ kernel. The gap gate compares a tile with maxima that only the kernel knows, so 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape, block_sparse_attention
 
 from ..environment import describe, resolve_device
-from ..errors import BsfaError
 from ..files import check_writable, write_json
+from ..options import numbers
 from ..timing import baselines, sweep
 from ..timing.interleave import Contender, first_call, measure
 from ..timing.plan import DATA, Shape
 from ..timing.thresholds import Fit, inert
+from . import end
 
 GATES = ("gap", "absolute")
 TILE = TileShape()
 
 
-def cell(shape: Shape, length: int, skips: list[float], device: torch.device, seconds: float, seed: int = 0) -> dict:
+def cell(shape: Shape, length: int, skips: Sequence[float], device: torch.device, seconds: float) -> dict:
     """One length: contenders as in `bsfa profile`, each with its `gate`, and `cost`, {skip rate asked for: time of the
     gap gate over that of the absolute one, less 1}.
     """
-    q, k, v = sweep.tensors(shape.data, shape, length, device, sweep.resolve_dtype("auto", device), seed)
+    q, k, v = sweep.tensors(shape.data, shape, length, device, sweep.resolve_dtype("auto", device), seed=0)
     contenders, rows = [], []
     for name, call in baselines.dense(q, k, v, shape.causal).items():
         if not isinstance(call, str) and first_call(call, device)[1] is None:
@@ -47,7 +48,7 @@ def cell(shape: Shape, length: int, skips: list[float], device: torch.device, se
             contenders.append(Contender(name, lambda call=call: call().out))
             counted = sweep.skipped(call(counts=True), shape.causal, length, TILE)
             rows.append({"name": name, "kind": "bsfa", "gate": kind, "skip_target": skip} | counted)
-    timings = measure(contenders, device, seconds=seconds, seed=seed)
+    timings = measure(contenders, device, seconds=seconds)
     found = sweep.summarise(rows, timings, sweep.dense_flops(shape, length))
     ms = {(row.get("gate"), row["skip_target"]): row["ms_median"] for row in found["contenders"]}
     return {
@@ -71,9 +72,10 @@ def main() -> int:
     check_writable(options.out)
     device = resolve_device("auto")
     shape = Shape("text", options.heads, options.kv_heads, options.head_dim, data=options.data)
-    skips = [float(skip) for skip in options.skip.split(",")]
+    skips = numbers(options.skip, float, "--skip takes shares of the candidate tiles")
+    lengths = numbers(options.lengths, int, "--lengths takes whole numbers of tokens")
     cells = []
-    for length in map(int, options.lengths.split(",")):
+    for length in lengths:
         cells.append(cell(shape, length, skips, device, options.seconds))
         for row in cells[-1]["contenders"]:
             skip = f"{row['skip']:7.1%}" if "skip" in row else "      -"
@@ -85,8 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BsfaError as error:
-        print(f"gates: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end("gates", main)

@@ -23,13 +23,14 @@ from ..calibration.data import TASKS, load_texts
 from ..calibration.points import Request
 from ..calibration.store import Run
 from ..environment import describe, resolve_device
-from ..errors import BsfaError, InputError
+from ..errors import InputError
 from ..files import write_whole
 from ..models.load import LoadedModel, load_model
 from ..presentation.recipes_plot import recipes_plot
 from ..suites.questions import Plan, parse_names
 from ..suites.run import Answer, Examiner, dense_handlers, examine, mode
 from ..suites.summary import summarise
+from . import end
 
 RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # or as much less as the gate can reach
 TOP_K = (96, 64, 48, 32, 16, 8, 4, 2)
@@ -182,8 +183,4 @@ def measured(options: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BsfaError as error:
-        print(f"recipes: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end("recipes", main)
