@@ -13,7 +13,7 @@ from bsfa_cli.experiments import gates
 @pytest.mark.parametrize("data", ("normal", "structured"))
 def test_both_gates_are_timed_at_equal_skip(monkeypatch, tmp_path, data):
     out = tmp_path / "gates.json"
-    small = "--lengths 768 --skip 0,0.5 --heads 4 --kv-heads 2 --head-dim 64 --seconds 0.001".split()
+    small = "--lengths 768 --skip 0.5 --heads 4 --kv-heads 2 --head-dim 64 --seconds 0.001".split()
     monkeypatch.setattr(sys, "argv", ["gates", "--out", str(out), "--data", data, *small])
     assert gates.main() == 0
     (cell,) = json.loads(out.read_text())["cells"]

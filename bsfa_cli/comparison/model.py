@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from bsfa_kernels import TileShape
@@ -23,7 +22,7 @@ from ..models.load import LoadedModel
 from ..suites.run import Examiner, mode
 from ..suites.statistics import paired, wilson
 from ..timing.baselines import CPU_SDPA, SDPA
-from ..timing.interleave import Contender, first_call, measure
+from ..timing.interleave import Contender, Timing, first_call, measure
 from ..verification.logits import Head, Predictions
 from .handlers import DenseAttention, MethodAttention, Stopwatch
 from .measure import ATTENTION, GROUPED, SELECTION, Entry
@@ -155,12 +154,14 @@ class ModelBench:
                 unavailable.append({"name": run.name, "reason": run.reason})
                 continue
             whole = timings[run.name].samples_ms
-            samples = {phase: run.stopwatch.read(phase, len(whole)) for phase in (SELECTION, ATTENTION)}
-            held = run.stopwatch.read(Stopwatch.HELD, len(whole))
-            samples["ttft"] = [spent - waited for spent, waited in zip(whole, held, strict=True)]
-            selection, attention, ttft = (median(samples[phase]) for phase in (SELECTION, ATTENTION, "ttft"))
-            samples = {phase: [round(sample, 6) for sample in taken] for phase, taken in samples.items()}
-            times = {"ttft_ms": ttft, "samples_ms": samples}
+            laps = {phase: run.stopwatch.read(phase, len(whole)) for phase in (SELECTION, ATTENTION, Stopwatch.HELD)}
+            laps["ttft"] = [spent - held for spent, held in zip(whole, laps.pop(Stopwatch.HELD), strict=True)]
+            taken = {name: Timing(samples) for name, samples in laps.items()}
+            selection, attention = taken[SELECTION].median, taken[ATTENTION].median
+            times = {
+                "ttft_ms": taken["ttft"].median,
+                "samples_ms": {name: timing.as_dict()["samples_ms"] for name, timing in taken.items()},
+            }
             if run.entry is None:
                 baselines.append({"name": run.name, "ms_median": attention} | times)
             else:

@@ -24,8 +24,9 @@ from ..calibration.points import Request
 from ..calibration.store import Run
 from ..environment import describe, resolve_device
 from ..errors import InputError
-from ..files import write_whole
+from ..files import write_json, write_whole
 from ..models.load import LoadedModel, load_model
+from ..options import numbers
 from ..presentation.recipes_plot import recipes_plot
 from ..suites.questions import Plan, parse_names
 from ..suites.run import Answer, Examiner, dense_handlers, examine, mode
@@ -148,8 +149,7 @@ def main() -> int:
     parser.add_argument("--join", type=Path, nargs="+", help="measure nothing: put the recipes of these files into one")
     options = parser.parse_args()
     result = joined(options.join) if options.join else measured(options)
-    content = json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_whole(options.out / f"{options.name}.json", content.encode())
+    write_json(options.out / f"{options.name}.json", result)
     write_whole(options.out / f"{options.name}.svg", recipes_plot(result).encode())
     print(f"dense {result['dense']['exact']:.3f} of {result['evaluation']['questions']} questions", file=sys.stderr)
     for recipe, entry in result["recipes"].items():
@@ -163,7 +163,8 @@ def main() -> int:
 def measured(options: argparse.Namespace) -> dict:
     """Calibrate, export, ask: JSON of the whole experiment."""
     loaded = load_model(options.model, device=resolve_device("auto"))
-    names, lengths = parse_names(options.tasks), tuple(map(int, options.lengths.split(",")))
+    names = parse_names(options.tasks)
+    lengths = numbers(options.lengths, int, "--lengths takes whole numbers of tokens")
     plan = Plan(names, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
     spec = TASKS + options.calibrate_on
     with tempfile.TemporaryDirectory() as folder:

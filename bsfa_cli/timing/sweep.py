@@ -71,7 +71,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         out = enter(name, call, kind="dense", skip_target=None)
         dense_out = dense_out if out is None else out
     error = None
-    for name, skip, gate in _gates(plan, shape, q, k, v, tile, backend, unavailable):
+    for name, skip, gate in gates(plan, shape, q, k, v, tile, backend, unavailable):
 
         def run(gate=gate, counts=False):
             result = block_sparse_attention(
@@ -123,7 +123,7 @@ def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: t
     )
 
 
-def _gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unavailable: list):
+def gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unavailable: list):
     """(contender name, target skip rate, gate) of each of our kernel's runs; what cannot be fitted is reported."""
     if any(absent["name"] == "bsfa" for absent in unavailable):
         return
