@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,8 @@ def cells_of(name: str) -> dict[int, dict]:
     return {cell["length"]: cell for cell in json.loads((RESULTS / name).read_text())["cells"]}
 
 
-def at_equal_time(cell: dict, metric: str) -> dict:
-    tables = matched_tables(cell, metric)
-    return next(table for title, _, table in tables if "selection and attention" in title)
+def matched(cell: dict, metric: str, words: str = "equal time (selection and attention)") -> dict:
+    return next(table for title, _, table in matched_tables(cell, metric) if words in title)
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +33,28 @@ def said() -> str:
 
 def test_what_the_readme_says_of_the_comparison_inside_a_model_is_so(said):
     cells = cells_of("methods-tasks.nvidia-h100.json")
-    agreement = {length: at_equal_time(cell, "agreement.top1") for length, cell in cells.items()}
+    agreement = {length: matched(cell, "agreement.top1") for length, cell in cells.items()}
     assert agreement.keys() == {32768, 65536}
     for table in agreement.values():
         for column in range(3):
             assert matching.best(table, column, True) == ["bsfa"]
         assert matching.best(table, 3, True) == ["pooled_top_p+bsfa"]
         assert table["pooled_top_p"][3] > table["pooled_top_p+bsfa"][3] - 0.005
+    assert agreement[65536]["pooled_top_p+bsfa"][3] == pytest.approx(agreement[65536]["pooled_top_p"][3], abs=1e-3)
     near, far = ([f"{table[name][3]:.3f}" for name in ("pooled_top_p+bsfa", "bsfa")] for table in agreement.values())
     assert f"{near[0]} against bsfa's {near[1]} at 32k and {far[0]} against {far[1]} at 64k" in said
-    answers = at_equal_time(cells[32768], matching.ACCURACY)
+    answers = matched(cells[32768], matching.ACCURACY)
     assert f"answers {answers['pooled_top_p'][3]:.3f} of the questions, bsfa {answers['bsfa'][3]:.3f}" in said
     rows = {length: {(row["method"], row["setting"]): row for row in cell["rows"]} for length, cell in cells.items()}
     for length, setting in ((32768, 0.9), (65536, 0.8)):
         pair = rows[length]["blasst", 16000.0], rows[length]["bsfa", setting]
         words = [f"{row['agreement']['top1']:.3f} at {row['density']:.3f}" for row in pair]
         assert f"{words[0]} against {words[1]}" in said
-    flops = next(t for title, _, t in matched_tables(cells[32768], matching.ACCURACY) if "equal FLOP density" in title)
+    flops = matched(cells[32768], matching.ACCURACY, "equal FLOP density")
     at = matching.DENSITIES.index(0.25)
     assert f"answers {flops['xattention+bsfa'][at]:.3f}, without it {flops['xattention'][at]:.3f}" in said
+    agreed = matched(cells[32768], "agreement.top1", "equal FLOP density")
+    assert agreed["pbs+bsfa"][matching.DENSITIES.index(0.5)] > agreed["pbs"][matching.DENSITIES.index(0.5)]
     own = matching.by_method(cells[32768]["rows"])
     tri = [row["agreement"]["top1"] for row in own["tri_shape"]]
     assert f"{min(tri):.0%}"[:-1] + f" to {max(tri):.0%}".replace("%", " %") in said
@@ -59,6 +62,38 @@ def test_what_the_readme_says_of_the_comparison_inside_a_model_is_so(said):
     assert max(row["accuracy"]["mean"] for row in own["sliding_window"]) == 0.5
     static = [row["accuracy"]["mean"] for name in ("strided", "dilated") for row in own[name]]
     assert f"{max(static):.0%}".replace("%", " %") in said
+
+
+def test_what_the_readme_says_of_free_selections_is_so(said):
+    cells = cells_of("methods-tasks.nvidia-h100.json")
+    near, far = (matched(cells[length], "agreement.top1", "were selection free") for length in (32768, 65536))
+    for column in range(3):
+        assert matching.best(near, column, True) == ["bsfa"]
+    assert far["vertical_slash"][0] == pytest.approx(far["bsfa"][0], abs=1e-3)
+    for column in (2, 3):
+        assert min(far["vertical_slash"][column], far["pbs"][column]) > far["bsfa"][column]
+    ahead = {
+        "pbs": "PBS-Attn",
+        "pooled_top_p": "pooled top-p",
+        "xattention": "XAttention",
+        "flashprefill": "FlashPrefill",
+    }
+    alone = [name for name in near if name != "dense" and "+" not in name]
+    both = {name for name in alone if all((table[name][3] or 0) > table["bsfa"][3] for table in (near, far))}
+    assert both == set(ahead) and all(name in said for name in ahead.values())
+
+
+def test_what_the_readme_says_of_combinations_is_so(said):
+    better = {}
+    for length, cell in cells_of("methods-tasks.nvidia-h100.json").items():
+        table = matched(cell, "agreement.top1")
+        for name in (name for name in table if "+bsfa" in name):
+            parts = [table[part] for part in name.split("+")]
+            for share, both, *alone in zip(matching.TIMES, table[name], *parts, strict=True):
+                gain = (both or 0) - max((kept or 0) for kept in alone)
+                if gain > 1e-3:
+                    better[name, length, share] = f"{gain:.3f}"
+    assert better == {("pooled_top_p+bsfa", 32768, 0.5): "0.004"} and "at 50 % and 32k, by 0.004" in said
 
 
 def test_what_the_readme_says_of_questions_asked_earlier_is_so(said):
@@ -83,13 +118,13 @@ def test_what_the_readme_says_of_questions_asked_earlier_is_so(said):
 
 def test_what_the_readme_says_of_frames_is_so(said):
     cell = cells_of("methods-frames.nvidia-h100.json")[43968]
-    mean, worst = at_equal_time(cell, "recall.mean"), at_equal_time(cell, "recall.worst")
+    mean, worst = matched(cell, "recall.mean"), matched(cell, "recall.worst")
     assert matching.best(mean, 1, True) == ["bsfa"] and matching.best(mean, 0, True) == ["global_attention"]
     assert sorted(kept[0] for kept in mean.values() if kept[0] is not None and kept[0] < 1)[-2] == mean["bsfa"][0]
     ahead = [f"{mean[name][2]:.3f} and {mean[name][3]:.3f}" for name in ("pooled_top_p", "bsfa")]
     assert f"({ahead[0]} against {ahead[1]})" in said
-    own = matching.by_method(cell["rows"])
-    assert {f"{row['selection_ms']:.2f}" for row in own["pooled_top_p"]} & {"0.45"}
+    spent = [row["selection_ms"] for row in cell["rows"] if row["method"] == "pooled_top_p"]
+    assert f"whose selection takes {statistics.median(spent):.2f} ms" in said
     beforehand = [row for row in cell["rows"] if row["method"] not in ("dense", "bsfa", "bsfa_top_k", "blasst")]
     sparse = [row for row in beforehand if row["density"] < 0.999]
     tri = max(row["recall"]["worst"] for row in sparse if row["method"] == "tri_shape")
@@ -97,3 +132,10 @@ def test_what_the_readme_says_of_frames_is_so(said):
     assert max(row["recall"]["worst"] for row in sparse if row["method"] != "tri_shape") < 5e-4
     assert worst["bsfa"][1] == worst["blasst"][1] and f"gates keep {worst['bsfa'][1]:.3f} at 75 %" in said
     assert f"at 60 % bsfa keeps {worst['bsfa'][2]:.3f} and BLASST {worst['blasst'][2]:.3f}" in said
+
+
+def test_what_the_readme_says_of_host_time_is_so():
+    text = (RESULTS / "checks" / "host-time.nvidia-h100.txt").read_text()
+    found = {name: float(us) / 1e3 for name, us in re.findall(r"^(\w+) ([\d.]+) us host", text, re.MULTILINE)}
+    stated = f"{found['gate']:.1f} ms (cuDNN: {found['cudnn']:.2f} ms), {found['lists']:.1f} ms with block lists"
+    assert f"A call costs the host {stated}" in (RESULTS.parents[1] / "README.md").read_text()
