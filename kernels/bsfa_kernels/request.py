@@ -42,11 +42,13 @@ class Request:
 
     def new_outputs(self):
         """(out, lse, kept, candidates) for a kernel to fill. With spans some rows and tiles are padding that no
-        program writes: they are zero from the start, and every lse is -inf.
+        program writes: they are zero from the start, and their lse is -inf.
         """
         batch, heads, rows, _ = self.q.shape
         new = self.q.new_empty if self.spans is None else self.q.new_zeros
-        lse = self.q.new_full((batch, heads, rows), -torch.inf, dtype=torch.float32)
+        lse = self.q.new_empty((batch, heads, rows), dtype=torch.float32)
+        if self.spans is not None:
+            lse.fill_(-torch.inf)
         kept, candidates = (new((batch, heads, self.query_tiles), dtype=torch.int32) for _ in range(2))
         return new(self.q.shape), lse, kept, candidates
 
