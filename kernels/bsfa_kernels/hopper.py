@@ -122,6 +122,12 @@ def stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL: gl.constexp
 
 
 @gluon.jit
+def entry_after(entries_ptr, i, stream):
+    """The entry behind the i-th, if there is one: read one ahead, so that nothing waits for its own."""
+    return gl.load(entries_ptr + gl.minimum(i + 1, stream - 1))
+
+
+@gluon.jit
 def producer(
     q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
     b, head, kv_head, first_row, k_offset, entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
@@ -131,9 +137,12 @@ def producer(
         mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             tma_load(q_desc, [b, head, first_row + w * ROWS, 0], q_full, q_bufs.index(w))
+    if LISTS:
+        following = gl.load(entries_ptr)
     for i in range(stream):
         if LISTS:
-            tile = gl.load(entries_ptr + i) >> 2 * CONSUMERS
+            tile = following >> 2 * CONSUMERS
+            following = entry_after(entries_ptr, i, stream)
         else:
             tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
         row = tile * KEYS - k_offset
@@ -281,8 +290,6 @@ def consumer(
             tile = following >> 2 * CONSUMERS
             forced = (following >> CONSUMERS + WG & 1) == 1
             candidate = (following >> WG & 1) == 1
-            # Read one ahead, so that nothing waits for its own entry.
-            following = gl.load(entries_ptr + gl.minimum(i + 1, stream - 1))
             masked = forced
         else:
             tile = stream_tile(i, diagonals, sink, end_diagonal, end_tiles, CAUSAL)
@@ -295,6 +302,8 @@ def consumer(
         mbarrier.wait(k_full.index(slot), i // K_STAGES & 1)
         if not LISTS or forced | candidate:
             s = scores(q, k_bufs, slot, D)
+            if LISTS:  # a load in flight holds up products that have not started
+                following = entry_after(entries_ptr, i, stream)
             if masked:
                 key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s_layout))
                 last = length - 1
@@ -310,6 +319,7 @@ def consumer(
                 )
                 kept += 1
         else:
+            following = entry_after(entries_ptr, i, stream)
             mbarrier.wait(v_full.index(v_slot), v_parity)
         mbarrier.arrive(empty.index(slot), count=1)
 
