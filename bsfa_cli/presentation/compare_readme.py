@@ -25,8 +25,8 @@ def block(result: dict, source: str, plot: Path) -> str:
     if result["cells"]:
         surest = _surest(result)
         for metric in present(surest)[:SHOWN]:
-            lines += ["", f"**All methods, {surest['length']:,} tokens: {METRICS[metric][0]}**", ""]
-            lines += _table(surest, metric)
+            title = f"All methods, {surest['length']:,} tokens: {METRICS[metric][0]}"
+            lines += ["", f"<details><summary>{title}</summary>", "", *_table(surest, metric), "", "</details>"]
         lines += ["", f"![Quality against time]({plot.as_posix()})"]
     rows = break_even_rows(result)
     if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from textwrap import wrap
 
 from ..comparison import matching
 from .plot import WIDTH as PLOT_WIDTH
@@ -10,7 +11,8 @@ from .svg import COLOURS, STYLE, line, number, path, text, ticks
 
 HEIGHT, LEGEND = 300, 230
 WIDTH = PLOT_WIDTH + 40
-LEFT, RIGHT, TOP, BOTTOM = 64, LEGEND, 76, 50
+LEFT, RIGHT, TOP, BOTTOM = 64, LEGEND, 84, 50
+LABEL = 110  # characters in a line
 METHOD_COLOURS = (*COLOURS[1:], "#2a9d8f", "#c0392b", "#6c5ce7", "#795548", "#9e9d24", "#00838f", "#ad1457")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 AXES = {
@@ -50,7 +52,7 @@ def pareto_plot(cell: dict, axis: str, metric: str, words: str) -> str:
         f"<style>{STYLE}</style>",
         '<rect width="100%" height="100%" class="page"/>',
         text(LEFT, 24, f"{words}; {cell['length']:,} tokens", "title"),
-        text(LEFT, 44, cell["label"], "soft"),
+        *(text(LEFT, 44 + 16 * i, part, "soft") for i, part in enumerate(wrap(cell["label"], LABEL))),
     ]
     for y in ticks(low, high):
         parts.append(line(LEFT, at(0, y)[1], WIDTH - RIGHT, at(0, y)[1], "grid"))
