@@ -12,7 +12,8 @@ import pytest
 from bsfa_cli.comparison import matching
 from bsfa_cli.presentation.compare_table import matched_tables
 
-RESULTS = Path(__file__).parents[1] / "profiles" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "profiles" / "results"
 
 
 def cells_of(name: str) -> dict[int, dict]:
@@ -24,11 +25,20 @@ def matched(cell: dict, metric: str, words: str = "equal time (selection and att
     return next(table for title, _, table in matched_tables(cell, metric) if words in title)
 
 
+def percent(share: float, digits: int = 0) -> str:
+    return f"{share * 100:.{digits}f} %"
+
+
 @pytest.fixture(scope="module")
-def said() -> str:
-    """What README.md says of the stored comparisons, on one line."""
-    text = (RESULTS.parents[1] / "README.md").read_text()
-    return " ".join(text.partition("## How to read the comparison")[2].partition("\n## ")[0].split())
+def readme() -> str:
+    """README.md on one line."""
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def said(readme) -> str:
+    """What it says of the stored comparisons."""
+    return readme.partition(" ## How to read the comparison ")[2].partition(" ## ")[0]
 
 
 def test_what_the_readme_says_of_the_comparison_inside_a_model_is_so(said):
@@ -64,11 +74,11 @@ def test_what_the_readme_says_of_the_comparison_inside_a_model_is_so(said):
     assert agreed["pbs+bsfa"][matching.DENSITIES.index(0.5)] > agreed["pbs"][matching.DENSITIES.index(0.5)]
     own = matching.by_method(cells[32768]["rows"])
     tri = [row["agreement"]["top1"] for row in own["tri_shape"]]
-    assert f"{min(tri):.0%}"[:-1] + f" to {max(tri):.0%}".replace("%", " %") in said
+    assert f"in {min(tri) * 100:.0f} to {percent(max(tri))} of tokens" in said
     assert all(row["accuracy"]["mean"] == cells[32768]["dense_accuracy"]["mean"] for row in own["tri_shape"])
     assert max(row["accuracy"]["mean"] for row in own["sliding_window"]) == 0.5
     static = [row["accuracy"]["mean"] for name in ("strided", "dilated") for row in own[name]]
-    assert f"{max(static):.0%}".replace("%", " %") in said
+    assert f"at most {percent(max(static))}" in said
 
 
 def test_what_the_readme_says_of_free_selections_is_so(said):
@@ -145,17 +155,27 @@ def test_what_the_readme_says_of_frames_is_so(said):
     assert f"at 60 % bsfa keeps {worst['bsfa'][2]:.3f} and BLASST {worst['blasst'][2]:.3f}" in said
 
 
-def test_what_the_readme_says_of_host_time_is_so():
+def test_what_the_readme_says_of_faster_lists_is_so(said):
+    text = (RESULTS / "checks" / "lists-entries.nvidia-h200.txt").read_text()
+    heads_of_128 = text.partition("# Second run")[2].partition("d=64")[0]
+    found = re.findall(r"^  (.+?) +\| new .* over base ([\d.]+)$", heads_of_128, re.MULTILINE)
+    gains = {lists: float(ratio) - 1 for lists, ratio in found}
+    changing = [gain for lists, gain in gains.items() if re.search(r"by (64|128) rows|verticals", lists)]
+    assert len(changing) == 9
+    assert f"by up to {percent(max(changing))} where lists change" in said
+    assert f"by {percent(gains['full'])} where they hold everything" in said
+
+
+def test_what_the_readme_says_of_host_time_is_so(readme):
     text = (RESULTS / "checks" / "host-time.nvidia-h200.txt").read_text()
     runs = sorted(re.findall(r"^(\w+) ([\d.]+) us host", text, re.MULTILINE), key=lambda run: float(run[1]))
     found = {name: float(us) / 1e3 for name, us in runs}  # the slowest run of each
     stated = f"{found['gate']:.1f} ms (cuDNN: {found['cudnn']:.2f} ms), {found['lists']:.1f} ms with block lists"
-    assert f"A call costs the host {stated}" in (RESULTS.parents[1] / "README.md").read_text()
+    assert f"A call costs the host {stated}" in readme
 
 
-def test_what_the_readme_says_of_the_gap_gates_cost_is_so():
+def test_what_the_readme_says_of_the_gap_gates_cost_is_so(readme):
     result = json.loads((RESULTS / "checks" / "gap-against-absolute.nvidia-h200.json").read_text())
     assert {cell["length"] for cell in result["cells"]} == {8192, 32768, 131072}
     worst = max(cost for cell in result["cells"] for cost in cell["cost"].values())
-    text = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
-    assert f"took at most {worst:.1%} more time than the absolute one".replace("%", " %") in text
+    assert f"took at most {percent(worst, 1)} more time than the absolute one" in readme
