@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from bsfa_cli import app as cli
-from bsfa_cli import configuration, errors, files
+from bsfa_cli import configuration, errors
 from bsfa_cli.options import Config, Device, Dtype, Json
 
 HEAVY = ("torch", "transformers", "triton", "numpy", "rich", "yaml", "safetensors")
@@ -261,20 +261,3 @@ def test_known_keys_are_the_longest_flags(tmp_path):
 def _context(name: str):
     command = typer.main.get_command(cli.app).commands[name]
     return SimpleNamespace(command=command)
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    target = tmp_path / "new" / "file"
-    files.write_whole(target, b"one")
-    assert target.read_bytes() == b"one"
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(errors.MachineError, match="no space left"):
-        files.write_whole(target, b"two")
-    assert target.read_bytes() == b"one"
-    assert os.listdir(target.parent) == ["file"]
-    with pytest.raises(errors.UsageError, match="cannot write"):
-        files.write_whole(target / "below", b"three")
