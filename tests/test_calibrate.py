@@ -164,12 +164,12 @@ def test_other_weights_and_other_text_are_refused(tmp_path, bsfa):
     os.rename(tmp_path / "a", tmp_path / "kept")
     os.rename(tmp_path / "b", tmp_path / "a")
     code, _, errors = bsfa("calibrate", tmp_path / "a", *quick)
-    assert code == 2 and "another model.weights" in errors
+    assert code == 2 and "holds another run: model.weights is" in errors
     os.rename(tmp_path / "a", tmp_path / "b")
     os.rename(tmp_path / "kept", tmp_path / "a")
     (tmp_path / "t.txt").write_text("other text " * 200)
     code, _, errors = bsfa("calibrate", tmp_path / "a", *quick)
-    assert code == 2 and "another data.hash" in errors
+    assert code == 2 and "holds another run: data.hash is" in errors
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape
-from bsfa_kernels.container import Malformed, exact_keys, pack, sequence, unpack
+from bsfa_kernels.container import Malformed, difference, exact_keys, pack, sequence, short, unpack
 
 from ..errors import InputError, UsageError
 from ..files import write_whole
@@ -30,6 +30,7 @@ MAX_BYTES = 16 << 30
 MANIFEST_KEYS = ("schema", "model", "data", "options", "modules", "samples", "software")
 # Compared on resuming, in this order. Software may differ: a run survives an upgrade.
 COMPARED = ("schema", "model", "options", "data", "modules", "samples")
+GROWN = ("model", "data")  # parts that have more keys than earlier versions wrote; what a run lacks is not compared
 Curves = dict[str, dict[str, torch.Tensor]]  # {module path: ModuleCurves.tensors}
 
 
@@ -52,10 +53,13 @@ class Run:
         try:
             manifest = json.loads(content)
             exact_keys("run.json", manifest, MANIFEST_KEYS)
+            for part in ("model", "data", "options", "modules"):
+                if not isinstance(manifest[part], dict):
+                    raise Malformed(f"{part} must be a JSON object, got {short(manifest[part])}")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}/run.json is damaged: {error}") from None
         if manifest["schema"] != SCHEMA:
-            raise InputError(f"{path} has run schema {manifest['schema']}; this version of bsfa knows {SCHEMA}")
+            raise InputError(f"{path} has run schema {short(manifest['schema'])}; this version of bsfa knows {SCHEMA}")
         return cls(path, manifest)
 
     @classmethod
@@ -83,7 +87,13 @@ class Run:
 
     def lock(self):
         """Keep other processes from writing to this run for as long as the returned file stays open."""
-        file = open(self.path / ".lock", "w")
+        path = self.path / ".lock"
+        try:
+            # Neither emptied nor followed: whatever stands there is not ours to change.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = open(os.open(path, flags, 0o666), "rb")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -115,7 +125,7 @@ class Run:
             exact_keys("the bsfa_run metadata", metadata, ("samples",))
             planned = self.planned(role)
             done = sequence("samples", metadata["samples"], 1, len(planned))
-            if len(set(done)) != len(done) or not set(done) <= set(planned):
+            if any(done.count(name) > 1 or name not in planned for name in done):
                 raise Malformed("it holds samples that run.json does not plan")
             return done, self._by_module(tensors)
         except OSError as error:
@@ -140,7 +150,7 @@ class Run:
                     raise Malformed(f"{path}/{name} holds values that no run can give")
                 curves[path][name] = tensor.to(dtype)
         if tensors:
-            raise Malformed(f"unknown tensor {next(iter(tensors))}")
+            raise Malformed(f"unknown tensor {short(next(iter(tensors)))}")
         return curves
 
 
@@ -157,26 +167,11 @@ def _narrow(tensor: torch.Tensor) -> torch.Tensor:
 
 def _refuse_other(path: Path, begun: Mapping, wanted: Mapping) -> None:
     for part in COMPARED:
-        difference = _difference(part, begun[part], wanted[part])
-        if difference:
-            name, old, new = difference
+        old, new = begun[part], wanted[part]
+        if part in GROWN and isinstance(old, Mapping):
+            new = {key: value for key, value in new.items() if key in old}
+        found = difference(part, old, new)
+        if found:
             raise UsageError(
-                f"{path} was begun with another {name}: {_quote(old)} there, {_quote(new)} now; give what it was "
-                "begun with to resume it, or another -o"
+                f"{path} holds another run: {found}; give what it was begun with to resume it, or another -o"
             )
-
-
-def _difference(name: str, old, new) -> tuple[str, object, object] | None:
-    """(dotted name, old, new) of the first difference, or None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            found = _difference(f"{name}.{key}", old.get(key), new.get(key))
-            if found:
-                return found
-        return None
-    return None if old == new else (name, old, new)
-
-
-def _quote(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
