@@ -10,6 +10,7 @@ import typer
 
 from . import configuration
 from .errors import UsageError
+from .streams import is_closed
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -26,6 +27,12 @@ def _dtype(value: str) -> str:
     return value
 
 
+def _json(value: bool) -> bool:
+    if value and is_closed("stdout"):
+        raise typer.BadParameter("it prints on stdout, which is closed")
+    return value
+
+
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -36,7 +43,7 @@ Config = Annotated[
         is_eager=True,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", callback=_json)]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.", callback=_device),

@@ -8,7 +8,11 @@ from functools import cache
 @cache
 def console():
     """Rich console on stderr; honours NO_COLOR and non-terminals."""
-    from rich.console import Console
+    from rich import console as rich
+
+    class Console(rich.Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # Rich would exit with 1, which says that a gate failed
 
     return Console(stderr=True)
 
@@ -41,8 +45,13 @@ def progress():
 
 
 def print_json(data) -> None:
-    """`data` as JSON on stdout, and nothing else. NaN and infinities are refused: JSON has none."""
+    """`data` as JSON on stdout, and nothing else. NaN and infinities are refused: JSON has none.
+
+    Raises as `streams.write`.
+    """
     import json
     import sys
 
-    sys.stdout.write(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    from ..streams import write
+
+    write(sys.stdout, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
