@@ -216,3 +216,12 @@ def test_out_of_memory_names_the_option_to_lower(
         "profile": ("--device", "cpu"),
     }[command]
     one_sentence(run(command, *arguments), 3, "lower --length")
+
+
+def test_tasks_in_a_length_too_short_for_their_text(run, one_sentence, tmp_path, checkpoint, artifact, monkeypatch):
+    monkeypatch.setenv("BSFA_CALIBRATE_LENGTH", "512")
+    words = ("records does not fit into 512 tokens", "the shortest length that works is")
+    one_sentence(run("calibrate", checkpoint, "--data", "tasks:records", "-o", tmp_path / "run"), 2, *words)
+    artifact.write(tmp_path / "t.safetensors")
+    options = ("--thresholds", tmp_path / "t.safetensors", "--tasks", "records", "--length", "512")
+    one_sentence(run("verify", checkpoint, *options), 2, *words)

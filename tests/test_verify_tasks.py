@@ -36,13 +36,14 @@ SMALL = ("--tasks", ",".join(ASKED), "--lengths", "512,768", "--questions", "2",
 
 
 def test_mild_thresholds_keep_the_answers_and_reckless_ones_lose_them(run, artifact, tmp_path):
-    command = ("verify", "--thresholds", artifact, *SMALL, "--json", "--min-retention", "0.9")
+    command = ("verify", "--thresholds", artifact, *SMALL, "--json", "--min-retention", "0.7")
     result = run(*command, "--point", "mild", "--min-skip", "0.05", "--negative-control")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     (mild,) = found["points"]
     assert found["tasks"]["mode"] == "teacher-forced" and len(found["tasks"]["questions"]) == 12
     assert mild["questions"] == 12 and mild["dense"] >= 0.75 and mild["retention"] >= 0.9 and mild["skip"] > 0.05
+    assert 0.7 <= mild["retention_interval"][0] < 0.9
     assert set(mild["by_task"]) == set(ASKED) and set(mild["by_length"]) == {"512", "768"}
     assert {cell["depth"] for cell in mild["by_length_and_depth"]} == {0, 1}
     assert found["negative_control"]["retention"] < 0.5
@@ -105,6 +106,13 @@ def test_a_summary_names_the_worst_task_and_counts_tiles():
     assert [(cell["length"], cell["depth"], cell["questions"]) for cell in found["by_length_and_depth"]] == [
         (256, 0, 2), (256, 1, 2),
     ]  # fmt: skip
+    few = summarise(dense, dense)
+    assert few["retention"] == 1
+    assert Gates(min_retention=0.7).task_accuracy_failures(few) == [
+        "retention of dense accuracy is 1, of which 6 questions show only that it is at least 0.6097 "
+        "(--min-retention 0.7); about 9 such questions would show more"
+    ]
+    assert Gates(min_retention=0.6).task_accuracy_failures(few) == []
     nothing = summarise(answers_of(plan, ()), answers_of(plan, ()))
     assert nothing["retention"] is None and nothing["worst_retention"] is None and nothing["skip"] is None
     gates = Gates(min_retention=0.7, min_skip=0.8)
@@ -133,6 +141,11 @@ def test_a_heat_map_needs_depths():
         (("--heat-map", "m.svg"), "--heat-map needs --tasks"),
         (("--tasks", "all", "--min-top1", "0.9"), "--min-top1 judges texts: drop --tasks"),
         (("--tasks", "all", "--negative-control"), "that it can fail: --min-retention"),
+        (
+            ("--tasks", "single", "--questions", "4", "--min-retention", "0.95"),
+            "--min-retention 0.95 needs at least 73 questions that the dense model answers right, and 4 would be asked",
+        ),
+        (("--tasks", "all", "--min-retention", "1"), "more than any number of questions can show"),
         (("--tasks", "needle"), "there is no task 'needle'"),
         (("--tasks", "single", "--lengths", "4k"), "--lengths must be whole numbers"),
         (("--tasks", "single", "--lengths", "200000"), "--length 200000 is past the model's"),
