@@ -214,11 +214,15 @@ def test_the_command_writes_what_it_shows(run, tmp_path):
     assert "no slower than the fastest" in done.err and "at equal density" in done.err
 
 
-def test_a_method_that_needs_a_calibration_is_left_out_without_one():
-    chosen, left_out = methods.chosen("bsfa,pbs", None, True)
-    assert [method.name for method in chosen] == ["dense", "pbs"]
-    assert left_out == {"bsfa": "no calibration for its thresholds"}
-    assert methods.chosen("pbs", None, False)[1] == {"pbs": "not defined for non-causal attention"}
+def test_a_method_that_cannot_take_part_is_left_out_of_all_and_refused_by_name():
+    chosen, left_out = methods.chosen("all", None, True)
+    assert [method.name for method in chosen][:2] == ["dense", "sliding_window"]
+    assert left_out["bsfa"] == left_out["pbs+bsfa"] == "no calibration for its thresholds"
+    assert left_out["global_attention"] == "not defined for causal attention"
+    with pytest.raises(UsageError, match="--methods bsfa: no calibration"):
+        methods.chosen("bsfa,pbs", None, True)
+    with pytest.raises(UsageError, match="--methods pbs: not defined for non-causal"):
+        methods.chosen("sliding_window,pbs", None, False)
     with pytest.raises(UsageError, match="there is no method"):
         methods.chosen("pbs,", None, True)
 

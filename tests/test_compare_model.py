@@ -137,7 +137,9 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     assert done.code == 0 and json.loads(done.out)["cells"][0]["level"] == "model"
     artifact = tmp_path / "thresholds.safetensors"
     assert run("export", calibrated, "-o", artifact, "--target-skip", "0.1", "--target-skip", "0.2").code == 0
-    done = run("compare", checkpoint, "--thresholds", artifact, "--methods", "bsfa,bsfa_top_k", *options, "--json")
+    compared = ("compare", checkpoint, "--thresholds", artifact, *options, "--methods")
+    one_sentence(run(*compared, "bsfa,bsfa_top_k"), 2, "bsfa_top_k: thresholds.safetensors holds no k for it")
+    done = run(*compared, "bsfa", "--json")
     (exported,) = json.loads(done.out)["cells"]
     assert [row["setting"] for row in exported["rows"]] == [1.0, 0.2, 0.1]
     assert exported["calibrated_on"] == "thresholds.safetensors"
@@ -158,6 +160,9 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
         (("model", "--run", "a", "--thresholds", "b"), 2, "either --run or --thresholds"),
         (("model", "--thresholds", "/nonexistent/t.safetensors"), 4, "/nonexistent/t.safetensors"),
         (("model", "--captured", "a.safetensors"), 2, "either a model or --captured"),
+        (("/nonexistent/model", "--methods", "bsfa"), 2, "bsfa needs thresholds to compare with: give --run RUN or"),
+        (("--captured", "a", "--methods", "pbs,pbs+bsfa"), 2, "pbs+bsfa needs thresholds to compare with: give --cal"),
+        (("/nonexistent/model", "--methods", "global_attention"), 2, "global_attention: not defined for causal"),
         (("/nonexistent/model",), 4, "does not exist"),
         (("/nonexistent/model", "--run", "/nonexistent/run"), 4, "is no run directory"),
     ],

@@ -88,7 +88,7 @@ def compare(
     from bsfa_kernels import TileShape
 
     from ..comparison import run as bench
-    from ..comparison.methods import chosen
+    from ..comparison.methods import ALL, CALIBRATED, chosen, named
     from ..comparison.tensors import CapturedSource, StructuredSource
     from ..environment import resolve_device
     from ..files import check_writable, write_json
@@ -96,7 +96,12 @@ def compare(
     from ..presentation.console import note, print_json, progress
     from ..timing.sweep import resolve_dtype
 
-    chosen(methods, None, causal)
+    asked_for = named(methods)
+    if (model is not None and run is None and thresholds is None) or (captured is not None and calibrate_on is None):
+        needy = [name for name in asked_for if name in CALIBRATED and methods != ALL]
+        if needy:
+            how = "--run RUN or --thresholds FILE" if model is not None else "--calibrate-on FILE"
+            raise UsageError(f"--methods {needy[0]} needs thresholds to compare with: give {how}")
     place = resolve_device(device)
     if place.index is not None:
         import torch
@@ -106,7 +111,9 @@ def compare(
         check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
-        loaded, calibration = _loaded(model, run, thresholds, shown, place, dtype)
+        given, calibration = _thresholds(run, thresholds, shown)
+        chosen(methods, calibration, True)
+        loaded = _loaded(model, given, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
         asked = [_questions(loaded, tasks, n, questions, seed, ask_at) if tasks else [] for n in wanted]
@@ -166,27 +173,36 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, dtype: str):
-    """(LoadedModel, Calibration, Exported or None). Raises InputError for thresholds of another model or tile shape."""
-    from bsfa_kernels.thresholds import Thresholds, model_difference
+def _thresholds(run: Path | None, thresholds: Path | None, tile):
+    """(Run or Thresholds, Calibration or Exported), or (None, None). Raises InputError for another tile shape."""
+    from bsfa_kernels.thresholds import Thresholds
 
     from ..calibration.store import Run
     from ..comparison.calibration import Calibration, Exported
-    from ..models.load import load_model
 
-    opened = None if run is None else Run.open(run)
-    artifact = None if thresholds is None else Thresholds.read(thresholds)
-    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype)
-    made_for = opened.plan.tile if opened else artifact.tile if artifact else tile
+    if run is None and thresholds is None:
+        return None, None
+    given = Thresholds.read(thresholds) if run is None else Run.open(run)
+    made_for = given.tile if run is None else given.plan.tile
     if made_for != tile:
         raise InputError(f"{run or thresholds} was calibrated with tiles of {made_for}; give --tile {made_for}")
-    if artifact:
-        artifact.check_model(loaded.identity)
-        return loaded, Exported(artifact, thresholds.name)
-    found = opened and model_difference(opened.manifest["model"], loaded.identity)
-    if found:
-        raise InputError(f"{run} was calibrated on another model: {found}")
-    return loaded, Calibration.of_run(opened) if opened else None
+    return given, Exported(given, thresholds.name) if run is None else Calibration.of_run(given)
+
+
+def _loaded(model: str, given, place, dtype: str):
+    """The LoadedModel. Raises InputError or ThresholdsError where `given`, of `_thresholds`, is of another model."""
+    from bsfa_kernels.thresholds import Thresholds, model_difference
+
+    from ..models.load import load_model
+
+    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype)
+    if isinstance(given, Thresholds):
+        given.check_model(loaded.identity)
+    elif given is not None:
+        found = model_difference(given.manifest["model"], loaded.identity)
+        if found:
+            raise InputError(f"{given.path} was calibrated on another model: {found}")
+    return loaded
 
 
 def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> list:

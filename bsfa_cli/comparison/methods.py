@@ -23,6 +23,8 @@ from .calibration import Calibration, Exported
 
 ON_TOP = ("flexprefill", "xattention", "pooled_top_p", "pbs")
 GATE = "+bsfa"
+CALIBRATED = ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP))  # those that need thresholds
+ALL = "all"
 # Factors lambda = factor / length of skip-softmax, from sparse to dense.
 FACTORS = (32000.0, 16000.0, 8000.0, 4000.0, 2000.0, 500.0)
 TOP_K = (8, 16, 32, 64, 96, 128)
@@ -152,20 +154,30 @@ def available(calibration: Calibration | Exported | None) -> dict[str, Method]:
 def chosen(names: str, calibration: Calibration | Exported | None, causal: bool) -> tuple[list[Method], dict[str, str]]:
     """(methods to run, {method: why it is left out}) for "all" or names separated by commas; dense is always there.
 
-    Raises UsageError for a name that is none.
+    Raises UsageError for a name that is none, and for a method that was asked for by name and cannot take part.
     """
-    known = available(calibration)
-    calibrated = ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP))
-    everything = list(dict.fromkeys([*known, *calibrated]))
-    wanted = everything if names == "all" else ["dense", *(name.strip() for name in names.split(","))]
+    known, wanted = available(calibration), named(names)
     methods, left_out = [], {}
-    for name in dict.fromkeys(wanted):
-        if name not in everything:
-            raise UsageError(f"--methods: there is no method {name!r}; there is all or {', '.join(everything)}")
+    for name in wanted:
         if name not in known:
             left_out[name] = "no calibration for its thresholds"
         elif not known[name].defined(causal):
             left_out[name] = f"not defined for {'causal' if causal else 'non-causal'} attention"
+        elif not known[name].sweep:
+            left_out[name] = f"{calibration.source} holds no {known[name].knob} for it"
         else:
             methods.append(known[name])
+    if names != ALL:
+        for name, reason in left_out.items():
+            raise UsageError(f"--methods {name}: {reason}")
     return methods, left_out
+
+
+def named(names: str) -> list[str]:
+    """The methods that `names` stands for, dense first. Raises UsageError for a name that is none."""
+    everything = list(dict.fromkeys([*available(None), *CALIBRATED]))
+    wanted = everything if names == ALL else ["dense", *(name.strip() for name in names.split(","))]
+    for name in wanted:
+        if name not in everything:
+            raise UsageError(f"--methods: there is no method {name!r}; there is {ALL} or {', '.join(everything)}")
+    return list(dict.fromkeys(wanted))
