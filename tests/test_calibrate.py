@@ -172,6 +172,80 @@ def test_other_weights_and_other_text_are_refused(tmp_path, bsfa):
     assert code == 2 and "another data.hash" in errors
 
 
+def test_the_same_text_under_another_name_resumes(tmp_path, bsfa):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text " * 200)
+    quick = ["--samples", "2", "--length", "512", "-o", tmp_path / "run"]
+    assert bsfa("calibrate", *quick, "--data", tmp_path / "a.txt")[0] == 0
+    before = contents(tmp_path / "run")
+    code, _, errors = bsfa("calibrate", *quick, "--data", tmp_path / "b.txt")
+    assert code == 0 and "2 of 2 samples are done" in errors and contents(tmp_path / "run") == before
+    (tmp_path / "b.txt").write_text("more text " * 200)
+    code, _, errors = bsfa("calibrate", *quick, "--data", tmp_path / "b.txt")
+    assert code == 2 and "another options.data" in errors and contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("text", [None, "t.txt"])
+def test_more_samples_extend_a_run(text, tmp_path, bsfa):
+    """Only the further ones are run, and the end is that of a run begun with all of them."""
+    (tmp_path / "t.txt").write_text("".join(f"{i} bottles of beer; " for i in range(20_000)))
+    options = ["--length", "512", "--top-k", "1"] + (["--data", tmp_path / text] if text else [])
+    assert bsfa("calibrate", "-o", tmp_path / "run", *options, "--samples", "4")[0] == 0
+    code, out, errors = bsfa("calibrate", "-o", tmp_path / "run", *options, "--samples", "6", "--json")
+    assert code == 0 and "4 of 6 samples are done" in errors and len(json.loads(out)["seconds"]) == 2
+    assert bsfa("calibrate", "-o", tmp_path / "whole", *options, "--samples", "6")[0] == 0
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    code, _, errors = bsfa("calibrate", "-o", tmp_path / "run", *options, "--samples", "5")
+    assert code == 2 and "another options.samples: 6 there, 5 now" in errors
+    code, _, errors = bsfa("calibrate", "-o", tmp_path / "run", *options, "--samples", "8", "--seed", "1")
+    assert code == 2 and "another options.seed" in errors
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_further_samples_keep_the_layout_of_the_curves(tmp_path, bsfa):
+    lines = [json.dumps({"text": f"{i} " * 140, "task_name": "a" if i < 2 else "b"}) for i in range(3)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    options = ["--length", "768", "-o", tmp_path / "run", "--data", tmp_path / "t.jsonl"]
+    assert bsfa("calibrate", *options, "--samples", "1")[0] == 0
+    lines[2] = json.dumps({"text": "long " * 200, "task_name": "b"})
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    code, _, errors = bsfa("calibrate", *options, "--samples", "2")
+    assert code == 2 and "samples of up to 280 tokens, and a further one has 768" in errors
+
+
+def test_a_run_that_collected_nothing_leaves_no_folder(tmp_path, bsfa, monkeypatch):
+    from bsfa_cli.errors import InputError
+
+    def fails(*_):
+        raise InputError("the model's output is not finite")
+
+    monkeypatch.setattr(calibration, "forward", fails)
+    code, _, errors = bsfa("calibrate", "-o", tmp_path / "run", *SMALL)
+    assert code == 4 and "not finite" in errors and not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    assert bsfa("calibrate", "-o", tmp_path / "mine", *SMALL)[0] == 4 and not list(tmp_path.glob("mine/*"))
+
+
+def test_defaults_of_top_k_fit_the_length(tmp_path, bsfa):
+    assert calibration.default_ranks(32768, 128) == (16, 32, 64, 96, 128)
+    assert calibration.default_ranks(2048, 128) == (2, 4, 6, 8, 12) and calibration.default_ranks(2048, 64)[-1] == 24
+    code, _, errors = bsfa("calibrate", "--dry-run", "--length", "2048", "--samples", "1", "--device", "cpu")
+    assert code == 0 and "will drop nothing" not in errors
+    code, _, errors = bsfa("calibrate", "--dry-run", "--length", "2048", "--samples", "1", "--top-k", "14,15,128")
+    assert code == 0 and "--top-k 15, 128 will drop nothing: in samples of 2,048 tokens a row has at most 15" in errors
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Nothing may be loaded."""
+    from bsfa_cli.models import load
+
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(load, "_read_weights", loads)
+
+
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
@@ -179,23 +253,37 @@ def test_other_weights_and_other_text_are_refused(tmp_path, bsfa):
         (["-o", "{tmp}/r", "--tile", "32x32"], 2, "64x128, 128x64"),
         (["-o", "{tmp}/r", "--length", "200"], 2, "shorter than two tiles"),
         (["-o", "{tmp}/r", "--length", "200000"], 2, "131072 positions"),
-        (["-o", "{tmp}/r", "--layers", "3"], 2, "no layer 3; it has 0 to 2"),
         (["-o", "{tmp}/r", "--layers", "a"], 2, "must be like 0-3,8"),
         (["-o", "{tmp}/r", "--top-k", "x"], 2, "whole numbers"),
         (["-o", "{tmp}/r", "--data", "builtin:x"], 2, "builtin:mixed"),
         (["-o", "{tmp}/r", "--data", "{tmp}/absent.txt"], 4, "does not exist"),
-        (["-o", "{tmp}/r", "--data", "{tmp}/short.txt"], 4, "too short"),
+        (["-o", "{tmp}/r", "--data", "{tmp}/broken.jsonl"], 4, "line 1: not JSON"),
+        (["-o", "{tmp}/r", "--data", "tasks:poems"], 2, "no task 'poems'"),
         (["-o", "{tmp}/full"], 2, "not empty and holds no calibration run"),
         (["-o", "{tmp}/short.txt"], 2, "is a file"),
+        (["-o", "{tmp}/short.txt/run"], 2, "cannot write"),
     ],
 )
-def test_what_cannot_be_calibrated_gets_one_sentence(arguments, code, said, tmp_path, bsfa):
+@pytest.mark.usefixtures("no_model")
+def test_what_needs_no_model_is_refused_before_one_is_loaded(arguments, code, said, tmp_path, bsfa):
+    (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     result = bsfa("calibrate", "--device", "cpu", *(argument.format(tmp=tmp_path) for argument in arguments))
     assert result[0] == code and said in result[2] and "Traceback" not in result[2] and not result[1]
     assert not (tmp_path / "r").exists() and (tmp_path / "short.txt").read_text() == "short"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [(["--layers", "3"], 2, "no layer 3; it has 0 to 2"), (["--data", "{tmp}/short.txt"], 4, "too short")],
+)
+def test_what_the_model_cannot_do_gets_one_sentence(arguments, code, said, tmp_path, bsfa):
+    (tmp_path / "short.txt").write_text("short")
+    arguments = ("-o", tmp_path / "r", *(argument.format(tmp=tmp_path) for argument in arguments))
+    result = bsfa("calibrate", "--device", "cpu", *arguments)
+    assert result[0] == code and said in result[2] and not result[1] and not (tmp_path / "r").exists()
 
 
 def test_a_sample_that_memory_cannot_hold_is_refused_before_it_runs(tmp_path, bsfa, monkeypatch):

@@ -1,6 +1,8 @@
 """Calibration data: every supported file, generated text, and one sentence for whatever cannot be used."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +52,61 @@ def test_jsonl_keys(key, tmp_path, tokenizer):
     assert {sample.tokens for sample in samples} == {tuple(str(i).encode() * 50) for i in range(3)}
 
 
+class Chat:
+    """A tokenizer by characters with a chat template that begins every conversation, unless told otherwise."""
+
+    bos_token_id, chat_template = ord("<"), "template"
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return SimpleNamespace(input_ids=[ord("<")] * add_special_tokens + [ord(c) for c in text])
+
+    def apply_chat_template(self, messages, tokenize):
+        assert tokenize is False
+        roles = [message["role"] for message in messages]
+        if roles != ["user", "assistant"]:
+            raise ValueError(f"roles must\nalternate, got {roles}")
+        return "<" + "".join(f"[{message['role']}]{message['content']}" for message in messages)
+
+
+def test_messages_go_through_the_chat_template_and_prompts_are_text(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    talk = [{"role": "user", "content": "Hello " * 5}, {"role": "assistant", "content": "Hi."}]
+    path.write_text(json.dumps({"prompt": "Hello", "messages": talk}) + "\n" + json.dumps({"prompt": "p" * 40}))
+    samples = {sample.id: "".join(map(chr, sample.tokens)) for sample in load(path, Chat())}
+    assert samples == {"line-1": "<[user]" + "Hello " * 5 + "[assistant]Hi.", "line-2": "<" + "p" * 40}
+    with pytest.raises(InputError, match="line 1: 'messages' needs a chat template"):
+        load(path, tokenizer)
+    path.write_text(json.dumps({"messages": talk[:1]}))
+    with pytest.raises(InputError, match=r"line 1: the chat template refuses 'messages': roles must alternate"):
+        load(path, Chat())
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t \n"])
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_blanks_do_not_use_up_a_sample(blank, name, tmp_path):
+    class Merging:
+        """2,000 blanks to a token, and every other character one."""
+
+        bos_token_id = None
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            return SimpleNamespace(input_ids=[len(part) for part in re.findall(r"\s{1,2000}|\S", text)])
+
+    text = blank * 200_000 + "x" * 3000
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name.endswith("l") else text)
+    (sample,) = load(tmp_path / name, Merging(), samples=1, length=1000)
+    assert len(sample.tokens) == 1000
+
+
+def test_more_samples_of_a_text_file_leave_its_windows_where_they_are(tmp_path, tokenizer):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{i} " for i in range(30_000)))
+    all_windows = load(path, tokenizer, samples=8)
+    assert len({sample.tokens for sample in all_windows}) == 8
+    for samples in (1, 2, 3, 5):
+        assert load(path, tokenizer, samples=samples) == all_windows[:samples]
+
+
 def test_tasks_take_turns(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     tasks = ["a"] * 8 + ["b"] * 2
@@ -77,6 +134,12 @@ LINE = json.dumps({"text": "x" * 50}) + "\n"
         ("a.jsonl", b'{"text": 5}', "line 1: 'text' must be text"),
         ("a.jsonl", b'{"text": ""}', "line 1: 'text' must be text"),
         ("a.jsonl", b'{"text": "\\ud800"}', "surrogate"),
+        ("a.jsonl", b'{"messages": "hello"}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": []}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": ["hello"]}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: 'messages.content' must be text"),
+        ("a.jsonl", b'{"messages": [{"role": 1, "content": "x"}]}', "line 1: 'messages.role' must be text"),
+        ("a.jsonl", b'{"prompt": [1]}', "line 1: 'prompt' must be text"),
         ("a.jsonl", b'{"text": "short"}', "longest has 5 tokens, and at least 20"),
         ("a.txt", b"short", "every sample is too short"),
     ],
@@ -103,8 +166,6 @@ def test_the_beginning_token_is_on_every_sample(tmp_path):
         bos_token_id = 1
 
         def __call__(self, text, add_special_tokens=True, verbose=True):
-            from types import SimpleNamespace
-
             return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in text])
 
     path = tmp_path / "t.txt"

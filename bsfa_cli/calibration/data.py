@@ -1,7 +1,8 @@
 """Text to calibrate and verify on: files, generated text, and tasks. One sample is one sequence of tokens.
 
 A .txt file is one long text, cut into windows. A .jsonl file has one sample a line, under `text`, `input_text` (the
-BSFA authors' file, spread over its `task_name`s) or `input` (RULER). Whatever is longer than `length` is cut there.
+BSFA authors' file, spread over its `task_name`s), `input` (RULER), `messages` (a conversation, put through the
+tokenizer's chat template) or `prompt`. Whatever is longer than `length` is cut there.
 "tasks:NAME[,NAME]" are documents of those retrieval tasks with question and answer, from seeds that evaluation avoids.
 """
 
@@ -14,12 +15,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..errors import InputError, UsageError
 from ..suites import questions
 from . import generated_text
 
-TEXT_KEYS = ("text", "input_text", "input")
+MESSAGES = "messages"
+TEXT_KEYS = ("text", "input_text", "input", MESSAGES, "prompt")  # the first that a line has is read
 BUILTIN, TASKS = "builtin:", "tasks:"
 MAX_FILE_BYTES = 1 << 30
 # A token rarely stands for more characters than this; more of a text need not be tokenised to fill a sample.
@@ -52,7 +55,8 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
     found, longest = [], 0
     for name, source, text in texts:
         tokens = text if isinstance(text, list) else _tokenize(tokenizer, text, length)
-        tokens = [*prefix, *tokens][:length]
+        # A chat template may have written the beginning token already.
+        tokens = (tokens if tokens[: len(prefix)] == prefix else [*prefix, *tokens])[:length]
         longest = max(longest, len(tokens))
         if len(tokens) >= shortest:
             found.append(Sample(name, tuple(tokens), source))
@@ -64,6 +68,28 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
             "(two tiles)"
         )
     return found
+
+
+def check_source(spec: str | None, length: int) -> None:
+    """Raise, as `load_texts`, for what can be refused without a model: None is the default and always there."""
+    if spec is None:
+        return
+    if spec.startswith(TASKS):
+        questions.Plan(questions.parse_names(spec.removeprefix(TASKS)), (length,), 1)
+    else:
+        load_texts(spec, samples=1, length=1, tokenizer=_Characters())
+
+
+class _Characters:
+    """A tokenizer by characters, in place of a model's."""
+
+    bos_token_id, chat_template = None, "any"
+
+    def __call__(self, text: str, **_) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(character) for character in text])
+
+    def apply_chat_template(self, messages: list[dict], **_) -> str:
+        return messages[0]["content"]
 
 
 def default_data(tokenizer) -> str:
@@ -91,9 +117,14 @@ def _prefix(tokenizer) -> list[int]:
 
 
 def _tokenize(tokenizer, text: str, length: int | None = None) -> list[int]:
-    if length is not None:
-        text = text[: length * CHARACTERS_PER_TOKEN + 64]
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    """Tokens of `text`, or of as much of it as `length` tokens need."""
+    end = len(text) if length is None else length * CHARACTERS_PER_TOKEN + 64
+    while True:
+        tokens = tokenizer(text[:end], add_special_tokens=False, verbose=False).input_ids
+        # Runs of blanks and the like fit hundreds of characters into a token.
+        if end >= len(text) or len(tokens) > length:
+            return tokens
+        end *= 4
 
 
 def _tasks(spec: str, samples: int, length: int, seed: int, tokenizer) -> list[Sample]:
@@ -120,7 +151,7 @@ def _builtin(spec: str, samples: int, length: int, seed: int):
 def _file(path: Path, samples: int, length: int, seed: int, tokenizer):
     text = read_text(path)
     if path.suffix == ".jsonl":
-        return _lines(path, text, samples, seed)
+        return _lines(path, text, seed, tokenizer)
     return _windows(path, text, samples, length, tokenizer)
 
 
@@ -148,16 +179,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _lines(path: Path, content: str, samples: int, seed: int):
+def _lines(path: Path, content: str, seed: int, tokenizer):
     """Samples of a .jsonl file, a seeded choice that takes turns between task names."""
     by_task: dict[str, list[tuple[int, str]]] = {}
     for number, record in records(path, content):
-        key = next((key for key in TEXT_KEYS if key in record), None)
-        if key is None:
-            keys = ", ".join(map(str, record))[:80] or "none"
-            raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}")
-        check_text(path, number, key, record[key])
-        by_task.setdefault(str(record.get("task_name", "")), []).append((number, record[key]))
+        text = _text_of(path, number, record, tokenizer)
+        by_task.setdefault(str(record.get("task_name", "")), []).append((number, text))
     queues = [by_task[task] for task in sorted(by_task)]
     tasks = sorted(by_task)
     for task, queue in zip(tasks, queues, strict=True):
@@ -167,6 +194,35 @@ def _lines(path: Path, content: str, samples: int, seed: int):
             if queue:
                 number, text = queue.pop(0)
                 yield f"line-{number}", f"line {number}" + (f" ({task})" if task else ""), text
+
+
+def _text_of(path: Path, number: int, record: dict, tokenizer) -> str:
+    """What a line of a .jsonl file says. Raises InputError, naming the line."""
+    key = next((key for key in TEXT_KEYS if key in record), None)
+    if key is None:
+        keys = ", ".join(map(str, record))[:80] or "none"
+        raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}")
+    if key != MESSAGES:
+        check_text(path, number, key, record[key])
+        return record[key]
+    messages = record[key]
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise InputError(
+            f"{path}, line {number}: {key!r} must be a list of objects with role and content, and not empty"
+        )
+    for message in messages:
+        for part in ("role", "content"):
+            check_text(path, number, f"{key}.{part}", message.get(part))
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{path}, line {number}: {key!r} needs a chat template, and this model's tokenizer has none; give text"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # noqa: BLE001 - a template may raise anything, such as for roles that do not alternate
+        raise InputError(
+            f"{path}, line {number}: the chat template refuses {key!r}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def records(path: Path, content: str) -> Iterator[tuple[int, dict]]:
@@ -194,13 +250,17 @@ def check_text(path: Path, number: int, key: str, value) -> None:
 
 
 def _windows(path: Path, text: str, samples: int, length: int, tokenizer):
-    """Windows of a .txt file: consecutive where all of it is needed, else spread evenly over it."""
-    if len(text) <= samples * length * CHARACTERS_PER_TOKEN:
+    """Windows of a .txt file: consecutive where all of it is needed, else spread evenly over it, so that more samples
+    leave the windows before them where they are.
+    """
+    slots = 1 << (samples - 1).bit_length()
+    if len(text) <= slots * length * CHARACTERS_PER_TOKEN:
         tokens = _tokenize(tokenizer, text)
         step = length - len(_prefix(tokenizer))
         for i, start in enumerate(range(0, len(tokens), max(step, 1))):
             yield f"window-{i}", f"from token {start}", tokens[start : start + length]
         return
-    stride = len(text) // samples
     for i in range(samples):
-        yield f"window-{i}", f"from character {i * stride}", text[i * stride :][: length * CHARACTERS_PER_TOKEN + 64]
+        slot = int(f"{i:0{slots.bit_length()}b}"[:0:-1] or "0", 2)  # bits of i reversed: halves, quarters, ...
+        start, end = (len(text) * edge // slots for edge in (slot, slot + 1))
+        yield f"window-{i}", f"from character {start}", text[start:end]
