@@ -9,13 +9,10 @@ import time
 
 import pytest
 import torch
-from bsfa_kernels.integrations.transformers import apply
-from bsfa_kernels.thresholds import Thresholds
 from random_llama import build, build_tokenizer
 
 from bsfa_cli import app, files
 from bsfa_cli.calibration import run as calibration
-from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.calibration.store import Run
 
 pytestmark = pytest.mark.usefixtures("random_model")
@@ -344,64 +341,6 @@ def test_a_damaged_run_is_refused(damage, finished, tmp_path, bsfa):
         (path / "run.json").write_text("{}")
     code, _, errors = bsfa("export", path, "-o", tmp_path / "t", "--target-skip", "0.1")
     assert code == 4 and "damaged" in errors and "Traceback" not in errors
-
-
-def export(bsfa, run, output, *points):
-    code, out, errors = bsfa("export", run, "-o", output, "--json", *points)
-    assert code == 0, errors
-    return json.loads(out), errors
-
-
-def test_export_is_byte_identical_and_readable(finished, tmp_path, bsfa):
-    points = ["--target-skip", "0.1", "--target-skip", "0.05", "--max-dropped-mass", "0.1", "--top-k", "2"]
-    result, errors = export(bsfa, finished, tmp_path / "a", *points)
-    export(bsfa, finished, tmp_path / "b", *points)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    artifact = Thresholds.read(tmp_path / "a")
-    assert [point.name for point in artifact.points] == ["topk-2", "skip-10", "skip-5", "mass-0.1"]
-    assert [point.gate for point in artifact.points] == ["absolute", "gap", "gap", "gap"]
-    assert 0.1 <= artifact.points[1].fitted.skip < 0.15 and artifact.points[1].held_out is not None
-    assert artifact.provenance["samples"]["heldout"] == ["mixed-3"]
-    assert result["bytes"] == (tmp_path / "a").stat().st_size and "never saw" in errors
-    assert str(tmp_path).encode() not in (tmp_path / "a").read_bytes()
-
-
-@pytest.mark.parametrize("gate", ["gap", "absolute"])
-def test_the_first_layer_skips_on_held_out_text_what_the_table_says(gate, finished, tmp_path, bsfa):
-    """Later layers see what skipping changed before them; the first sees what calibration saw."""
-    result, _ = export(bsfa, finished, tmp_path / "t", "--target-skip", "0.15", "--gate", gate)
-    model = build("bsfa")
-    samples = load_texts("builtin:mixed", samples=5, length=768, tokenizer=build_tokenizer())
-    with apply(model, tmp_path / "t", count=True), torch.inference_mode():
-        model.model(input_ids=torch.tensor([samples[3].tokens]), use_cache=False)
-        counts = model.model.layers[0].self_attn.bsfa_handler.counts
-    expected = result["modules"]["skip-15"][0]["held_out"]["skip"]
-    assert 1 - int(counts.kept.sum()) / int(counts.candidates.sum()) == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    "arguments, code, said",
-    [
-        (["{run}"], 2, "give -o"),
-        (["{run}", "-o", "{tmp}/t"], 2, "which operating points"),
-        (["-o", "{tmp}/t", "--top-k", "2"], 2, "either a run directory or --from-official"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "5"], 2, "the run has 1, 2, 3"),
-        (["{run}", "-o", "{tmp}/t", "--target-skip", "1.5"], 2, "between 0 and 1"),
-        (["{run}", "-o", "{tmp}/t", "--target-skip", "0.999"], 2, "cannot be reached"),
-        (["{run}", "-o", "{tmp}/t", "--max-dropped-mass", "1e-6"], 2, "the least is 0.0001"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--top-k", "2"], 2, "asked for twice"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--gate", "both"], 2, "gap or absolute"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--quantile", "0"], 2, "--quantile must lie"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--model", "x"], 2, "--from-official"),
-        (["{run}", "-o", "{run}/run.json/t", "--top-k", "2"], 2, "cannot write"),
-        (["{tmp}/absent", "-o", "{tmp}/t", "--top-k", "2"], 4, "no run directory"),
-        (["{tmp}", "-o", "{tmp}/t", "--top-k", "2"], 4, "holds no calibration run"),
-    ],
-)
-def test_what_cannot_be_exported_gets_one_sentence(arguments, code, said, finished, tmp_path, bsfa):
-    result = bsfa("export", *(argument.format(run=finished, tmp=tmp_path) for argument in arguments))
-    assert result[0] == code and said in result[2] and "Traceback" not in result[2]
-    assert not (tmp_path / "t").exists()
 
 
 def test_roles_hold_out_every_fourth_and_fit_the_longest():

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.container import Malformed, exact_keys, pack, sequence, unpack
+from bsfa_kernels.thresholds import MODEL_CHECKED
 
 from ..errors import BsfaError, InputError, UsageError
 from ..files import write_whole
@@ -98,6 +99,12 @@ class Run:
         parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"cannot write {path}: {parent} is no directory that can be written to")
+
+    def check_model(self, identity: Mapping[str, object]) -> None:
+        """Raise InputError, naming the field, unless the run is of this model."""
+        for key in MODEL_CHECKED:
+            if self.manifest["model"].get(key) != identity.get(key):
+                raise InputError(f"{self.path} was calibrated on another model: its {key} differs")
 
     @property
     def plan(self) -> Plan:

@@ -168,7 +168,7 @@ def _lengths(text: str) -> list[int]:
 
 def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, dtype: str):
     """(LoadedModel, Calibration, Exported or None). Raises InputError for thresholds of another model or tile shape."""
-    from bsfa_kernels.thresholds import MODEL_CHECKED, Thresholds
+    from bsfa_kernels.thresholds import Thresholds
 
     from ..calibration.store import Run
     from ..comparison.calibration import Calibration, Exported
@@ -183,9 +183,8 @@ def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, 
     if artifact:
         artifact.check_model(loaded.identity)
         return loaded, Exported(artifact, thresholds.name)
-    for key in MODEL_CHECKED if opened else ():
-        if opened.manifest["model"].get(key) != loaded.identity.get(key):
-            raise InputError(f"{run} was calibrated on another model: its {key} differs")
+    if opened:
+        opened.check_model(loaded.identity)
     return loaded, Calibration.of_run(opened) if opened else None
 
 
