@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from .errors import BsfaError, UsageError
 from .streams import one_line, open_closed_streams, write
 
+TRACEBACK = "BSFA_TRACEBACK"
 COMMANDS = ("calibrate", "export", "verify", "profile", "capture", "compare", "report", "env")
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 EPILOG = (
@@ -41,6 +42,11 @@ class Command(TyperCommand):
         for parameter in self.params:
             parameter.show_envvar = False
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not set(args) & set(ctx.help_option_names):
+            _check_environment(ctx)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: typer.Context):
         try:
             result = super().invoke(ctx)
@@ -48,6 +54,22 @@ class Command(TyperCommand):
             return result
         except (KeyboardInterrupt, BrokenPipeError) as stop:
             raise _Stopped() from stop
+
+
+def _check_environment(ctx: typer.Context) -> None:
+    """Raise UsageError for a BSFA_ variable that no command reads: a gate that is misspelt would never be judged."""
+    commands = {ctx.info_name: ctx.command} | (getattr(ctx.parent.command, "commands", {}) if ctx.parent else {})
+    known = {TRACEBACK, "BSFA_VERSION"}
+    known |= {f"BSFA_{name}_{each.name}".upper() for name, command in commands.items() for each in command.params}
+    for name in sorted(os.environ):
+        if name.startswith("BSFA_") and name not in known:
+            from difflib import get_close_matches
+
+            nearest = get_close_matches(name, sorted(known), 1)
+            raise UsageError(
+                f"the environment sets {name}, which bsfa does not know"
+                + (f"; did you mean {nearest[0]}?" if nearest else "; it is BSFA_<COMMAND>_<OPTION>")
+            )
 
 
 app = typer.Typer(
@@ -101,7 +123,7 @@ def run() -> int:
     except Exception as error:
         message, code = explain(error)
         message = one_line(message)
-        if code == BUG or os.environ.get("BSFA_TRACEBACK"):
+        if code == BUG or os.environ.get(TRACEBACK):
             message = _with_traceback(error, message)
         _say(f"bsfa: {message}")
         return code
@@ -172,7 +194,7 @@ def _with_traceback(error: Exception, message: str) -> str:
     import traceback
 
     text = "".join(traceback.format_exception(error))
-    if os.environ.get("BSFA_TRACEBACK"):
+    if os.environ.get(TRACEBACK):
         return f"{text}bsfa: {message}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="bsfa-traceback-", suffix=".txt", delete=False) as file:

@@ -89,7 +89,7 @@ DATA_CASES = {
     "missing": ("no.txt", None, "no.txt"),
     "empty": ("empty.jsonl", b"", "empty.jsonl"),
     "binary": ("binary.txt", b"\x00\xff\xfe\x80" * 64, "binary.txt"),
-    "wrong keys": ("keys.jsonl", b'{"prompt": "x"}\n', "text"),
+    "wrong keys": ("keys.jsonl", b'{"body": "x"}\n', "text"),
     "broken line": ("line.jsonl", b'{"text": \n', "line.jsonl"),
     "too short": ("short.txt", b"only a few words", "too short"),
     "other kind": ("data.csv", b"a,b\n", "must be .txt or .jsonl"),

@@ -205,6 +205,28 @@ def test_file_then_environment_then_flags(run, seen, tmp_path, monkeypatch):
     assert (seen["top_k"], seen["fast"], seen["lengths"]) == (4, False, "512,1024")
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("BSFA_VERIFY_MIN_TOP", ("BSFA_VERIFY_MIN_TOP,", "did you mean BSFA_VERIFY_MIN_TOP1?")),
+        ("BSFA_VERFY_MIN_TOP1", ("did you mean BSFA_VERIFY_MIN_TOP1?",)),
+        ("BSFA_TRIAL_TOPK", ("did you mean BSFA_TRIAL_TOP_K?",)),
+        ("BSFA_TRACEBAK", ("did you mean BSFA_TRACEBACK?",)),
+        ("BSFA_X", ("BSFA_X", "BSFA_<COMMAND>_<OPTION>")),
+    ],
+)
+def test_a_misspelt_variable_is_refused(run, one_sentence, seen, monkeypatch, name, words):
+    monkeypatch.setenv(name, "1")
+    one_sentence(run("trial"), 2, *words)
+    assert seen == {} and run("trial", "--help").code == 0
+
+
+def test_variables_of_other_commands_are_let_alone(run, seen, monkeypatch):
+    monkeypatch.setenv("BSFA_VERIFY_MIN_TOP1", "0.9")
+    monkeypatch.setenv("BSFA_TRACEBACK", "")
+    assert run("trial").code == 0 and seen["top_k"] == 1
+
+
 def test_one_file_may_hold_a_section_per_command(run, seen, tmp_path):
     file = tmp_path / "flow.yaml"
     file.write_text("trial: {top_k: 7}\nprofile: {seed: 3}\n")

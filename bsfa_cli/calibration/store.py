@@ -12,15 +12,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.container import Malformed, difference, exact_keys, pack, sequence, short, unpack
+from bsfa_kernels.thresholds import model_difference
 
-from ..errors import InputError, UsageError
+from ..errors import BsfaError, InputError, UsageError
 from ..files import write_whole
 from .curves import ModuleCurves, Plan
 
@@ -63,21 +65,50 @@ class Run:
         return cls(path, manifest)
 
     @classmethod
-    def begin(cls, path: Path, manifest: Mapping[str, object]) -> Run:
-        """Begin a run, or resume the one at `path`. Raises UsageError, naming the field, when that is another run."""
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; -o needs a directory for the run")
+    def begin(cls, path: Path, manifest: Mapping[str, object], hash_of_first: Callable[[int], str]) -> Run:
+        """Begin a run, or go on with the one at `path`, with more samples behind its own where `manifest` has more.
+
+        `hash_of_first(n)` is the data hash of the first n samples. Raises UsageError, naming the field, when `path`
+        holds another run.
+        """
+        cls.check_place(path)
         manifest = json.loads(json.dumps(manifest))
         if (path / "run.json").exists():
             run = cls.open(path)
-            _refuse_other(path, run.manifest, manifest)
+            extended = _extended(path, run.manifest, manifest, hash_of_first)
             for left_over in path.glob(".*.part"):
                 left_over.unlink(missing_ok=True)
-            return run
-        if path.is_dir() and any(entry.suffix != ".part" and entry.name != ".lock" for entry in path.iterdir()):
-            raise UsageError(f"{path} is not empty and holds no calibration run; choose another -o")
-        write_whole(path / "run.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+            if extended is None:
+                return run
+            manifest = extended
+        made = not path.exists()
+        try:
+            write_whole(path / "run.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        except BsfaError:
+            with suppress(OSError):
+                if made:
+                    path.rmdir()
+            raise
         return cls(path, manifest)
+
+    @staticmethod
+    def check_place(path: Path) -> None:
+        """Raise UsageError where no run can begin or go on, InputError for a run that is damaged; writes nothing."""
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; -o needs a directory for the run")
+        if (path / "run.json").exists():
+            Run.open(path)
+        elif path.is_dir() and any(entry.suffix != ".part" and entry.name != ".lock" for entry in path.iterdir()):
+            raise UsageError(f"{path} is not empty and holds no calibration run; choose another -o")
+        parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write {path}: {parent} is no directory that can be written to")
+
+    def check_model(self, identity: Mapping[str, object]) -> None:
+        """Raise InputError, naming the field, unless the run is of this model."""
+        found = model_difference(self.manifest["model"], identity)
+        if found:
+            raise InputError(f"{self.path} was calibrated on another model: {found}")
 
     @property
     def plan(self) -> Plan:
@@ -100,6 +131,13 @@ class Run:
             file.close()
             raise UsageError(f"another bsfa calibrate is writing to {self.path}") from None
         return file
+
+    def discard(self) -> None:
+        """Remove a run of which no sample was collected, and its directory where nothing else is in it."""
+        for name in ("run.json", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def planned(self, role: str) -> list[str]:
         return [sample["id"] for sample in self.manifest["samples"] if sample["role"] == role]
@@ -165,9 +203,30 @@ def _narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _refuse_other(path: Path, begun: Mapping, wanted: Mapping) -> None:
+def _extended(path: Path, begun: Mapping, wanted: Mapping, hash_of_first: Callable[[int], str]) -> dict | None:
+    """The manifest of `begun` with the further samples of `wanted`; None where there are none.
+
+    Data are the same when their tokens are, whatever the file is called. Raises UsageError, naming the field, for
+    another run, and for further samples that are longer than those which the curves were laid out for.
+    """
+    count = len(begun["samples"])
+    same = {**wanted, "data": {**wanted["data"], "spec": begun["data"]["spec"]}, "samples": begun["samples"]}
+    same["options"] = {**wanted["options"], "data": begun["options"]["data"]}
+    if len(wanted["samples"]) > count:
+        same["data"]["hash"] = hash_of_first(count)
+        same["options"]["samples"] = begun["options"]["samples"]
+    # What two specifications differ in matters only where their texts do.
+    if begun["data"]["hash"] != same["data"]["hash"]:
+        same["options"]["data"] = wanted["options"]["data"]
+    further = wanted["samples"][count:]
+    longest = max(sample["tokens"] for sample in begun["samples"])
+    if max((sample["tokens"] for sample in further), default=0) > longest:
+        raise UsageError(
+            f"{path} was begun with samples of up to {longest:,} tokens, and a further one has "
+            f"{max(sample['tokens'] for sample in further):,}; choose another -o"
+        )
     for part in COMPARED:
-        old, new = begun[part], wanted[part]
+        old, new = begun[part], same[part]
         if part in GROWN and isinstance(old, Mapping):
             new = {key: value for key, value in new.items() if key in old}
         found = difference(part, old, new)
@@ -175,3 +234,6 @@ def _refuse_other(path: Path, begun: Mapping, wanted: Mapping) -> None:
             raise UsageError(
                 f"{path} holds another run: {found}; give what it was begun with to resume it, or another -o"
             )
+    if not further:
+        return None
+    return {**wanted, "samples": [*begun["samples"], *further], "software": begun["software"]}

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import Config, Device, Dtype, Json, numbers
+from ..options import Config, Data, Device, Dtype, Json, joined, numbers
 
 BUNDLED = "bundled"
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
@@ -30,9 +30,7 @@ def compare(
     thresholds: Annotated[
         Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
     ] = None,
-    data: Annotated[
-        str | None, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
-    ] = None,
+    data: Data = None,
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
     tasks: Annotated[
         str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
@@ -84,6 +82,7 @@ def compare(
     kv_heads = kv_heads or max(1, heads // 4)
     shape = Shape("structured", heads, kv_heads, head_dim, causal)
     lengths = None if length is None else _lengths(length)
+    given_data = joined(data)
 
     from bsfa_kernels import TileShape
 
@@ -111,11 +110,16 @@ def compare(
         check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
+        from ..calibration.data import default_data, remarks
+
         given, calibration = _thresholds(run, thresholds, shown)
         chosen(methods, calibration, True)
         loaded = _loaded(model, given, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
-        texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
+        spec = given_data or default_data(loaded.tokenizer)
+        for remark in remarks(given_data, spec, samples):
+            note(remark)
+        texts = [_texts(loaded, spec, samples, n, seed + 1) for n in wanted]
         asked = [_questions(loaded, tasks, n, questions, seed, ask_at) if tasks else [] for n in wanted]
 
         def cell(i: int, begin) -> dict:
@@ -191,26 +195,19 @@ def _thresholds(run: Path | None, thresholds: Path | None, tile):
 
 def _loaded(model: str, given, place, dtype: str):
     """The LoadedModel. Raises InputError or ThresholdsError where `given`, of `_thresholds`, is of another model."""
-    from bsfa_kernels.thresholds import Thresholds, model_difference
-
     from ..models.load import load_model
 
     loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype)
-    if isinstance(given, Thresholds):
+    if given is not None:
         given.check_model(loaded.identity)
-    elif given is not None:
-        found = model_difference(given.manifest["model"], loaded.identity)
-        if found:
-            raise InputError(f"{given.path} was calibrated on another model: {found}")
     return loaded
 
 
-def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> list:
-    from ..calibration.data import default_data, load_texts
+def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
+    from ..calibration.data import load_texts
     from ..models.load import check_positions
 
     check_positions(loaded.model.config, length, "--length")
-    data = data or default_data(loaded.tokenizer)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if any(len(text.tokens) < length for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")

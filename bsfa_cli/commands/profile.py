@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from ..errors import GateFailed, MachineError, UsageError
-from ..options import Config, Device, Dtype, Json, numbers
+from ..options import Config, Data, Device, Dtype, Json, joined, numbers
 
 
 def profile(
@@ -40,9 +40,7 @@ def profile(
     ] = None,
     thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
-    data: Annotated[
-        str | None, Option(help="Prompt for --end-to-end: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
-    ] = None,
+    data: Data = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
     plot: Annotated[Path | None, Option(help="Write an SVG plot of speedup against length.")] = None,
     baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,
@@ -105,13 +103,18 @@ def profile(
         run.sweep_cells(plan, device, result, seconds, save)
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
+        from ..calibration.data import default_data, remarks
         from ..models.load import check_positions
         from ..timing.prefill import Prefill
 
         prefill = Prefill(end_to_end, thresholds, point, device, dtype)
         check_positions(prefill.model.config, max(plan.lengths), "--lengths")
+        given = joined(data)
+        spec = given or default_data(prefill.loaded.tokenizer)
+        for remark in remarks(given, spec, 1):
+            note(remark)
         for length in plan.lengths:
-            entry = prefill.time(data, length, plan.seed, seconds)
+            entry = prefill.time(spec, length, plan.seed, seconds)
             result["prefill"].append(entry)
             profile_table.show_prefill(entry)
             save()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Option
 
 from ..errors import GateFailed, UsageError
-from ..options import Config, Device, Dtype, Json, numbers
+from ..options import Config, Data, Device, Dtype, Json, joined, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
@@ -26,9 +26,7 @@ def verify(
     ] = None,
     thresholds: Annotated[Path, Option(help="Thresholds artifact made by bsfa export.")] = ...,
     point: Annotated[str | None, Option(help="Operating point in the artifact; all of them by default.")] = None,
-    data: Annotated[
-        str | None, Option(help="Texts to verify on: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
-    ] = None,
+    data: Data = None,
     samples: Annotated[int, Option(min=1, help="Number of texts.")] = 2,
     length: Annotated[
         int | None, Option(min=2, help="Tokens a text, at most; 32768 on a GPU and 2048 on a CPU by default.")
@@ -106,7 +104,7 @@ def verify(
     seed = _held_out_seed(artifact.provenance) if seed is None else seed
     job = _Job(loaded, artifact, points, gates, negative_control, backend, seed)
     if tasks is None:
-        found, failures = _texts(job, data, samples, length)
+        found, failures = _texts(job, joined(data), samples, length)
     else:
         sizes = (length,) if lengths is None else _lengths(lengths)
         found, failures = _tasks(job, tasks, sizes, questions, heat_map, save_questions)
@@ -142,9 +140,9 @@ class _Job(NamedTuple):
     seed: int
 
 
-def _texts(job: _Job, data: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
+def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse predictions on texts."""
-    from ..calibration.data import data_hash, default_data, load_texts
+    from ..calibration.data import data_hash, default_data, load_texts, remarks
     from ..models.load import check_positions, explain_memory
     from ..presentation import verify_table
     from ..presentation.console import note, progress
@@ -152,7 +150,9 @@ def _texts(job: _Job, data: str | None, samples: int, length: int) -> tuple[dict
 
     loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
     check_positions(loaded.model.config, length, "--length")
-    data = data or default_data(loaded.tokenizer)
+    data = given or default_data(loaded.tokenizer)
+    for remark in remarks(given, data, samples):
+        note(remark)
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)
     note(f"data: {len(texts)} texts of {data}, seed {seed}, {sum(len(text.tokens) for text in texts):,} tokens")
@@ -301,12 +301,14 @@ def _held_out_seed(provenance) -> int:
 
 def _overlap(provenance, data: str, texts_hash: str) -> str | None:
     """A warning where the texts are, or may be, those that the thresholds were calibrated on."""
-    from ..calibration.data import is_generated
+    from ..calibration.data import shared_files
 
     calibrated = provenance.get("data")
     calibrated = calibrated if isinstance(calibrated, dict) else {}
     if calibrated.get("hash") == texts_hash:
         return "these are the texts that the thresholds were calibrated on, so nothing here is held out"
-    if not is_generated(data) and calibrated.get("spec") == Path(data).name:
-        return f"the thresholds were calibrated on a file named {Path(data).name} too: these texts may not be held out"
+    spec = calibrated.get("spec")
+    shared = shared_files(data, spec) if isinstance(spec, str) else []
+    if shared:
+        return f"the thresholds were calibrated on a file named {shared[0]} too: these texts may not be held out"
     return None

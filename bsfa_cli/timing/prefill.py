@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from ..calibration.data import default_data, load_texts
+from ..calibration.data import load_texts
 from ..errors import InputError
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Contender, first_call, measure
@@ -39,13 +39,12 @@ class Prefill:
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
 
-    def time(self, data: str | None, length: int, seed: int, seconds: float) -> dict:
+    def time(self, data: str, length: int, seed: int, seconds: float) -> dict:
         """One prompt of `length` tokens of `data`, timed every way that runs here.
 
         `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
         Raises InputError for data that cannot be used or holds no prompt that long.
         """
-        data = data or default_data(self.loaded.tokenizer)
         ids = torch.tensor([self._prompt(data, length, seed)], device=self.device)
 
         @torch.inference_mode()
