@@ -409,3 +409,11 @@ def test_a_lock_that_is_a_link_is_not_followed(finished, tmp_path, bsfa):
     code, _, errors = bsfa("calibrate", "-o", run, *SMALL)
     assert code == 2 and "cannot write" in errors and ".lock" in errors
     assert victim.read_text() == "precious"
+
+
+def test_export_says_when_only_some_layers_were_calibrated(tmp_path, bsfa):
+    run, artifact = tmp_path / "run", tmp_path / "t.safetensors"
+    small = ["--samples", "2", "--length", "512", "--device", "cpu"]
+    assert bsfa("calibrate", "-o", run, "--layers", "1", *small)[0] == 0
+    code, _, errors = bsfa("export", run, "-o", artifact, "--target-skip", "0.1")
+    assert code == 0 and "skip rates are of the 1 calibrated modules; the model has 3" in errors and "33.3%" in errors

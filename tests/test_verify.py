@@ -103,6 +103,25 @@ def test_the_calibration_texts_are_not_called_held_out(loaded, tmp_path, capsys,
     assert "nothing here is held out" in call(capsys, tmp_path / "seen.safetensors")[1]
 
 
+def test_the_skip_rate_is_the_whole_models(loaded, tmp_path, capsys):
+    every = thresholds(loaded, {"hard": 2.0})
+    one = dataclasses.replace(every, tensors=dict([list(every.tensors.items())[1]]))
+    every.write(tmp_path / "every.safetensors")
+    one.write(tmp_path / "one.safetensors")
+    (whole,) = call(capsys, tmp_path / "every.safetensors")[0]["points"]
+    assert whole["uncalibrated"] == {}
+    assert whole["calibrated"] == {key: whole[key] for key in ("kept", "candidates", "skip")}
+    result, shown = call(
+        capsys, tmp_path / "one.safetensors", failing="skip rate is 0.2967 .--min-skip 0.3", min_skip=0.3
+    )
+    (point,) = result["points"]
+    # Geometry gives the other two layers the tiles that the kernels count in them.
+    assert point["candidates"] == whole["candidates"] == 3 * point["calibrated"]["candidates"]
+    assert set(point["uncalibrated"]) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
+    assert point["skip"] == pytest.approx(point["calibrated"]["skip"] / 3) and point["calibrated"]["skip"] > 0.3
+    assert "in the 1 of 3 attention modules that have thresholds; the others keep every tile" in shown
+
+
 def test_bad_requests(artifact, loaded, tmp_path):
     with pytest.raises(UsageError, match="--min-top1 must lie between 0 and 1, got 1.5"):
         verify(thresholds=artifact, min_top1=1.5)

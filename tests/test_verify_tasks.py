@@ -90,6 +90,27 @@ def test_tiles_are_counted_question_by_question(loaded, artifact):
     assert all(0 < answer.kept < answer.candidates for answer in answers["mild"])
 
 
+def test_modules_without_thresholds_count_in_the_skip_rate(loaded, artifact):
+    from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
+    from bsfa_kernels.thresholds import Thresholds
+
+    every = Thresholds.read(artifact)
+    path = "model.layers.2.self_attn"
+    one = dataclasses.replace(every, tensors={path: every.tensors[path]})
+    modules = attention_modules(loaded.model)
+    contenders = {
+        name: SparseAttention.for_model(each, modules, "reckless", count=True)
+        for name, each in {"every": every, "one": one}.items()
+    }
+    plan = Plan(("single",), (512,), 1)
+    examiner = Examiner(loaded.model, loaded.tokenizer)
+    for question in (plan.draw("single", 512, 0), plan.write("single", 512, 0, loaded.tokenizer)):
+        found = examine(examiner, contenders, [question])
+        (all_dropped,), (one_of_four) = found["every"], found["one"][0]
+        assert all_dropped.kept == 0 and one_of_four.candidates == all_dropped.candidates > 0
+        assert one_of_four.kept == 3 * one_of_four.candidates // 4
+
+
 def answers_of(plan, right, kept=0, candidates=0):
     return [
         Answer(plan.draw(*place), Score(place[0] in right, 1.0), kept, candidates) for place in plan.places()

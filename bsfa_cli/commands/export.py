@@ -115,6 +115,12 @@ def export(
         for report in reports:
             for remark in points.remarks(report):
                 note(remark)
+        calibrated, layers = len(begun.manifest["modules"]), begun.manifest["model"].get("layers")
+        if isinstance(layers, int) and calibrated < layers:
+            note(
+                f"skip rates are of the {calibrated} calibrated modules; the model has {layers}, the others keep every "
+                f"tile, so about {calibrated / layers:.1%} of these shares are skipped of all its tiles"
+            )
         generated = stand_in(begun.manifest["data"]["spec"])
         if generated:
             note(f"calibrated without real text: {generated}; run bsfa verify --data on your own")

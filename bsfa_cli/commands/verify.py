@@ -62,7 +62,9 @@ def verify(
     max_dropped_mass: Annotated[
         float | None, Option(help="Fail above this 99th percentile, over rows and heads, of dropped softmax mass.")
     ] = None,
-    min_skip: Annotated[float | None, Option(help="Fail below this share of skipped tiles.")] = None,
+    min_skip: Annotated[
+        float | None, Option(help="Fail below this share of skipped tiles, of all layers' together.")
+    ] = None,
     negative_control: Annotated[
         bool,
         Option("--negative-control", help="Also drop every tile that may be dropped: the accuracy gates must fail."),

@@ -20,6 +20,7 @@ import torch
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
 
+from ..prefill_tiles import PrefillTiles
 from ..verification.logits import Head
 from .questions import TextQuestion, TokenQuestion
 
@@ -36,7 +37,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Answer:
-    """A contender's score, and the tiles that it kept of those that it might have dropped (0 of 0: not counted)."""
+    """A contender's score, and the tiles that the whole model kept of those that gates might have dropped (0 of 0: not
+    counted).
+    """
 
     question: TokenQuestion | TextQuestion
     score: Score
@@ -111,7 +114,7 @@ def examine(
     answers: dict[str, list[Answer]] = {name: [] for name in contenders}
     for question in questions:
         for name, handlers in contenders.items():
-            with attach(examiner.model, handlers):
+            with attach(examiner.model, handlers), PrefillTiles(examiner.model, handlers) as every:
                 score = examiner.ask(question)
             counting = [handler for handler in handlers.values() if getattr(handler, "counts", None) is not None]
             kept, candidates = (
@@ -119,6 +122,7 @@ def examine(
             )
             for handler in counting:
                 handler.counts = None
-            answers[name].append(Answer(question, score, kept, candidates))
+            total = every.total if counting else 0
+            answers[name].append(Answer(question, score, total - (candidates - kept), total))
             step()
     return answers

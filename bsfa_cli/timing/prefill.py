@@ -10,6 +10,7 @@ from torch.nn.attention import sdpa_kernel
 
 from ..calibration.data import load_texts
 from ..errors import InputError
+from ..prefill_tiles import PrefillTiles
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Contender, first_call, measure
 
@@ -123,14 +124,15 @@ class Prefill:
             self._attached = attach(self.model, handlers)
 
     def _skip(self, forward) -> float | None:
-        """Share of candidate tiles dropped on the prompt of `forward`; None when nothing could be dropped."""
+        """Share of all the model's candidate tiles dropped on the prompt of `forward`; None without a candidate."""
         for handler in self.counting.values():
             handler.counts = None
         self._use("bsfa", self.counting)
-        _, reason = first_call(forward, self.device)
+        with PrefillTiles(self.model, self.counting) as every:
+            _, reason = first_call(forward, self.device)
         counts = [handler.counts for handler in self.counting.values() if handler.counts is not None]
         if reason or not counts:
             return None
         kept = sum(int(count.kept.sum()) for count in counts)
         candidates = sum(int(count.candidates.sum()) for count in counts)
-        return 1 - kept / candidates if candidates else None
+        return (candidates - kept) / every.total if candidates else None

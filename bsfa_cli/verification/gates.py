@@ -15,7 +15,7 @@ class Gates:
     min_top1: float | None = None  # share of positions, 0 .. 1
     max_perplexity_increase: float | None = None  # relative: 0.01 is one percent
     max_dropped_mass: float | None = None  # 99th percentile over rows, 0 .. 1
-    min_skip: float | None = None  # share of candidate tiles, 0 .. 1
+    min_skip: float | None = None  # share of the whole model's candidate tiles, 0 .. 1
     min_retention: float | None = None  # lower end of the interval for sparse over dense accuracy, 0 .. 1
 
     def __post_init__(self):
