@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +36,8 @@ def capture(
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
 
-    from ..calibration.data import default_data, load_texts
-    from ..calibration.run import chosen_modules
+    from ..calibration.data import check_source, default_data, load_texts
+    from ..calibration.run import chosen_modules, parse_layers
     from ..comparison import tensors
     from ..comparison.capture import capture as run
     from ..environment import resolve_device
@@ -47,10 +48,13 @@ def capture(
     check_writable(output)
     place = resolve_device(device)
     length = length or DEFAULT_LENGTH[place.type]
-    loaded = load_model(model, device=place, dtype=dtype)
+    if layers is not None:
+        parse_layers(layers)
+    check_source(data, length)
+    positions = partial(check_positions, length=length, flag="--length")
+    loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    check_positions(loaded.model.config, length, "--length")
     modules, _ = chosen_modules(loaded.model, layers)
     data = data or default_data(loaded.tokenizer)
     (text,) = load_texts(data, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
