@@ -50,7 +50,8 @@ def read_result(path: Path, formats: dict[str, int]) -> dict:
     known = formats[stored["kind"]]
     if stored.get("format") != known:
         raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {known}")
-    if not isinstance(stored.get("environment"), dict) or not isinstance(stored.get("cells"), list):
+    measured = stored.get("cells", stored.get("points"))  # of verify
+    if not isinstance(stored.get("environment"), dict) or not isinstance(measured, list):
         raise InputError(f"{path} lacks its environment or its cells")
     return stored
 

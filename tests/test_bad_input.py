@@ -153,6 +153,18 @@ def test_a_point_that_the_artifact_does_not_hold(run, one_sentence, tmp_path, ch
     one_sentence(run("verify", checkpoint, *options), 4, "nope", "p")
 
 
+def test_profile_asks_for_the_point_where_there_are_several(run, one_sentence, tmp_path, artifact):
+    import dataclasses
+
+    second = dataclasses.replace(artifact.points[0], name="second")
+    tensors = {path: tensor.repeat(2, 1, 1) for path, tensor in artifact.tensors.items()}
+    path = tmp_path / "t.safetensors"
+    dataclasses.replace(artifact, points=(*artifact.points, second), tensors=tensors).write(path)
+    command = ("profile", "--end-to-end", "no-such-model", "--thresholds", path, "--device", "cpu")
+    one_sentence(run(*command), 2, "give one of them as --point: p, second")
+    one_sentence(run(*command, "--point", "third"), 4, "no point 'third'")
+
+
 def test_missing_thresholds(run, one_sentence, tmp_path, checkpoint):
     one_sentence(run("verify", checkpoint, "--thresholds", tmp_path / "no.safetensors"), 4, "no.safetensors")
 

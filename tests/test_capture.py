@@ -86,6 +86,8 @@ def test_the_commands(run, files, tmp_path):
         ((), 2, "give -o"),
         (("-o", "/proc/nowhere/x.safetensors"), 2, "cannot write"),
         (("-o", "{tmp}/x.safetensors", "--layers", "9"), 2, "no layer 9"),
+        (("-o", "{tmp}/x.safetensors", "--layers", "9", "--data", "{tmp}/no.txt"), 4, "no.txt does not exist"),
+        (("-o", "{tmp}/x.safetensors", "--layers", "a", "/nonexistent/model"), 2, "must be like 0-3,8"),
         (("-o", "{tmp}/x.safetensors", "/nonexistent/model"), 4, "does not exist"),
         (("-o", "{tmp}/x.safetensors", "--data", "{tmp}/short.txt", "--length", "999"), 4, "999 were asked for"),
     ],

@@ -84,7 +84,7 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     bench = model.ModelBench(
         loaded, attention_modules(loaded.model), [methods.Dense(), Broken(SlidingWindow)], TILE, CPU
     )
-    cell = bench.cell(texts, 640, 0.001, 0, None, lambda: None)
+    cell = bench.cell(texts, 640, 0.001, 0, None)
     assert {row["method"] for row in cell["rows"]} == {"dense"} and cell["rows"][0]["accuracy"] is None
     assert {entry["reason"] for entry in cell["unavailable"]} == {"blocks do not fit"}
 

@@ -66,6 +66,21 @@ def test_a_ruler_file_is_answered_by_generation(run, artifact, loaded, tmp_path)
     assert found["points"][0]["exact"] == 1
 
 
+def test_questions_past_the_models_positions_are_refused(run, one_sentence, artifact, tmp_path):
+    line = json.dumps({"input": "the garden " * 70_000, "outputs": ["1"], "task": "niah"})
+    (tmp_path / "q.jsonl").write_text(json.dumps({"input": "the", "outputs": ["1"]}) + "\n" + line)
+    command = ("verify", "--thresholds", artifact, "--tasks", tmp_path / "q.jsonl", "--device", "cpu")
+    one_sentence(run(*command), 4, "q.jsonl, question 2: its 140,001 tokens and 128 for the answer", "positions")
+
+
+def test_a_stored_result_becomes_a_page(run, artifact, tmp_path):
+    command = ("verify", "--thresholds", artifact, *SMALL, "--point", "mild", "-o", tmp_path / "v.json")
+    assert run(*command).code == 0 and run("report", tmp_path / "v.json", "-o", tmp_path / "r.html").code == 0
+    page = (tmp_path / "r.html").read_text()
+    for words in ("mild: passed", "teacher-forced", "12 questions", "<td>multi-key</td>", "<td>768 tokens</td>"):
+        assert words in page
+
+
 def test_generation_and_teacher_forcing_agree(loaded):
     examiner, plan = Examiner(loaded.model, loaded.tokenizer), Plan(("multi-query", "records", "tracking-3"), (512,), 2)
     for place in plan.places():
@@ -169,7 +184,7 @@ def test_a_heat_map_needs_depths():
         (("--tasks", "all", "--min-retention", "1"), "more than any number of questions can show"),
         (("--tasks", "needle"), "there is no task 'needle'"),
         (("--tasks", "single", "--lengths", "4k"), "--lengths must be whole numbers"),
-        (("--tasks", "single", "--lengths", "200000"), "--length 200000 is past the model's"),
+        (("--tasks", "single", "--lengths", "200000"), "--lengths 200000 is past the model's"),
     ],
 )
 def test_bad_requests(run, artifact, one_sentence, options, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,8 @@ def capture(
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
 
-    from ..calibration.data import default_data, load_texts, remarks
-    from ..calibration.run import chosen_modules
+    from ..calibration.data import check_source, default_data, load_texts, remarks
+    from ..calibration.run import chosen_modules, parse_layers
     from ..comparison import tensors
     from ..comparison.capture import capture as run
     from ..environment import resolve_device
@@ -45,13 +46,17 @@ def capture(
     check_writable(output)
     place = resolve_device(device)
     length = length or DEFAULT_LENGTH[place.type]
-    loaded = load_model(model, device=place, dtype=dtype)
+    if layers is not None:
+        parse_layers(layers)
+    given = joined(data)
+    check_source(given, length)
+    positions = partial(check_positions, length=length, flag="--length")
+    loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    check_positions(loaded.model.config, length, "--length")
     modules, _ = chosen_modules(loaded.model, layers)
-    spec = joined(data) or default_data(loaded.tokenizer)
-    for remark in remarks(joined(data), spec, 1):
+    spec = given or default_data(loaded.tokenizer)
+    for remark in remarks(given, spec, 1):
         note(remark)
     (text,) = load_texts(spec, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if len(text.tokens) < length:

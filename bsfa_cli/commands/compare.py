@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
 from ..options import Config, Data, Device, Dtype, Json, joined, numbers
@@ -15,10 +15,19 @@ DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
 
 
 def compare(
+    context: Context,
     model: Annotated[
         str | None, Argument(help="Compare inside this model, or `bundled` for bsfa's own; without it, on tensors.")
     ] = None,
     methods: Annotated[str, Option(help="all, or names separated by commas; dense always takes part.")] = "all",
+    setting: Annotated[
+        list[str] | None,
+        Option(
+            metavar="METHOD=VALUE",
+            help="Values of a method's knob instead of its own (xattention=0.9,0.95), or of another of its fields "
+            "(xattention.stride=16). Repeatable; METHOD+bsfa goes on top of METHOD's densest.",
+        ),
+    ] = None,
     length: Annotated[
         str | None, Option(help="Tokens, separated by commas; 8192,32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
@@ -63,6 +72,7 @@ def compare(
     """Run every selection method, gate and combination on the same inputs, kernel and clock."""
     from ..timing.plan import Shape
 
+    _refuse_idle(context, model is not None, captured is not None)
     if calibrate_on is not None and captured is None:
         raise UsageError("--calibrate-on belongs to --captured; structured layers are calibrated on a sample of theirs")
     if model is not None and captured is not None:
@@ -86,13 +96,15 @@ def compare(
 
     from bsfa_kernels import TileShape
 
+    from ..calibration.data import check_source
     from ..comparison import run as bench
-    from ..comparison.methods import ALL, CALIBRATED, chosen, named
+    from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
     from ..comparison.tensors import CapturedSource, StructuredSource
     from ..environment import resolve_device
     from ..files import check_writable, write_json
     from ..presentation import compare_table
-    from ..presentation.console import note, print_json, progress
+    from ..presentation.console import beginner, note, note_speeds, print_json, progress
+    from ..suites.questions import Plan, parse_names
     from ..timing.sweep import resolve_dtype
 
     asked_for = named(methods)
@@ -101,6 +113,8 @@ def compare(
         if needy:
             how = "--run RUN or --thresholds FILE" if model is not None else "--calibrate-on FILE"
             raise UsageError(f"--methods {needy[0]} needs thresholds to compare with: give {how}")
+    settings = Settings.parse(setting or [])
+    settings.check(asked_for)
     place = resolve_device(device)
     if place.index is not None:
         import torch
@@ -112,10 +126,13 @@ def compare(
     if model is not None:
         from ..calibration.data import default_data, remarks
 
-        given, calibration = _thresholds(run, thresholds, shown)
-        chosen(methods, calibration, True)
-        loaded = _loaded(model, given, place, dtype)
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
+        check_source(given_data, wanted[0])
+        for n in wanted if tasks else ():
+            Plan(parse_names(tasks), (n,), questions, seed, ask_at=ask_at)
+        given, calibration = _thresholds(run, thresholds, shown)
+        chosen(methods, calibration, True, settings)
+        loaded = _loaded(model, given, place, dtype, wanted[-1])
         spec = given_data or default_data(loaded.tokenizer)
         for remark in remarks(given_data, spec, samples):
             note(remark)
@@ -124,30 +141,27 @@ def compare(
 
         def cell(i: int, begin) -> dict:
             return bench.model_cell(
-                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin
+                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin, settings
             )
 
     else:
         if captured is not None:
             wanted = lengths or [None]
             sources = [CapturedSource(captured, place, n) for n in wanted]
-            fitted = [calibrate_on and CapturedSource(calibrate_on, place) for _ in wanted]
+            fitted = [calibrate_on and CapturedSource(calibrate_on, place, n, or_all=True) for n in wanted]
         else:
             wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
             sources = [StructuredSource(shape, n, layers, seed, place, resolve_dtype(dtype, place)) for n in wanted]
             fitted = sources
 
         def cell(i: int, begin) -> dict:
-            return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin)
+            return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin, settings)
 
-    result = bench.empty(place, shown, seed)
+    result = bench.empty(place, shown, seed) | {"settings": setting or []}
+    note_speeds(place)
     for i, n in enumerate(wanted):
         with progress() as display:
-
-            def begin(total, display=display, n=n):
-                task = display.add_task("all tokens" if n is None else f"{n:,} tokens", total=total)
-                return lambda: display.advance(task)
-
+            begin = beginner(display, "all tokens" if n is None else f"{n:,} tokens")
             result["cells"].append(cell(i, begin))
         compare_table.show_cell(result["cells"][-1])
         if output:
@@ -177,6 +191,18 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
+def _refuse_idle(context: Context, in_model: bool, captured: bool) -> None:
+    """Raise UsageError for an option of the command line that this kind of comparison would not look at."""
+    idle = () if in_model else ("data", "samples", "questions")
+    if in_model or captured:
+        idle += ("layers", "heads", "kv_heads", "head_dim", "causal")
+    kind = "inside a model" if in_model else "on captured layers" if captured else "on structured layers"
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name in (*idle, *(("dtype",) if captured else ())) and source and source.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]} means nothing {kind}; drop it")
+
+
 def _thresholds(run: Path | None, thresholds: Path | None, tile):
     """(Run or Thresholds, Calibration or Exported), or (None, None). Raises InputError for another tile shape."""
     from bsfa_kernels.thresholds import Thresholds
@@ -193,11 +219,14 @@ def _thresholds(run: Path | None, thresholds: Path | None, tile):
     return given, Exported(given, thresholds.name) if run is None else Calibration.of_run(given)
 
 
-def _loaded(model: str, given, place, dtype: str):
+def _loaded(model: str, given, place, dtype: str, longest: int):
     """The LoadedModel. Raises InputError or ThresholdsError where `given`, of `_thresholds`, is of another model."""
-    from ..models.load import load_model
+    from functools import partial
 
-    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype)
+    from ..models.load import check_positions, load_model
+
+    positions = partial(check_positions, length=longest, flag="--length")
+    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype, check_config=positions)
     if given is not None:
         given.check_model(loaded.identity)
     return loaded
@@ -205,9 +234,7 @@ def _loaded(model: str, given, place, dtype: str):
 
 def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
     from ..calibration.data import load_texts
-    from ..models.load import check_positions
 
-    check_positions(loaded.model.config, length, "--length")
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if any(len(text.tokens) < length for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")

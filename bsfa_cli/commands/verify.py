@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -72,10 +73,18 @@ def verify(
     backend: Annotated[str, Option(help="Demand this backend; the fastest that can serve by default.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FILE.json", help="Write the result, for bsfa report.")
+    ] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Compare the model at an operating point with its dense self: kernel, layers, predictions, or answers."""
+    """Compare the model at an operating point with its dense self: kernel, layers, predictions, or answers.
+
+    The thresholds must have been made for this model: its configuration, and the signs of up to 256 weights of every
+    parameter, must be those of the calibrated one. That tells models apart that were trained apart; a change too small
+    to flip a sign, such as a weight matrix scaled by 1.01, passes this check, and shows only in what is measured.
+    """
     from ..verification.gates import Gates
 
     gates = Gates(min_top1, max_perplexity_increase, max_dropped_mass, min_skip, min_retention)
@@ -93,13 +102,22 @@ def verify(
     artifact.index(points[0])
 
     from ..environment import describe
-    from ..models.load import load_model, resolve_device
+    from ..files import check_writable, write_json
+    from ..models.load import check_positions, load_model, resolve_device
     from ..presentation.console import note, print_json
-    from ..verification import run
+    from ..verification import FORMAT, KIND, run
 
     device = resolve_device(device)
     length = length or DEFAULT_LENGTH[device.type]
-    loaded = load_model(model, device=device, dtype=dtype)
+    sizes = (length,) if lengths is None else _lengths(lengths)
+    _check_inputs(artifact, joined(data), length, tasks, sizes, questions)
+    for path in filter(None, (output, heat_map, save_questions)):
+        check_writable(path)
+    longest, flag = max(sizes), "--length" if lengths is None else "--lengths"
+    positions = partial(check_positions, length=longest, flag=flag)
+    # The questions of a file have lengths of their own.
+    of_file = {} if tasks is not None and _is_file(tasks) else {"check_config": positions}
+    loaded = load_model(model, device=device, dtype=dtype, **of_file)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
@@ -108,19 +126,23 @@ def verify(
     if tasks is None:
         found, failures = _texts(job, joined(data), samples, length)
     else:
-        sizes = (length,) if lengths is None else _lengths(lengths)
         found, failures = _tasks(job, tasks, sizes, questions, heat_map, save_questions)
     dense = run.dense_notes(loaded.model)
     for reason in sorted({entry["reason"] for entry in dense}):
         count = sum(entry["reason"] == reason for entry in dense)
         note(f"{count} module(s) ran dense: {reason}")
+    result = {
+        "kind": KIND, "format": FORMAT, "complete": True, "seed": seed, "model": loaded.identity,
+        "label": loaded.label, "thresholds": str(thresholds), "tile": str(artifact.tile),
+        "environment": describe(device), "device": str(device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend, "gates": vars(gates),
+        "dense": dense, "passed": not failures, **found,
+    }  # fmt: skip
+    if output:
+        write_json(output, result)
+        note(f"written: {output}; next: bsfa report {output} -o report.html")
     if json:
-        print_json({
-            "model": loaded.identity, "label": loaded.label, "thresholds": str(thresholds),
-            "tile": str(artifact.tile), "environment": describe(device), "device": str(device),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend,
-            "gates": vars(gates), "dense": dense, "passed": not failures, **found,
-        })  # fmt: skip
+        print_json(result)
     if failures:
         raise GateFailed("; ".join(failures))
     if gates.judge_accuracy:
@@ -145,13 +167,12 @@ class _Job(NamedTuple):
 def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse predictions on texts."""
     from ..calibration.data import data_hash, default_data, load_texts, remarks
-    from ..models.load import check_positions, explain_memory
+    from ..models.load import explain_memory
     from ..presentation import verify_table
     from ..presentation.console import note, progress
     from ..verification import run
 
     loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
-    check_positions(loaded.model.config, length, "--length")
     data = given or default_data(loaded.tokenizer)
     for remark in remarks(given, data, samples):
         note(remark)
@@ -164,13 +185,17 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
 
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
-        task = display.add_task("dense and sparse passes", total=len(texts) * (1 + len(points)))
-        results = run.verify_points(
-            loaded.model, artifact, points, texts, job.backend, lambda: display.advance(task)
-        )  # fmt: skip
+        task = display.add_task(
+            "dense and sparse passes", total=len(texts) * (1 + len(points)) + 2 * job.negative_control
+        )
+
+        def step():
+            display.advance(task)
+
+        results = run.verify_points(loaded.model, artifact, points, texts, job.backend, step)
         control = None
         if job.negative_control:
-            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend)
+            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend, step)
 
     failures = []
     for result in results:
@@ -190,7 +215,7 @@ def _tasks(
 ) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..files import write_whole
-    from ..models.load import check_positions, explain_memory
+    from ..models.load import explain_memory
     from ..presentation import tasks_table
     from ..presentation.console import note, progress
     from ..presentation.heat_map import heat_map as draw
@@ -199,22 +224,25 @@ def _tasks(
     from ..verification import tasks
 
     loaded = job.loaded
-    for length in lengths:
-        check_positions(loaded.model.config, length, "--length" if len(lengths) == 1 else "--lengths")
     asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
+    if _is_file(spec):
+        ruler.check_positions(Path(spec), asked, loaded)
     how = mode(asked[0])
     note(f"{len(asked)} questions of {spec}, answers {how}")
     if save is not None:
         ruler.write(save, asked if how == "generated" else _written(spec, lengths, count, job.seed, loaded.tokenizer))
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
-        bar = display.add_task("dense and sparse answers", total=len(asked) * (1 + len(job.points)))
-        dense, results, answers = tasks.verify_tasks(
-            loaded, job.artifact, job.points, asked, job.backend, lambda: display.advance(bar)
-        )
+        contenders = 1 + len(job.points) + 2 * job.negative_control
+        bar = display.add_task("dense and sparse answers", total=len(asked) * contenders)
+
+        def step():
+            display.advance(bar)
+
+        dense, results, answers = tasks.verify_tasks(loaded, job.artifact, job.points, asked, job.backend, step)
         control = None
         if job.negative_control:
-            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend)
+            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend, step)
 
     failures = []
     for result in results:
@@ -238,7 +266,7 @@ def _count(spec: str, lengths: str | None, count: int) -> int:
     from ..suites import ruler
     from ..suites.questions import parse_names
 
-    if spec.endswith(".jsonl"):
+    if _is_file(spec):
         return len(ruler.read(Path(spec).expanduser()))
     return count * len(parse_names(spec)) * (1 if lengths is None else len(_lengths(lengths)))
 
@@ -247,9 +275,33 @@ def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, token
     from ..suites import ruler
     from ..suites.questions import Plan, parse_names
 
-    if spec.endswith(".jsonl"):
+    if _is_file(spec):
         return ruler.read(Path(spec).expanduser())
     return list(Plan(parse_names(spec), lengths, count, seed).questions_for(tokenizer))
+
+
+def _is_file(spec: str) -> bool:
+    """Whether --tasks names a file of questions."""
+    return spec.endswith(".jsonl")
+
+
+def _check_inputs(
+    artifact: Thresholds, data: str | None, length: int, tasks: str | None, sizes: tuple[int, ...], count: int
+) -> None:
+    """Raise for texts and questions that can be refused without the model."""
+    from ..calibration.data import check_source
+    from ..suites import ruler
+    from ..suites.questions import Plan, parse_names
+
+    if tasks is None:
+        shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
+        if length < shortest:
+            raise UsageError(f"--length {length} is shorter than two tiles of the thresholds ({shortest} tokens)")
+        check_source(data, length)
+    elif _is_file(tasks):
+        ruler.read(Path(tasks).expanduser())
+    else:
+        Plan(parse_names(tasks), sizes, count)
 
 
 def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> Iterator:

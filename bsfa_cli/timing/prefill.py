@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import sdpa_kernel
@@ -12,23 +13,29 @@ from ..calibration.data import load_texts
 from ..errors import InputError
 from ..prefill_tiles import PrefillTiles
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
-from .interleave import Contender, first_call, measure
+from .interleave import Begin, Contender, first_call, measure, unseen
+
+if TYPE_CHECKING:
+    from bsfa_kernels.thresholds import Thresholds
 
 OTHER_TEXTS = 1_000_000
 
 
 class Prefill:
-    """One model, with the handlers of one operating point (thresholds None: every tile is kept)."""
+    """One model, with the handlers of one operating point (no artifact: every tile is kept)."""
 
-    def __init__(self, model_name: str | None, thresholds: Path | None, point: str | None, device, dtype: str):
-        """Raises InputError for a model, ThresholdsError for thresholds that cannot be used or are for another."""
+    def __init__(
+        self, model_name: str | None, artifact: Thresholds | None, point: str | None, device, dtype: str,
+        check_config: Callable = lambda config: None,
+    ):  # fmt: skip
+        """`check_config` as `load_model`. Raises InputError for a model that cannot be used, ThresholdsError for
+        thresholds of another.
+        """
         from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
-        from bsfa_kernels.thresholds import Thresholds
 
         from ..models.load import load_model
 
-        artifact = None if thresholds is None else Thresholds.read(thresholds)
-        self.loaded = load_model(model_name, device=device, dtype=dtype)
+        self.loaded = load_model(model_name, device=device, dtype=dtype, check_config=check_config)
         self.model, self.device, self.point = self.loaded.model, device, point
         self.handlers = self.counting = None
         if artifact is not None:
@@ -40,7 +47,7 @@ class Prefill:
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
 
-    def time(self, data: str, length: int, seed: int, seconds: float) -> dict:
+    def time(self, data: str, length: int, seed: int, seconds: float, begin: Begin = unseen) -> dict:
         """One prompt of `length` tokens of `data`, timed every way that runs here.
 
         `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
@@ -74,7 +81,7 @@ class Prefill:
         if self.handlers is not None:
             skip = self._skip(forward)
             enter("bsfa", "bsfa", forward, lambda: self._use("bsfa", self.handlers), skip)
-        timings = measure(contenders, self.device, seconds=seconds, seed=seed)
+        timings = measure(contenders, self.device, seconds=seconds, seed=seed, begin=begin)
         self._use("bsfa")
         fastest = min((timings[row["name"]].median for row in rows if row["kind"] == "dense"), default=None)
         for row in rows:

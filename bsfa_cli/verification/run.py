@@ -62,9 +62,11 @@ def verify_points(
     return [_result(point, measured[point], predictions[point], every[point].tiles) for point in points]
 
 
-def negative_control(model, thresholds: Thresholds, point: str, samples: list, backend: str) -> dict:
-    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample."""
-    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, lambda: None)[0]
+def negative_control(
+    model, thresholds: Thresholds, point: str, samples: list, backend: str, step: Callable[[], None]
+) -> dict:
+    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample; 2 steps."""
+    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, step)[0]
 
 
 def absurd(thresholds: Thresholds, point: str) -> Thresholds:
