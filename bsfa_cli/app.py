@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from .errors import BsfaError, UsageError
-from .streams import one_line, open_closed_streams, write
+from .streams import open_closed_streams, write
 
 TRACEBACK = "BSFA_TRACEBACK"
 COMMANDS = ("calibrate", "export", "verify", "profile", "capture", "compare", "report", "env")
@@ -122,7 +122,10 @@ def run() -> int:
         return _stopped(stop.__cause__ or stop)
     except Exception as error:
         message, code = explain(error)
-        message = one_line(message)
+        if not message.isprintable():
+            from bsfa_kernels.container import one_line  # not at the top: it needs torch
+
+            message = one_line(message)
         if code == BUG or os.environ.get(TRACEBACK):
             message = _with_traceback(error, message)
         _say(f"bsfa: {message}")

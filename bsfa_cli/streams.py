@@ -1,4 +1,4 @@
-"""The standard streams, where they are closed, their reader is gone, or a message would break its line."""
+"""The standard streams, where they are closed or their reader is gone."""
 
 from __future__ import annotations
 
@@ -36,8 +36,3 @@ def write(stream: TextIO, text: str = "") -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise UsageError(f"cannot write to {stream.name.strip('<>')}: {error.strerror}") from error
-
-
-def one_line(text: str) -> str:
-    """`text` with line ends and other control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -50,8 +50,8 @@ class Prefill:
     def time(self, data: str, length: int, seed: int, seconds: float, begin: Begin = unseen) -> dict:
         """One prompt of `length` tokens of `data`, timed every way that runs here.
 
-        `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
-        Raises InputError for data that cannot be used or holds no prompt that long.
+        `skip` is the share of all the model's candidate tiles that was dropped on that very prompt. Milliseconds as in
+        `Timing`. Raises InputError for data that cannot be used or holds no prompt that long.
         """
         ids = torch.tensor([self._prompt(data, length, seed)], device=self.device)
 
