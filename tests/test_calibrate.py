@@ -233,17 +233,6 @@ def test_defaults_of_top_k_fit_the_length(tmp_path, bsfa):
     assert code == 0 and "--top-k 15, 128 will drop nothing: in samples of 2,048 tokens a row has at most 15" in errors
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Nothing may be loaded."""
-    from bsfa_cli.models import load
-
-    def loads(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(load, "_read_weights", loads)
-
-
 @pytest.mark.parametrize(
     "arguments, code, said",
     [

@@ -210,6 +210,7 @@ def test_break_even_length(points, expected):
     assert matching.break_even(points) == expected
 
 
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     "arguments, code, words",
     [

@@ -135,17 +135,6 @@ def test_a_stored_result_becomes_a_page(artifact, run, tmp_path):
     assert text.count("<details>") == 3 and "<1>" not in text
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Nothing may be loaded."""
-    from bsfa_cli.models import load
-
-    def loads(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(load, "_read_weights", loads)
-
-
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     "arguments, code, words",

@@ -289,10 +289,10 @@ def read_text(path: Path) -> str:
 
 def _lines(path: Path, content: str, seed: int, tokenizer):
     """Samples of a .jsonl file, a seeded choice that takes turns between task names."""
-    by_task: dict[str, list[tuple[int, str]]] = {}
+    by_task: dict[str, list[tuple[int, str | list[dict]]]] = {}
     for number, record in records(path, content):
-        text = _text_of(path, number, record, tokenizer)
-        by_task.setdefault(str(record.get("task_name", "")), []).append((number, text))
+        said = _said(path, number, record)
+        by_task.setdefault(str(record.get("task_name", "")), []).append((number, said))
     queues = [by_task[task] for task in sorted(by_task)]
     tasks = sorted(by_task)
     for task, queue in zip(tasks, queues, strict=True):
@@ -300,12 +300,13 @@ def _lines(path: Path, content: str, seed: int, tokenizer):
     while any(queues):
         for task, queue in zip(tasks, queues, strict=True):
             if queue:
-                number, text = queue.pop(0)
+                number, said = queue.pop(0)
+                text = said if isinstance(said, str) else _templated(path, number, said, tokenizer)
                 yield f"line-{number}", f"line {number}" + (f" ({task})" if task else ""), text
 
 
-def _text_of(path: Path, number: int, record: dict, tokenizer) -> str:
-    """What a line of a .jsonl file says. Raises InputError, naming the line."""
+def _said(path: Path, number: int, record: dict) -> str | list[dict]:
+    """The text or the messages of a line of a .jsonl file. Raises InputError, naming the line."""
     key = next((key for key in TEXT_KEYS if key in record), None)
     if key is None:
         keys = ", ".join(map(str, record))[:80] or "none"
@@ -321,15 +322,20 @@ def _text_of(path: Path, number: int, record: dict, tokenizer) -> str:
     for message in messages:
         for part in ("role", "content"):
             check_text(path, number, f"{key}.{part}", message.get(part))
+    return messages
+
+
+def _templated(path: Path, number: int, messages: list[dict], tokenizer) -> str:
+    """`messages` through the tokenizer's chat template. Raises InputError, naming the line."""
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            f"{path}, line {number}: {key!r} needs a chat template, and this model's tokenizer has none; give text"
+            f"{path}, line {number}: {MESSAGES!r} needs a chat template, and this model's tokenizer has none; give text"
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # noqa: BLE001 - a template may raise anything, such as for roles that do not alternate
         raise InputError(
-            f"{path}, line {number}: the chat template refuses {key!r}: {' '.join(str(error).split())}"
+            f"{path}, line {number}: the chat template refuses {MESSAGES!r}: {' '.join(str(error).split())}"
         ) from None
 
 

@@ -225,8 +225,9 @@ def _texts(run: Run, data: str, samples: int, length: int, tokenizer) -> list:
 def _official(path: Path, model: str | None):
     from ..calibration.official import read_official
 
+    artifact = read_official(path)  # refused, where it must be, before the model is looked for
     if model is None:
-        return read_official(path)
+        return artifact
     from bsfa_kernels.integrations.transformers import attention_modules, model_identity
     from bsfa_kernels.thresholds import MODEL_KEYS
 

@@ -40,6 +40,10 @@ def _cells(fitted, held_out) -> tuple[str, str, str, str]:
     skip = "-" if fitted is None else f"{fitted.skip:.3f}"
     if held_out is None:
         return skip, "-", "-", "-"
-    bound = held_out.dropped_mass_bound
-    bound = "-" if bound > VAGUE else f"{bound:.1e}"
+    bound = bound_words(held_out.dropped_mass_bound)
     return skip, f"{held_out.skip:.3f}", f"{held_out.dropped_mass:.2e}", bound
+
+
+def bound_words(bound: float) -> str:
+    """An upper bound on what a row drops, where it says anything."""
+    return "-" if bound > VAGUE else f"{bound:.1e}"
