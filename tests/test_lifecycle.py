@@ -94,7 +94,9 @@ def unpickled(model):
 def gpt2() -> GPT2LMHeadModel:
     """A model that can be pickled: others hold functions that cannot, with the package `kernels` installed."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=97, n_positions=LENGTH, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        n_layer=2, n_embd=64, n_head=2, vocab_size=97, n_positions=LENGTH, bos_token_id=1, eos_token_id=2
+    )
     return GPT2LMHeadModel(config).eval()
 
 
