@@ -43,9 +43,9 @@ def reason_against(module: str, request: Request) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, tile: TileShape) -> str | None:
-    """Why no fused kernel serves such calls, or None when one does."""
-    return _why_not_fused(device, dtype, head_dim, tile)
+def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int) -> str | None:
+    """Why no fused kernel serves such calls with tiles of rows x keys, or None when one does."""
+    return _why_not_fused(device, dtype, head_dim, TileShape(rows, keys))
 
 
 @cache

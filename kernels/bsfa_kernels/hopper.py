@@ -66,9 +66,7 @@ def unsupported(request: Request) -> str | None:
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
     axes = (triton.cdiv(request.query_tiles, CONSUMERS.value), sections(q, request.k))
     if max(axes) > MAX_GRID_Y:
-        return (
-            f"{axes[0]:,} blocks of rows in {axes[1]:,} sections are more than a launch can have ({MAX_GRID_Y:,} each)"
-        )
+        return f"{axes[0]:,} blocks of rows in {axes[1]:,} sections: a launch can have {MAX_GRID_Y:,} of each"
     return None
 
 

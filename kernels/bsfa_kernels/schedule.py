@@ -98,7 +98,7 @@ def _schedule(
     listed_ptr += own_row * key_tiles
     most, least, top, any_sink = 0, key_tiles, 0, 0  # end and start of all diagonals, end of visible tiles
     for w in tl.static_range(WIDTH):
-        alive, _, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
+        alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
             first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
         )
         if alive:
@@ -117,14 +117,14 @@ def _schedule(
         for i in range(0, 0 if CAUSAL else tl.maximum(most - least, 0)):
             bits = 0
             for w in tl.static_range(WIDTH):
-                alive, _, first_diagonal, _, _, _ = _query_tile(
+                alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
                     first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
                 )
                 bits |= tl.where(alive & (first_diagonal == most - 1 - i), 1 << w, 0)
             count = _append(entries_ptr, count, (most - 1 - i << 2 * WIDTH) | (bits << WIDTH), bits != 0)
         bits = 0
         for w in tl.static_range(WIDTH):
-            alive, _, first_diagonal, _, sink, _ = _query_tile(
+            alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
                 first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
             )
             bits |= tl.where(alive & ((sink == 1) | (CAUSAL & (first_diagonal == 0))), 1 << w, 0)
@@ -134,7 +134,7 @@ def _schedule(
         j = top - 1 - start - tl.arange(0, BLOCK)
         wanting = tl.zeros([BLOCK], tl.int32)
         for w in tl.static_range(WIDTH):
-            alive, whole, first_diagonal, _, _, _ = _query_tile(
+            alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
                 first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
             )
             marked = tl.load(listed_ptr + w * key_tiles + j, mask=alive & (j >= 0), other=0).to(tl.int32)

@@ -69,8 +69,8 @@ def attention(
 def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool) -> torch.Tensor:
     """scaled_dot_product_attention without a mask: rows of q and of k start at position 0. Shapes as in `attention`."""
     grouped = k.shape[1] != q.shape[1]
-    if grouped and q.is_cuda and q.dtype.itemsize > 2:
-        # No kernel of PyTorch's takes grouped heads in float32, and its plain fallback writes out all scores.
+    if grouped and q.is_cuda and (q.dtype.itemsize > 2 or q.shape[-1] > 256):
+        # No kernel of PyTorch's takes grouped heads then, and its plain fallback writes out all scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         grouped = False
     return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)

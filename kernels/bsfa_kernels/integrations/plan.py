@@ -110,5 +110,5 @@ def _no_kernel(call: Call, tile: TileShape | None) -> str | None:
     """Why no fused kernel of this tile can serve the call on its GPU; None where one can, and where none is needed."""
     if tile is None or not call.q.is_cuda:
         return None
-    reason = why_not_fused(call.q.device, call.q.dtype, call.q.shape[-1], tile)
+    reason = why_not_fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
     return None if reason is None else f"no fused kernel: {reason}"
