@@ -15,7 +15,7 @@ def grid():
         yield Case(1, 4, 2, 173, 173, 16, tile, causal, gate)
         yield Case(3, 2, 1, 90, 120, 16, tile, causal, gate, padded=True)
     for tile, causal in itertools.product(TILES, (True, False)):
-        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False)
+        yield Case(1, 2, 1, 80, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False)
         yield Case(1, 2, 2, 120, 50, 16, tile, causal, "absolute", keep_sink=False)
         yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap")
     yield Case(1, 2, 1, 500, 500, 64, gate="gap", skip=0.8)
@@ -29,7 +29,7 @@ def listed():
         yield Case(2, 4, 2, 173, 173, 16, tile, causal, gate, blocks="ordered")
         yield Case(3, 2, 1, 90, 120, 16, tile, causal, gate, padded=True, blocks="shuffled")
     for tile, causal, blocks in itertools.product(TILES, (True, False), ("ordered", "shuffled")):
-        yield Case(1, 2, 1, 33, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False, blocks=blocks)
+        yield Case(1, 2, 1, 80, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False, blocks=blocks)
         yield Case(1, 2, 2, 120, 50, 16, tile, causal, "", keep_sink=False, blocks=blocks)
         yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap", blocks=blocks)
     yield Case(1, 2, 1, 500, 500, 64, gate="gap", skip=0.8, blocks="shuffled")

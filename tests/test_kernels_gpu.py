@@ -1,18 +1,23 @@
 """Both Triton kernels on a GPU against the float64 reference: hundreds of odd shapes."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+import whole_tiles
 from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper
 from kernel_cases import Case, check, check_statistics
+from whole_tiles import Prompt
 
 pytestmark = pytest.mark.gpu
 
 TILES = (TileShape(64, 128), TileShape(128, 64))
 LENGTHS = (1, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 320, 383, 385, 500, 650, 777)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+ON_HOPPER = pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+BACKENDS = ["triton", pytest.param("hopper", marks=ON_HOPPER)]
 
 
 def draw(rng: random.Random, backend: str) -> Case:
@@ -52,7 +57,7 @@ def test_triton(case):
     check(case, "triton", "cuda")
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@ON_HOPPER
 @pytest.mark.parametrize("case", cases("hopper", 240))
 def test_hopper(case):
     check(case, "hopper", "cuda")
@@ -64,14 +69,14 @@ def test_triton_with_block_lists(case, blocks):
     check(replace(case, blocks=blocks), "triton", "cuda")
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@ON_HOPPER
 @pytest.mark.parametrize("blocks", ("ordered", "shuffled"))
 @pytest.mark.parametrize("case", cases("hopper", 96))
 def test_hopper_with_block_lists(case, blocks):
     check(replace(case, blocks=blocks), "hopper", "cuda")
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@ON_HOPPER
 @pytest.mark.parametrize("blocks", ("", "shuffled"))
 @pytest.mark.parametrize("kv_heads", (1, 2, 6))
 def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, blocks):
@@ -87,7 +92,7 @@ def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, b
     assert torch.equal(calls[0].out, calls[1].out) and torch.equal(calls[0].lse, calls[1].lse)
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+@ON_HOPPER
 @pytest.mark.parametrize("batch", range(20))
 def test_a_thousand_random_calls_end_and_are_right(batch):
     """Fifty a test; a hang is ended, and reported as a failure, by pytest's timeout."""
@@ -105,9 +110,7 @@ def test_statistics(case):
     check_statistics(case, "triton", "cuda")
 
 
-@pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("hopper", marks=pytest.mark.skipif(not HOPPER, reason="H100"))]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("listed", (False, True), ids=("dense", "lists"))
 def test_graph_replays_with_new_thresholds_and_is_deterministic(backend, listed):
     q, k, v = (torch.randn(1, h, 2048, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
@@ -133,7 +136,82 @@ def test_graph_replays_with_new_thresholds_and_is_deterministic(backend, listed)
         assert torch.equal(call().out, eager.out)
 
 
-@pytest.mark.skipif(not HOPPER, reason="needs an H100 or H200")
+def prompt(backend: str, length: int = 777) -> Prompt:
+    return Prompt(backend, TILES[0], length, 128, "cuda", torch.bfloat16, gap=1.5)
+
+
+@pytest.mark.parametrize("cuts", [[320], [100, 333], [7, 600, 606], [191, 192, 193]], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_differ_from_the_whole_prompt_only_in_keeping_more(backend, cuts):
+    whole_tiles.chunks_keep_more(prompt(backend), cuts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_sequences_end(backend):
+    whole_tiles.a_known_end_is_whole(prompt(backend))
+    whole_tiles.right_padded_chunks(prompt(backend, 500), short=190, cut=203)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_scores_are_kept(backend):
+    whole_tiles.nan_scores_are_kept(prompt(backend), whole_tiles.DROP_ALL)
+
+
+@pytest.mark.parametrize("odd", ["base", "axes of size 1", "rows", "shared heads"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_layout_gives_the_same_bits(backend, odd):
+    case = prompt(backend)
+    q, k, v = case.tensors()
+    k = k[:, :1].expand(-1, 2, -1, -1) if odd == "shared heads" else k
+    expected = case.attend(q, k.contiguous(), v, case.gate()).out
+    if odd == "base":
+        q, k, v = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (q, k, v))
+    elif odd == "axes of size 1":
+        q, k, v = (x.as_strided(x.shape, (x.stride(0) + 3, *x.stride()[1:])) for x in (q, k, v))
+    elif odd == "rows":
+        q, k, v = (torch.nn.functional.pad(x, (0, 3))[..., :-3] for x in (q, k, v))
+    assert torch.equal(case.attend(q, k, v, case.gate()).out, expected)
+
+
+@ON_HOPPER
+def test_a_batch_too_large_for_a_grid_goes_elsewhere():
+    q = torch.randn(65_536, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+    name, passed_over = explain(q, q, q)
+    assert name == "triton" and "65,536 sections: a launch can have 65,535" in passed_over["hopper"]
+    out = block_sparse_attention(q, q, q).out
+    assert torch.equal(out[-1:], block_sparse_attention(*[q[-1:]] * 3, backend="triton").out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_streams_and_threads_do_not_disturb_each_other(backend):
+    case = prompt(backend, 2000)
+    q, k, v = case.tensors()
+    expected = [case.attend(q, k, v, Gate(gap=torch.full((4, 1), g, device="cuda"))).out for g in (0.5, 1.0, 1.5, 2.0)]
+    torch.cuda.synchronize()
+
+    def work(index: int):
+        gate = Gate(gap=torch.full((4, 1), 0.5 + index / 2, device="cuda"))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outs = [case.attend(q, k, v, gate).out for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(out, expected[index]) for out in outs)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_gpu_gives_the_same_bits(backend):
+    case = prompt(backend)
+    first = case.attend(*case.tensors(), case.gate())
+    second = Prompt(backend, TILES[0], 777, 128, "cuda:1", torch.bfloat16, gap=1.5)
+    other = second.attend(*second.tensors(), second.gate())
+    assert torch.cuda.current_device() == 0 and other.out.device.index == 1
+    assert torch.equal(first.out.cpu(), other.out.cpu()) and torch.equal(first.kept.cpu(), other.kept.cpu())
+
+
+@ON_HOPPER
 def test_hopper_is_chosen_and_says_why_not():
     q = torch.randn(1, 2, 256, 128, device="cuda", dtype=torch.bfloat16)
     assert explain(q, q, q)[0] == "hopper"

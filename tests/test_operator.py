@@ -227,6 +227,6 @@ def test_a_gpu_with_little_shared_memory_is_a_reason(monkeypatch, room, served):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
     q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 64, 256))
-    reason = portable.unsupported(SimpleNamespace(q=q, tile=TileShape(64, 128)))
+    reason = portable.unsupported(SimpleNamespace(q=q, tile=TileShape(64, 128), query_tiles=1))
     assert reason is None if served else "head dim 256" in reason and "101376" in reason
-    assert portable.unsupported(SimpleNamespace(q=q, tile=TileShape(128, 64))) is None
+    assert portable.unsupported(SimpleNamespace(q=q, tile=TileShape(128, 64), query_tiles=1)) is None

@@ -24,7 +24,9 @@ OPEN = Gate()
 
 
 class Attention(NamedTuple):
-    """`kept` and `candidates` count tiles a gate may drop; forced tiles (diagonal, sink) are in neither."""
+    """`kept` and `candidates` count tiles a gate may drop; forced tiles (diagonal, sink, and all of a query tile that
+    the call does not hold whole) are in neither.
+    """
 
     out: torch.Tensor  # [B, Hq, Tq, D], the dtype of q
     lse: torch.Tensor | None  # float32 [B, Hq, Tq], natural log, -inf where a query saw nothing
@@ -36,7 +38,7 @@ class TileStatistics(NamedTuple):
     """Per tile of the dense attention, float32 [B, Hq, query tiles, key tiles]."""
 
     maximum: torch.Tensor  # largest score, natural units; -inf where nothing is visible
-    gap: torch.Tensor  # largest row_max - running_max in visiting order; +inf for forced tiles, -inf if invisible
+    gap: torch.Tensor  # largest row_max - running_max in visiting order; +inf if no gate drops it, -inf if invisible
     mass_mean: torch.Tensor  # softmax mass in the tile, mean over the query tile's valid rows
     mass_worst: torch.Tensor  # the same, largest over those rows
 
@@ -63,6 +65,9 @@ def block_sparse_attention(
     q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], Hq a multiple of Hkv; float16, bfloat16, float32 or float64; any
     strides with a contiguous last axis. `scale` defaults to D ** -0.5. `q_offset` is the absolute position of query
     row 0 while key row 0 stands at 0; batches whose sequences differ give `spans` (see `make_spans`) instead.
+    Gates judge query tiles that the call holds whole, by absolute position: of a first or last tile that lacks rows,
+    and in a call of fewer than `tile.rows` rows, every tile is kept, but for a last tile behind whose rows the
+    sequence ends, which only the lengths of `make_spans` can say.
     `keep_sink` exempts key tile 0 from the gate. `blocks` restricts each query tile to the key tiles on its list, and
     `gate` then judges only those; forced tiles (diagonal, sink) are visited whether listed or not. It holds one list
     per batch, query head and query tile: ceil((q_offset + Tq) / rows) - q_offset // rows tiles, with `spans`

@@ -11,11 +11,16 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+import torch
+
+from .gates import Gate
 from .request import Request
+from .tiles import TileShape
 
 ATTENTION = {"hopper": "hopper", "triton": "portable", "torch": "blocked", "reference": "reference_backend"}
 STATISTICS = {"triton": "statistics", "torch": "blocked", "reference": "reference_backend"}
 NAMES = tuple(ATTENTION)
+FUSED = ("hopper", "triton")  # the others are for CPUs and for tests
 
 
 class BackendUnavailable(RuntimeError):
@@ -35,6 +40,20 @@ def reason_against(module: str, request: Request) -> str | None:
     """Why the backend in `module` cannot serve `request`, or None when it can."""
     loaded = load(module)
     return loaded if isinstance(loaded, str) else loaded.unsupported(request)
+
+
+@torch.compiler.assume_constant_result
+def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int) -> str | None:
+    """Why no fused kernel serves such calls with tiles of rows x keys, or None when one does."""
+    return _why_not_fused(device, dtype, head_dim, TileShape(rows, keys))
+
+
+@cache
+def _why_not_fused(device, dtype, head_dim, tile) -> str | None:
+    x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    request = Request(x, x, x, Gate(), 1.0, True, tile, True, 0, None, False, False)
+    reasons = [reason_against(ATTENTION[name], request) for name in FUSED]
+    return None if None in reasons else reasons[-1]
 
 
 def choose(

@@ -32,10 +32,11 @@ def attention(request: Request):
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
-            listed = _listed(request, plan, b, t)
-            passed = _gate(request, scores, plan, listed, query_tile)
-            kept[b, :, t] = passed.sum(1, dtype=torch.int32)
-            candidates[b, :, t] = listed.sum(1, dtype=torch.int32)
+            passed = listed = _listed(request, plan, b, t)
+            if span.whole(query_tile, q_rows, request.tile):
+                passed = _gate(request, scores, plan, listed, query_tile)
+                kept[b, :, t] = passed.sum(1, dtype=torch.int32)
+                candidates[b, :, t] = listed.sum(1, dtype=torch.int32)
             keep = _keep(plan, passed)
             values = v_b[:, -span.k_offset :][:, : scores.shape[-1]]
             for h in range(heads):
@@ -70,7 +71,8 @@ def tile_statistics(request: Request, lse: torch.Tensor):
             end = row_max.shape[-1]
             maximum[b, :, t, :end] = row_max.amax(1).float()
             gap[b, :, t, order] = (row_max[..., order] - before).amax(1).float()
-            gap[b, :, t, plan.forced()] = torch.inf
+            judged = span.whole(query_tile, q.shape[2], request.tile)
+            gap[b, :, t, plan.forced() if judged else order] = torch.inf
             mass_mean[b, :, t, :end], mass_worst[b, :, t, :end] = mass.mean(1).float(), mass.amax(1).float()
     return maximum, gap, mass_mean, mass_worst
 
@@ -123,12 +125,12 @@ def _gate(request: Request, scores, plan: Visit, listed: torch.Tensor, query_til
     row_max = _by_tile(scores, request.tile.keys).amax(-1)  # [Hq, rows, key tiles]
     steps = row_max[..., plan.candidates()]
     if gate.absolute is not None:
-        passed &= steps.amax(1) >= column(gate.absolute, query_tile)[:, None]
+        passed &= ~(steps.amax(1) < column(gate.absolute, query_tile)[:, None])
     if gate.gap is not None:
         running = row_max[..., plan.forced()].amax(-1)  # [Hq, rows]
         least = column(gate.gap, query_tile)
         for i in range(steps.shape[2]):
-            passed[:, i] &= (steps[..., i] - running).amax(1) >= least
+            passed[:, i] &= ~((steps[..., i] - running).amax(1) < least)
             running = torch.where(passed[:, i, None], torch.maximum(running, steps[..., i]), running)
     return passed
 

@@ -25,15 +25,18 @@ def load_span(spans_ptr, b, q_offset, k_rows):
 @triton.jit
 def query_rows(t, q_first, length, q_length, q_rows, ROWS: tl.constexpr):
     """The t-th query tile of a sequence: (its absolute index, its first row in memory, the rows' indices in memory and
-    positions, which rows are no padding, whether there is anything to compute).
+    positions, which rows are no padding, whether there is anything to compute, whether gates judge it: Span.whole).
     """
     query_tile = tl.maximum(q_first, 0) // ROWS + t
     first_row = query_tile * ROWS - q_first
     rows = first_row + tl.arange(0, ROWS)
     position = query_tile * ROWS + tl.arange(0, ROWS)
     valid = (rows >= 0) & (rows < q_rows) & (position < q_length)
-    inhabited = (length > 0) & (query_tile * ROWS < tl.minimum(q_length, q_first + q_rows))
-    return query_tile, first_row, rows, position, valid, inhabited
+    first = query_tile * ROWS
+    end_row = q_first + q_rows
+    inhabited = (length > 0) & (tl.maximum(first, q_first) < tl.minimum(q_length, end_row))
+    whole = (q_rows >= ROWS) & (q_first <= first) & (tl.minimum(first + ROWS, q_length) <= end_row)
+    return query_tile, first_row, rows, position, valid, inhabited, whole
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .portable import aligned, device_guard
+from .portable import MAX_GRID_Y, aligned, device_guard
 from .request import UNBOUNDED, Request
 from .schedule import schedule
 
@@ -39,6 +39,8 @@ from .schedule import schedule
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 LOG2E = gl.constexpr(1.4426950408889634)
+UNCOUNTED = gl.constexpr(-(2**30))  # below any number of tiles
+PROPAGATE_NAN = gl.constexpr(triton.language.PropagateNan.ALL)
 UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
 HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128}  # head dim: columns of its tiles; TMA fills the rest with zeros
 ROWS = gl.constexpr(64)
@@ -62,6 +64,9 @@ def unsupported(request: Request) -> str | None:
         return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
+    axes = (triton.cdiv(request.query_tiles, CONSUMERS.value), sections(q, request.k))
+    if max(axes) > MAX_GRID_Y:
+        return f"{axes[0]:,} blocks of rows in {axes[1]:,} sections: a launch can have {MAX_GRID_Y:,} of each"
     return None
 
 
@@ -77,14 +82,14 @@ def attention(request: Request):
         return TensorDescriptor.from_tensor(x, [1, 1, rows, block_d], tile_layout(rows, block_d, x.dtype))
 
     with device_guard(q):
-        section = section_kv_heads(k) * (heads // k.shape[1])
-        sections = batch * heads // section
+        count = sections(q, k)
+        section = batch * heads // count
         entries = lengths = order = None
         if request.blocks is not None:
             entries, lengths, candidates = schedule(request, CONSUMERS.value, forced=True)
-            order = lengths.view(sections, -1).argsort(descending=True)
+            order = lengths.view(count, -1).argsort(descending=True)
         lists = (entries, lengths, order)
-        _forward[(section, triton.cdiv(tiles, CONSUMERS.value), sections)](
+        _forward[(section, triton.cdiv(tiles, CONSUMERS.value), count)](
             *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
             out, lse, kept, candidates, *(lse if x is None else x for x in (*optional, *lists)),
             request.scale, request.q_offset, q_rows, k.shape[2], tiles,
@@ -102,6 +107,11 @@ def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLa
     """Shared memory of a tile of Q, K or V. Computing all three anew took 0.035 ms of a call's host time."""
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], element)
+
+
+def sections(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Sections of a call."""
+    return q.shape[0] * (k.shape[1] // section_kv_heads(k))
 
 
 def section_kv_heads(k: torch.Tensor) -> int:
@@ -164,13 +174,26 @@ def either(a, b):
 
 
 @gluon.jit
+def larger(a, b):
+    """The larger number; NaN where one is NaN, so that no gate hides it."""
+    return gl.maximum(a, b, propagate_nan=PROPAGATE_NAN)
+
+
+@gluon.jit
+def held_whole(query_tile, q_first, q_length, q_rows):
+    """Whether gates judge the query tile; see reference.Span.whole."""
+    first = query_tile * ROWS
+    return (q_rows >= ROWS) & (q_first <= first) & (gl.minimum(first + ROWS, q_length) <= q_first + q_rows)
+
+
+@gluon.jit
 def per_thread(s, partial: gl.constexpr, SUM: gl.constexpr):
     """Largest value (or sum) among each thread's own columns of every row: [ROWS, 4], without a shuffle."""
     s = s.reshape([ROWS, KEYS // 8, 4, 2])
     if SUM:
         return gl.convert_layout(gl.sum(gl.sum(s, 3), 1), partial, assert_trivial=True)
     else:
-        return gl.convert_layout(gl.max(gl.max(s, 3), 1), partial, assert_trivial=True)
+        return gl.convert_layout(gl.reduce(gl.reduce(s, 3, larger), 1, larger), partial, assert_trivial=True)
 
 
 @gluon.jit
@@ -190,9 +213,9 @@ def vote(largest, valid, running_max, scale, absolute, gap, ballot, ABSOLUTE: gl
     if ABSOLUTE or GAP:
         votes = gl.full(largest.shape, 0, gl.int32, largest.type.layout)
         if ABSOLUTE:
-            votes = gl.where(largest * scale >= absolute, 1, 0)
+            votes = gl.where(largest * scale < absolute, 0, 1)
         if GAP:
-            votes |= gl.where(largest * (scale * LOG2E) - running_max[:, None] >= gap, 2, 0)
+            votes |= gl.where(largest * (scale * LOG2E) - running_max[:, None] < gap, 0, 2)
         votes = gl.where(valid[:, None], votes, 0)
         ballot.store(gl.reduce(votes.reshape([4, ROWS]), 1, either))
         everyone: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
@@ -206,7 +229,7 @@ def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, 
     o_layout: gl.constexpr = acc.type.layout
     s_rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     partial: gl.constexpr = largest.type.layout
-    new_max = gl.maximum(running_max, gl.max(largest, 1) * scale_log2)
+    new_max = larger(running_max, gl.reduce(largest, 1, larger) * scale_log2)
     p = gl.exp2(s * scale_log2 - gl.convert_layout(new_max, s_rows, assert_trivial=True)[:, None])
     alpha = gl.exp2(running_max - new_max)
     row_sum = row_sum * alpha[:, None] + per_thread(p, partial, True)
@@ -266,17 +289,20 @@ def consumer(
         sink_at = -1
         first_candidate = stream
     head = sequence_head % HEADS
+    whole = held_whole(query_tile, q_first, q_length, q_rows)
     absolute = -float("inf")
     gap = -float("inf")
     if ABSOLUTE:
         absolute = gl.load(absolute_ptr + head * absolute_tiles + gl.minimum(query_tile, absolute_tiles - 1))
+        absolute = gl.where(whole, absolute, -float("inf"))
     if GAP:
         gap = gl.load(gap_ptr + head * gap_tiles + gl.minimum(query_tile, gap_tiles - 1)) * LOG2E
+        gap = gl.where(whole, gap, -float("inf"))
 
     running_max = gl.full([ROWS], -float("inf"), gl.float32, rows)  # log2 units
     row_sum = gl.full([ROWS, 4], 0.0, gl.float32, partial)
     acc = gl.full([ROWS, D], 0.0, gl.float32, o_layout)
-    kept = 0  # forced tiles too
+    kept = gl.where(whole, 0, UNCOUNTED)  # forced tiles too; a flag of its own would be one more register
     q = q_bufs.index(WG).reshape([ROWS, D])
     if stream > 0:
         mbarrier.wait(q_full, 0)
@@ -342,12 +368,13 @@ def consumer(
         valid = (row >= first_valid) & (row < end_valid)
         gl.store(lse_ptr + first_row + row, (running_max + gl.log2(total)) / LOG2E, mask=valid)
         forced_tiles = gl.where((sink == 1) & (own > 0), 2, 1)
-        gl.store(kept_ptr + plane * tiles + t + WG, kept - forced_tiles)
+        counted = kept >= 0
+        gl.store(kept_ptr + plane * tiles + t + WG, gl.where(counted, kept - forced_tiles, 0))
         if not LISTS:
             visible_tiles = own + 1
             if not CAUSAL:
                 visible_tiles = end_tiles
-            gl.store(candidates_ptr + plane * tiles + t + WG, visible_tiles - forced_tiles)
+            gl.store(candidates_ptr + plane * tiles + t + WG, gl.where(counted, visible_tiles - forced_tiles, 0))
 
 
 @gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room"])
@@ -401,7 +428,7 @@ def _forward(
     if KEEP_SINK:
         sink = gl.where(end_tiles > 1, 1, 0)
     stream = end_tiles + diagonals
-    if (length <= 0) | (block_tile * ROWS >= end_row):
+    if (length <= 0) | (gl.maximum(block_tile * ROWS, q_first) >= end_row):
         stream = 0
     elif LISTS:
         stream = gl.load(lengths_ptr + stream_row)

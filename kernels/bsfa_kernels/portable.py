@@ -23,8 +23,10 @@ from .schedule import schedule
 LOG2E = tl.constexpr(1.4426950408889634)
 # float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
 FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 TILE_SIZES = (16, 32, 64, 128)
+MAX_GRID_Y = 65_535  # CUDA's limit, of the z axis too
 WIDE_BYTES = 112 * 1024  # shared memory of 64x128 tiles at head dim 256; sm_86 and sm_89 give a program 99 KB
 
 
@@ -55,6 +57,8 @@ def unsupported(request: Request) -> str | None:
             return (
                 f"head dim {q.shape[3]} with {request.tile} tiles needs {WIDE_BYTES} bytes of shared memory, not {room}"
             )
+    if request.query_tiles > MAX_GRID_Y:
+        return f"{request.query_tiles:,} query tiles are more than a launch can have ({MAX_GRID_Y:,})"
     return None
 
 
@@ -84,11 +88,15 @@ def attention(request: Request):
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a contiguous copy where its base or strides break the 16-byte rule of tensor descriptors."""
+    """`x`, or a contiguous copy where its base or strides break the 16-byte rule of tensor descriptors.
+
+    The strides of axes of size 1 address nothing, but are held to the rule all the same: those are replaced.
+    """
     size = x.element_size()
-    if x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in x.stride()[:-1]):
-        return x
-    return x.contiguous()
+    odd = [axis for axis, n in enumerate(x.stride()[:-1]) if n * size % 16]
+    if x.data_ptr() % 16 or any(x.shape[axis] > 1 for axis in odd):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+    return x.as_strided(x.shape, [16 if axis in odd else n for axis, n in enumerate(x.stride())]) if odd else x
 
 
 def device_guard(x: torch.Tensor):
@@ -107,6 +115,27 @@ def launch_shape(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
     if rows >= 128:
         return dict(num_warps=8, num_stages=2, maxnreg=128)
     return dict(num_warps=4, num_stages=1, maxnreg=168)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger number; NaN where one is NaN, so that no gate hides it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    if INTERPRETED:  # it takes functions of ours one element at a time, and only this of its own hands NaN on
+        return tl.max(x, axis, return_indices=True)[0]
+    else:
+        return tl.reduce(x, axis, larger)
+
+
+@triton.jit
+def load_threshold(thresholds_ptr, head, query_tile, tiles, whole):
+    """A head's threshold at a query tile, past the last one the last; -inf where the gates do not judge the tile."""
+    threshold = tl.load(thresholds_ptr + head * tiles + tl.minimum(query_tile, tiles - 1))
+    return tl.where(whole, threshold, float("-inf"))
 
 
 @triton.jit
@@ -140,7 +169,7 @@ def mask_tile(s, q_position, first_key, length, KEYS: tl.constexpr, CAUSAL: tl.c
 @triton.jit
 def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
     """One tile joins the softmax; maxima in log2 units."""
-    new_max = tl.maximum(running_max, row_max * scale_log2)
+    new_max = larger(running_max, row_max * scale_log2)
     p = tl.exp2(s * scale_log2 - new_max[:, None])
     alpha = tl.exp2(running_max - new_max)
     row_sum = row_sum * alpha + tl.sum(p, 1)
@@ -160,14 +189,14 @@ def visit_candidate(
     s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
     if not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
         s = mask_tile(s, q_position, j * KEYS, length, KEYS, False)
-    row_max = tl.max(s, 1)
+    row_max = largest(s, 1)
     if (absolute is not None) or (gap is not None):
         vote = tl.where(valid, row_max, float("-inf"))
         keep = True
         if absolute is not None:
-            keep = tl.max(vote, 0) * scale >= absolute
+            keep = not (largest(vote, 0) * scale < absolute)
         if gap is not None:
-            keep = keep & (tl.max(vote * scale_log2 - running_max, 0) >= gap)
+            keep = keep & (not (largest(vote * scale_log2 - running_max, 0) < gap))
         if keep:
             v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
             running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
@@ -192,7 +221,9 @@ def _forward(
     kv_head = head // GROUP
     t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
     q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
-    query_tile, first_row, rows, q_position, valid, inhabited = query_rows(t, q_first, length, q_length, q_rows, ROWS)
+    query_tile, first_row, rows, q_position, valid, inhabited, whole = query_rows(
+        t, q_first, length, q_length, q_rows, ROWS
+    )
     if not inhabited:
         return
 
@@ -211,20 +242,20 @@ def _forward(
         s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
         v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, spans_ptr is not None)
         s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
-        row_max = tl.max(s, 1)
+        row_max = largest(s, 1)
         running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
 
     absolute = None
     if absolute_ptr is not None:
-        absolute = tl.load(absolute_ptr + head * absolute_tiles + tl.minimum(query_tile, absolute_tiles - 1))
+        absolute = load_threshold(absolute_ptr, head, query_tile, absolute_tiles, whole)
     gap = None
     if gap_ptr is not None:
-        gap = tl.load(gap_ptr + head * gap_tiles + tl.minimum(query_tile, gap_tiles - 1)) * LOG2E
+        gap = load_threshold(gap_ptr, head, query_tile, gap_tiles, whole) * LOG2E
     plane = tl.program_id(0).to(tl.int64)
     kept = 0
     if entries_ptr is None:
         candidates = end_tiles - diagonals - sink
-        tl.store(candidates_ptr + plane * tiles + t, candidates)
+        tl.store(candidates_ptr + plane * tiles + t, tl.where(whole, candidates, 0))
         for i in tl.range(0, candidates):
             j = candidate(i, end_tiles, first_diagonal, end_diagonal)
             running_max, row_sum, acc, kept = visit_candidate(
@@ -250,4 +281,4 @@ def _forward(
     inside = valid[:, None] & (columns < D)[None, :]
     tl.store(out_ptr + row_in_plane[:, None] * D + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + row_in_plane, (running_max + tl.log2(row_sum)) / LOG2E, mask=valid)
-    tl.store(kept_ptr + plane * tiles + t, kept)
+    tl.store(kept_ptr + plane * tiles + t, tl.where(whole, kept, 0))

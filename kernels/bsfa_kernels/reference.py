@@ -6,20 +6,26 @@ time, nothing fused. For each sequence b, query head h (reading key/value head h
     running_max = -inf per row
     for key_tile in diagonal tiles, sink, then the candidates:
         s = scale * q_tile @ k_tile^T                 masked entries (causal, padding) -> -inf
-        if key_tile is a candidate:
-            keep = max(s over valid rows) >= absolute                       absolute gate, if set
-               and any(row_max(s) - running_max >= gap over valid rows)     gap gate, if set
+        if key_tile is a candidate and the call holds query_tile whole:
+            keep = not max(s over valid rows) < absolute                        absolute gate, if set
+               and not all(row_max(s) - running_max < gap over valid rows)      gap gate, if set
         if kept: running_max = max(running_max, row_max(s)); s joins the row's softmax, numerator and denominator
     out = softmax(kept s) @ v;  lse = logsumexp(kept s)
 
 Diagonal tiles and (with keep_sink) the sink are forced: always visited, once. Candidates are all other key tiles that
 hold a key visible to the query tile, from right to left. Block lists narrow them to the listed ones; a list is a set,
-whatever its order and repeats, and listed tiles that are forced, invisible or nonexistent are passed over. Only
-candidates are counted.
+whatever its order and repeats, and listed tiles that are forced, invisible or nonexistent are passed over. Comparisons
+keep on equality, and where a score is NaN: what cannot be judged is not hidden.
+
+A query tile is held whole when the call has all of its rows, up to where the sequence is known to end (q_length), and
+a tile's worth of rows at all. Thresholds were calibrated on the vote of all those rows. Of any other query tile every
+tile is kept, so that a prompt that comes in chunks, however it is cut, differs from the whole prompt only in keeping
+more. Only candidates of whole query tiles are counted.
 
 Positions: query row i of sequence b stands at q_offset[b] + i, key row j at k_offset[b] + j. Rows and keys at
 negative positions or at positions >= length[b] are padding: no vote, no share; padding queries give out = 0 and
-lse = -inf. So does every query of a sequence with no valid key.
+lse = -inf. So does every query of a sequence with no valid key. A query tile exists where it has a row that is no
+padding.
 """
 
 from __future__ import annotations
@@ -37,8 +43,8 @@ from .tiles import TileShape, Visit, query_tile_count, visit
 class Span(NamedTuple):
     """Where one sequence's rows stand: position of query row 0, of key row 0, and the number of valid positions.
 
-    `q_length` bounds the queries and `length` the keys. They differ only where the caller gave no lengths: then keys
-    end with the tensor and queries are unbounded.
+    `q_length` bounds the queries and `length` the keys. They differ only where the caller does not know where the
+    sequence ends: then keys end with the tensor and queries are unbounded.
     """
 
     q_offset: int
@@ -53,6 +59,11 @@ class Span(NamedTuple):
         first, count = query_tile_count(self.q_offset, min(q_rows, self.q_length - self.q_offset), tile)
         yield from enumerate(range(first, first + count))
 
+    def whole(self, query_tile: int, q_rows: int, tile: TileShape) -> bool:
+        """Whether a call of `q_rows` rows holds all of `query_tile`; see the module docstring."""
+        first, end = query_tile * tile.rows, min((query_tile + 1) * tile.rows, self.q_length)
+        return q_rows >= tile.rows and self.q_offset <= first and end <= self.q_offset + q_rows
+
     def rows(self, query_tile: int, q_rows: int, tile: TileShape) -> slice:
         """The rows of a query tensor that belong to `query_tile` and are no padding."""
         first, end = query_tile * tile.rows, (query_tile + 1) * tile.rows
@@ -65,13 +76,13 @@ class Span(NamedTuple):
 class ReferenceOutput(NamedTuple):
     out: torch.Tensor  # [B, Hq, Tq, D] in the compute dtype
     lse: torch.Tensor  # [B, Hq, Tq], natural log
-    kept: torch.Tensor  # int32 [B, Hq, query tiles]: candidate tiles that passed the gate
-    candidates: torch.Tensor  # int32 [B, Hq, query tiles]: tiles a gate may drop
+    kept: torch.Tensor  # int32 [B, Hq, query tiles]: candidate tiles of whole query tiles that passed the gate
+    candidates: torch.Tensor  # int32 [B, Hq, query tiles]: candidate tiles of whole query tiles
 
 
 class ReferenceStatistics(NamedTuple):
     maximum: torch.Tensor  # [B, Hq, query tiles, key tiles]: largest score, -inf where nothing is visible
-    gap: torch.Tensor  # largest row_max - running_max on visiting the tile; +inf for forced tiles, -inf if invisible
+    gap: torch.Tensor  # largest row_max - running_max on visiting the tile; +inf if no gate drops it, -inf if invisible
     mass_mean: torch.Tensor  # softmax mass the tile carries, mean over the query tile's valid rows
     mass_worst: torch.Tensor  # the same, largest over the rows
 
@@ -119,13 +130,13 @@ def attention(
     candidates = torch.zeros_like(kept)
     for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
         span, kb, vb = spans[b], k[b, h // group], v[b, h // group]
-        plan = visit(query_tile, span.length, causal, keep_sink, tile)
+        plan, whole = visit(query_tile, span.length, causal, keep_sink, tile), span.whole(query_tile, q_rows, tile)
         allowed = plan.candidates() if blocks is None else _listed(blocks, b, h, t, plan)
         running_max, scores, values = None, [], []
         for key_tile in plan.forced() + allowed:
             s, rows, keys = tile_scores(q[b, h], kb, span, query_tile, key_tile, scale, causal, tile)
             row_max = s.amax(-1)
-            if key_tile not in plan.forced():
+            if whole and key_tile not in plan.forced():
                 candidates[b, h, t] += 1
                 if not _keep(gate, h, query_tile, row_max, running_max):
                     continue
@@ -134,9 +145,14 @@ def attention(
             scores.append(s)
             values.append(vb[keys])
         s = torch.cat(scores, -1)
-        out[b, h, rows] = s.softmax(-1) @ torch.cat(values, 0)
+        out[b, h, rows] = weights(s) @ torch.cat(values, 0)
         lse[b, h, rows] = s.logsumexp(-1)
     return ReferenceOutput(out, lse, kept, candidates)
+
+
+def weights(s: torch.Tensor) -> torch.Tensor:
+    """What each key weighs, from the scores [rows, keys] of the kept tiles. Tests put a rounded one in its place."""
+    return s.softmax(-1)
 
 
 def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_tiles, dtype=torch.float64):
@@ -149,7 +165,7 @@ def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_
     mass_mean, mass_worst = q.new_zeros(shape), q.new_zeros(shape)
     for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
         span = spans[b]
-        plan = visit(query_tile, span.length, causal, keep_sink, tile)
+        plan, whole = visit(query_tile, span.length, causal, keep_sink, tile), span.whole(query_tile, q_rows, tile)
         order = plan.forced() + plan.candidates()
         tiles = {j: tile_scores(q[b, h], k[b, h // group], span, query_tile, j, scale, causal, tile)[0] for j in order}
         lse = torch.cat([tiles[j] for j in order], -1).logsumexp(-1)
@@ -158,7 +174,8 @@ def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_
             row_max = tiles[j].amax(-1)
             mass = (tiles[j] - lse[:, None]).exp().sum(-1)
             maximum[b, h, t, j] = row_max.amax()
-            gap[b, h, t, j] = torch.inf if j in plan.forced() else (row_max - running_max).amax()
+            judged = whole and j not in plan.forced()
+            gap[b, h, t, j] = (row_max - running_max).amax() if judged else torch.inf
             mass_mean[b, h, t, j], mass_worst[b, h, t, j] = mass.mean(), mass.amax()
             running_max = torch.maximum(running_max, row_max)
     return ReferenceStatistics(maximum, gap, mass_mean, mass_worst)
@@ -167,9 +184,9 @@ def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_
 def _keep(gate: Gate, head: int, query_tile: int, row_max: torch.Tensor, running_max: torch.Tensor) -> bool:
     keep = True
     if gate.absolute is not None:
-        keep = bool(row_max.amax() >= column(gate.absolute, query_tile)[head])
+        keep = not row_max.amax() < column(gate.absolute, query_tile)[head]
     if gate.gap is not None:
-        keep = keep and bool(((row_max - running_max) >= column(gate.gap, query_tile)[head]).any())
+        keep = keep and not ((row_max - running_max) < column(gate.gap, query_tile)[head]).all()
     return keep
 
 

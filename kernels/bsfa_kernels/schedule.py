@@ -27,7 +27,7 @@ class Schedule(NamedTuple):
 
     entries: torch.Tensor  # int32 [B * Hq, S, room]
     lengths: torch.Tensor  # int32 [B * Hq, S]: valid leading entries
-    candidates: torch.Tensor  # int32 [B, Hq, query tiles]: listed tiles that a gate may drop
+    candidates: torch.Tensor  # int32 [B, Hq, query tiles]: listed tiles that a gate may drop; see reference.py
 
 
 def schedule(request: Request, width: int, forced: bool) -> Schedule:
@@ -57,10 +57,10 @@ def _query_tile(
     t, tiles, q_first, length, q_length, q_rows,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
 ):  # fmt: skip
-    """Whether the t-th query tile computes anything, and what geometry.visited says of it."""
-    query_tile, _, _, _, _, inhabited = query_rows(t, q_first, length, q_length, q_rows, ROWS)
+    """Whether the t-th query tile computes anything, whether gates judge it, and what geometry.visited says of it."""
+    query_tile, _, _, _, _, inhabited, whole = query_rows(t, q_first, length, q_length, q_rows, ROWS)
     first_diagonal, end_diagonal, sink, end_tiles = visited(query_tile, length, ROWS, KEYS, CAUSAL, KEEP_SINK)
-    return inhabited & (t < tiles), first_diagonal, end_diagonal, sink, end_tiles
+    return inhabited & (t < tiles), whole, first_diagonal, end_diagonal, sink, end_tiles
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _schedule(
     listed_ptr += own_row * key_tiles
     most, least, top, any_sink = 0, key_tiles, 0, 0  # end and start of all diagonals, end of visible tiles
     for w in tl.static_range(WIDTH):
-        alive, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
+        alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
             first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
         )
         if alive:
@@ -117,14 +117,14 @@ def _schedule(
         for i in range(0, 0 if CAUSAL else tl.maximum(most - least, 0)):
             bits = 0
             for w in tl.static_range(WIDTH):
-                alive, first_diagonal, _, _, _ = _query_tile(
+                alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
                     first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
                 )
                 bits |= tl.where(alive & (first_diagonal == most - 1 - i), 1 << w, 0)
             count = _append(entries_ptr, count, (most - 1 - i << 2 * WIDTH) | (bits << WIDTH), bits != 0)
         bits = 0
         for w in tl.static_range(WIDTH):
-            alive, first_diagonal, _, sink, _ = _query_tile(
+            alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
                 first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
             )
             bits |= tl.where(alive & ((sink == 1) | (CAUSAL & (first_diagonal == 0))), 1 << w, 0)
@@ -134,7 +134,7 @@ def _schedule(
         j = top - 1 - start - tl.arange(0, BLOCK)
         wanting = tl.zeros([BLOCK], tl.int32)
         for w in tl.static_range(WIDTH):
-            alive, first_diagonal, _, _, _ = _query_tile(
+            alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
                 first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
             )
             marked = tl.load(listed_ptr + w * key_tiles + j, mask=alive & (j >= 0), other=0).to(tl.int32)
@@ -142,7 +142,7 @@ def _schedule(
             if FORCED and CAUSAL:
                 own = alive & (j == first_diagonal) & ((j > 0) | (any_sink == 0))
                 wanting |= tl.where(own, 1 << WIDTH + w, 0)
-            if alive:
+            if alive & whole:
                 tl.atomic_add(candidates_ptr + own_row + w, tl.sum(marked, 0), sem="relaxed")
         wanted = (wanting != 0).to(tl.int32)
         slot = count + tl.cumsum(wanted, 0) - wanted

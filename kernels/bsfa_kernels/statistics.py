@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import candidate, load_span, query_rows, visited
-from .portable import LOG2E, aligned, device_guard, mask_tile, tile_scores, unsupported
+from .portable import LOG2E, aligned, device_guard, larger, largest, mask_tile, tile_scores, unsupported
 from .request import Request
 
 __all__ = ["tile_statistics", "unsupported"]
@@ -38,7 +38,7 @@ def tile_statistics(request: Request, lse: torch.Tensor):
 
 @triton.jit
 def _visit(
-    q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max, scale_log2,
+    q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max, scale_log2,
     maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr,
     FORCED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -46,17 +46,17 @@ def _visit(
     s = tile_scores(q, k_desc, b, kv_head, j * KEYS - k_offset, BLOCK_D, KEYS)
     if MASKED:
         s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
-    row_max = tl.max(s, 1) * scale_log2
+    row_max = largest(s, 1) * scale_log2
     vote = tl.where(valid, row_max, float("-inf"))
     mass = tl.sum(tl.exp2(s * scale_log2 - lse_log2[:, None]), 1)
-    tl.store(maximum_ptr + j, tl.max(vote, 0) / LOG2E)
+    tl.store(maximum_ptr + j, largest(vote, 0) / LOG2E)
     if FORCED:
         tl.store(gap_ptr + j, float("inf"))
     else:
-        tl.store(gap_ptr + j, tl.max(vote - running_max, 0) / LOG2E)
+        tl.store(gap_ptr + j, tl.where(whole, largest(vote - running_max, 0) / LOG2E, float("inf")))
     tl.store(mass_mean_ptr + j, tl.sum(mass, 0) / row_count)
     tl.store(mass_worst_ptr + j, tl.max(mass, 0))
-    return tl.maximum(running_max, row_max)
+    return larger(running_max, row_max)
 
 
 @triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles"])
@@ -71,7 +71,9 @@ def _statistics(
     kv_head = head // GROUP
     t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
     q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
-    query_tile, first_row, rows, q_position, valid, inhabited = query_rows(t, q_first, length, q_length, q_rows, ROWS)
+    query_tile, first_row, rows, q_position, valid, inhabited, whole = query_rows(
+        t, q_first, length, q_length, q_rows, ROWS
+    )
     if not inhabited:
         return
 
@@ -93,12 +95,12 @@ def _statistics(
     for i in range(0, diagonals + sink):
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         running_max = _visit(
-            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
+            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max,
             scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
         )  # fmt: skip
     for i in tl.range(0, end_tiles - diagonals - sink):
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)
         running_max = _visit(
-            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, row_count, lse_log2, running_max,
+            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max,
             scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, False, not CAUSAL, BLOCK_D, KEYS, False,
         )  # fmt: skip

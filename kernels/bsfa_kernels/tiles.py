@@ -52,10 +52,12 @@ class Visit(NamedTuple):
 def query_tile_count(q_offset: int, q_rows: int, tile: TileShape) -> tuple[int, int]:
     """(index of the first query tile, number of query tiles) for rows at positions q_offset .. q_offset + q_rows.
 
-    Rows at negative positions are padding and belong to no tile.
+    Rows at negative positions are padding and belong to no tile; where no row is left, there is no tile.
     """
-    first = max(q_offset, 0) // tile.rows
-    return first, max(0, -(-(q_offset + q_rows) // tile.rows) - first)
+    first, end = max(q_offset, 0), q_offset + q_rows
+    if end <= first:
+        return first // tile.rows, 0
+    return first // tile.rows, -(-end // tile.rows) - first // tile.rows
 
 
 def visit(query_tile: int, length: int, causal: bool, sink: bool, tile: TileShape) -> Visit:

@@ -41,7 +41,8 @@ def streams(request: Request, width: int, forced: bool) -> tuple[dict, torch.Ten
                 plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
                 count = max(int(request.blocks.counts[b, h, t]), 0)
                 listed = {*request.blocks.indices[b, h, t, :count].tolist()} & {*plan.candidates()}
-                candidates[b, h, t] = len(listed)
+                if span.whole(query_tile, request.q.shape[2], request.tile):
+                    candidates[b, h, t] = len(listed)
                 wanted.setdefault(t // width, []).append((t % width, plan, listed))
             for stream, members in wanted.items():
                 plane = b * request.q.shape[1] + h

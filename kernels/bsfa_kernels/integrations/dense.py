@@ -1,7 +1,8 @@
-"""Exact dense attention for layers that bsfa does not skip in: sliding windows, softcap, sinks, arbitrary masks.
+"""Exact dense attention for calls that no gate judges: sliding windows, softcap, sinks, arbitrary masks, decoding.
 
-Memory stays linear in the length: queries go in chunks, windowed layers read only the keys a chunk can see. Plain
-softmax runs on PyTorch's scaled_dot_product_attention; softcap and sinks, which it lacks, in float32 matmuls.
+Memory stays linear in the length: queries go in chunks, windowed layers read only the keys a chunk can see, and the
+query heads that share a KV head stand side by side as rows, so that keys and values are never repeated. Plain softmax
+runs on PyTorch's scaled_dot_product_attention; softcap and sinks, which it lacks, in float32 matmuls.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ def attention(
     end where the keys end. `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: one more logit per head in
     the softmax denominator. Rows that see nothing give 0.
     """
-    plain = softcap is None and sinks is None
-    if plain and mask is None and spans is None and window is None and (not causal or q.shape[2] == k.shape[2]):
-        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
     rows, keys = q.shape[2], k.shape[2]
+    plain = softcap is None and sinks is None
+    if plain and mask is None and spans is None and window is None and (not causal or rows == keys):
+        return library(q, k, v, scale=scale, causal=causal)
+    if not plain:
+        k, v = k.float(), v.float()  # once, not for every chunk
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
     seen = keys if window is None else min(keys, window)
-    chunk = max(16, min(1024, SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * seen)))
+    columns = q.shape[0] * (q.shape[1] // k.shape[1] if plain else q.shape[1]) * seen
+    chunk = max(16, min(1024, SCORES_PER_CHUNK // columns))
     for start in range(0, rows, chunk):
         end = min(start + chunk, rows)
         first, last = 0, keys
@@ -57,8 +61,19 @@ def attention(
         if plain:
             out[:, :, start:end] = _sdpa(*arguments, visible)
         else:
-            out[:, :, start:end] = _explicit(*arguments, visible, softcap, sinks)
+            with torch.autocast(q.device.type, enabled=False):
+                out[:, :, start:end] = _explicit(*arguments, visible, softcap, sinks)
     return out
+
+
+def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool) -> torch.Tensor:
+    """scaled_dot_product_attention without a mask: rows of q and of k start at position 0. Shapes as in `attention`."""
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and q.is_cuda and (q.dtype.itemsize > 2 or q.shape[-1] > 256):
+        # No kernel of PyTorch's takes grouped heads then, and its plain fallback writes out all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        grouped = False
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def _visible(rows: slice, part: slice, q_rows, keys, causal, spans, window, device) -> torch.Tensor:
@@ -83,21 +98,25 @@ def _visible(rows: slice, part: slice, q_rows, keys, causal, spans, window, devi
 
 
 def _sdpa(q, k, v, scale, visible) -> torch.Tensor:
-    if k.shape[1] != q.shape[1]:
-        # With a mask, grouped heads would fall to the kernel that writes out all scores in float32.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    batch, heads, rows, _ = q.shape
+    group = heads // k.shape[1]
+    if group > 1:
+        q = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)
+        visible = visible.expand(-1, heads if visible.shape[1] > 1 else group, rows, -1)
+        visible = visible.unflatten(1, (-1, group)).flatten(2, 3)
     if visible.dtype != torch.bool:
-        return scaled_dot_product_attention(q, k, v, attn_mask=visible.to(q.dtype), scale=scale)
-    blind = ~visible.any(-1, keepdim=True)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=scale)
-    return out.masked_fill(blind, 0)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=visible.to(q.dtype), scale=scale)
+    else:
+        blind = ~visible.any(-1, keepdim=True)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, scale=scale).masked_fill(blind, 0)
+    return out.reshape(batch, heads, rows, -1)
 
 
 def _explicit(q, k, v, scale, visible, softcap, sinks) -> torch.Tensor:
     batch, heads, rows, _ = q.shape
     group = heads // k.shape[1]
     grouped = q.float().reshape(batch, k.shape[1], group * rows, q.shape[3])
-    scores = (scale * (grouped @ k.float().transpose(-1, -2))).view(batch, heads, rows, k.shape[2])
+    scores = (scale * (grouped @ k.transpose(-1, -2))).view(batch, heads, rows, k.shape[2])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf) if visible.dtype == torch.bool else scores + visible.float()
@@ -109,5 +128,5 @@ def _explicit(q, k, v, scale, visible, softcap, sinks) -> torch.Tensor:
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + (sinks.float()[:, None, None] - largest).exp()
-    out = weights.view(batch, k.shape[1], group * rows, k.shape[2]) @ v.float()
+    out = weights.view(batch, k.shape[1], group * rows, k.shape[2]) @ v
     return (out.view(batch, heads, rows, v.shape[3]) / total.masked_fill(total == 0, 1)).to(q.dtype)

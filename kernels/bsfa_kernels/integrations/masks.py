@@ -2,16 +2,21 @@
 
 transformers asks for a mask once per forward pass and hands it to every layer. Where the mask is causal,
 bidirectional or a causal sliding window, with padding at either end and any cache, four numbers per sequence say the
-same as a [B, 1, Tq, Tk] buffer: the spans of `bsfa_kernels.make_spans`. They travel as an int32 tensor
-[B, 1, pattern, 4] (four axes, so that transformers passes it on as a prepared mask; no other mask is int32), whose
-third axis is a stride-0 axis that only says, without a look at the device, which pattern the spans bound:
+same as a [B, 1, Tq, Tk] buffer: the spans of `bsfa_kernels.make_spans`. They travel as a SpanMask, an int32 tensor
+[B, plain, pattern, 4] of a type of its own (four axes, so that transformers passes it on as a prepared mask). Two of
+its axes have stride 0 and only say something by their size, without a look at the device:
 
-    1      causal
-    2      bidirectional
-    2 + w  causal, a query sees the last w keys including its own; queries end where the keys end
+    plain    1: read the spans
+             2: queries and keys start at position 0, there are equally many, and none is padding
+    pattern  1      causal
+             2      bidirectional
+             2 + w  causal, a query sees the last w keys including its own; queries end where the keys end
 
-None means: no padding, as many keys as queries, the module's own causality. Everything else is the exact boolean mask
-of transformers' own `sdpa_mask`.
+Everything else is the additive mask of transformers' own `eager_mask`: where the pattern is another one, where padding
+has holes, and where a model asks for a mask that it can take apart (`allow_is_causal_skip=False`). Not the boolean one
+of `sdpa_mask`: models that add masks to scores of their own, or put more columns behind them, take any mask for an
+additive one, and only additive ones are right in all of them. None is never the answer to a prefill, so that it means
+one thing: nobody asked for a mask.
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 from ..request import UNBOUNDED, make_spans
 
 CAUSAL, BIDIRECTIONAL = 1, 2
+READ, PLAIN = 1, 2
 
 
 class Pattern(NamedTuple):
@@ -33,32 +39,64 @@ class Pattern(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """A decoded mask. `spans` int32 [B, 4] as for `block_sparse_attention`."""
+    """A decoded SpanMask. `spans` int32 [B, 4] as for `block_sparse_attention`; None where they say nothing."""
 
-    spans: torch.Tensor
+    spans: torch.Tensor | None
     pattern: Pattern
 
 
-def encode(spans: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Spans [B, 4] and their pattern as the tensor [B, 1, pattern, 4] that layers receive."""
+class SpanMask(torch.Tensor):
+    """Spans on their way to the layers: moved and copied like any tensor, and nothing else done with."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = function.__name__
+        if name in _CARRIED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {})).as_subclass(cls)
+        if name in _READ:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise ValueError(  # a TypeError would become "unsupported operand"
+            "attn_implementation='bsfa' hands layers the positions of sequences for a mask, and this model computes "
+            f"with it ({name}); run it with 'eager' or 'sdpa'"
+        )
+
+
+_CARRIED = frozenset({"to", "cuda", "cpu", "clone", "detach", "contiguous"})
+_READ = frozenset({
+    "__get__", "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "is_floating_point",
+    "is_contiguous", "get_device", "as_subclass", "__repr__", "__len__", "__hash__", "data_ptr", "storage_offset",
+    "untyped_storage", "is_complex", "__format__", "__reduce_ex__",
+})  # fmt: skip
+
+
+def encode(spans: torch.Tensor, pattern: Pattern, plain: bool = False) -> SpanMask:
+    """Spans [B, 4] and their pattern as the tensor [B, plain, pattern, 4] that layers receive."""
     size = CAUSAL if pattern.causal else BIDIRECTIONAL
     if pattern.window is not None:
         size = BIDIRECTIONAL + pattern.window
-    return spans[:, None, None, :].expand(-1, 1, size, -1)
+    return spans[:, None, None, :].expand(-1, PLAIN if plain else READ, size, -1).as_subclass(SpanMask)
 
 
-def decode(mask: torch.Tensor) -> Positions | None:
-    """The spans in `mask`, or None when it is an ordinary mask. Raises ValueError for any other int32 tensor."""
-    if mask.dtype != torch.int32:
-        return None
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != 4:
-        raise ValueError(
-            f"attention_mask must be [batch, length], a 4-axis bool or float mask, or None; "
-            f"got {mask.dtype} {list(mask.shape)}"
-        )
-    size = mask.shape[2]
+def decode(mask: SpanMask) -> Positions:
+    """The spans and the pattern in `mask`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        _, plain, size, _ = mask.shape
+        spans = None if plain == PLAIN else mask[:, 0, 0, :]
     window = size - BIDIRECTIONAL if size > BIDIRECTIONAL else None
-    return Positions(mask[:, 0, 0, :], Pattern(size != BIDIRECTIONAL, window))
+    return Positions(spans, Pattern(size != BIDIRECTIONAL, window))
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """An ordinary mask, boolean or additive, [B or 1, Hq or 1, Tq or 1, Tk], as a plain tensor. Raises ValueError."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise ValueError(
+                f"attention_mask must be [batch, length], a 4-axis bool or floating-point mask, or None; "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        return mask[:]
 
 
 def mask_function(
@@ -70,6 +108,8 @@ def mask_function(
     mask_function: Callable = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs,
 ) -> torch.Tensor | None:
     """Registered with transformers' AttentionMaskInterface; its signature and calls are transformers'.
@@ -78,17 +118,23 @@ def mask_function(
     holes; under torch.compile it is asserted on the device instead.
     """
     pattern = _pattern(mask_function)
-    if pattern is not None and q_length > 1:
+    # A model that allows no skip takes the mask apart.
+    plain = pattern is not None and (allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip)
+    if plain and q_length > 1:
         if pattern.window is not None and kv_offset == 0 and kv_length <= pattern.window:
             pattern = Pattern(True, None)
-        spans = _spans(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
-        if spans is not None:
-            same = attention_mask is None and isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
-            return None if same and pattern.window is None else encode(spans, pattern)
-    return sdpa_mask(
+        encoded = _encoded(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+        if encoded is not None:
+            return encoded
+    geometry = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
+        mask_function=mask_function, attention_mask=attention_mask, device=device,
     )  # fmt: skip
+    if q_length == 1:  # what decoding sees needs no mask where nothing is padded
+        flags = dict(allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip)
+        if sdpa_mask(**geometry, **flags, **kwargs) is None:
+            return None
+    return eager_mask(**geometry, allow_is_bidirectional_skip=False, **kwargs)
 
 
 def _pattern(function: Callable) -> Pattern | None:
@@ -111,19 +157,19 @@ def _closure(function: Callable, qualified_name: str) -> dict:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
 
 
-def _spans(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention_mask, device) -> torch.Tensor | None:
-    """Spans int32 [B, 4], or None where they cannot say it."""
+def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention_mask, device) -> SpanMask | None:
+    """The SpanMask, or None where spans cannot say it."""
     if pattern.window is not None:
         # The windowed computation slices keys by row number, so queries must end where the keys end.
         if not isinstance(q_offset, int) or q_offset - kv_offset != kv_length - q_length:
             return None
     elif kv_offset:
         return None
-    if attention_mask is None:
-        if pattern.causal:
-            lengths = torch.as_tensor(q_offset + q_length, dtype=torch.int32, device=device)
-        else:
-            lengths = torch.as_tensor(kv_length + kv_offset, dtype=torch.int32, device=device)
+    padded = attention_mask is not None
+    if not padded:
+        lengths = torch.as_tensor(
+            q_offset + q_length if pattern.causal else kv_length + kv_offset, dtype=torch.int32, device=device
+        )
         left = torch.zeros((), dtype=torch.int32, device=device)
     else:
         if attention_mask.dim() != 2:
@@ -138,9 +184,15 @@ def _spans(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention_m
             contiguous = contiguous & (left == 0).all()
         if torch.compiler.is_compiling():
             torch._assert_async(contiguous, "bsfa under torch.compile needs an attention_mask without holes")
-        elif not contiguous:
-            return None
+        else:
+            expressible, full = torch.stack([contiguous, valid.all()]).tolist()  # one wait for the device
+            if not expressible:
+                return None
+            padded = not full or valid.shape[-1] != kv_length
     spans = make_spans(batch, q_offset - left, kv_offset - left, lengths.expand(batch), device)
     if not pattern.causal:
-        spans[:, 0], spans[:, 3] = 0, UNBOUNDED
-    return spans
+        spans[:, 0] = 0
+    # A sequence ends in this call where rows behind its end are padding; at the call's last row it may go on.
+    spans[:, 3].masked_fill_((spans[:, 3] >= spans[:, 0] + q_length) | (not pattern.causal), UNBOUNDED)
+    at_start = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    return encode(spans, pattern, plain=not padded and pattern.window is None and (at_start or not pattern.causal))

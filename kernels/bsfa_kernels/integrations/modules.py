@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType
 
+import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
+
+from .plan import HEAD_DIMS, SINKS, softcap_reason, window_reason
+
+WRAPPED = "_orig_mod"  # torch.compile's name for what it wraps
 
 
 @dataclass(frozen=True)
@@ -21,25 +29,58 @@ class AttentionModule:
     scale: float
     causal: bool
     dense_reason: str | None  # why no tile is ever skipped in it, in words; None where tiles may be
+    device: torch.device | str = "cpu"  # of its weights
 
 
 def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
     """{module path: AttentionModule} of every module of `model` that attends through transformers' AttentionInterface,
-    in the model's order. Paths are those of `model.named_modules()`.
+    in the model's order. Paths are those of the model's `named_modules()` without what torch.compile wraps around it.
     """
-    return {path: describe(path, module) for path, module in model.named_modules() if attends(module)}
+    return {path: describe(path, module) for path, module in named_modules(model) if attends(module)}
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of `model` as if neither it nor any part of it were wrapped by torch.compile."""
+    for path, module in model.named_modules():
+        if not isinstance(module, OptimizedModule):
+            yield ".".join(part for part in path.split(".") if part != WRAPPED), module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or `model`."""
+    return getattr(model, WRAPPED) if isinstance(model, OptimizedModule) else model
 
 
 def attends(module: nn.Module) -> bool:
-    return hasattr(module, "config") and "ALL_ATTENTION_FUNCTIONS" in _source(type(module))
+    return hasattr(module, "config") and mentions(type(module), "ALL_ATTENTION_FUNCTIONS")
 
 
 @cache
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
+def mentions(kind: type, word: str) -> bool:
+    """Whether the class behind a module's `forward` uses `word` as a name, a keyword or a text.
+
+    A class that inherits `forward`, or calls the one that it overrides, is what its parent is. Read from the code that
+    runs, so that classes without a source file count too.
+    """
+    for parent in kind.__mro__:
+        functions = {name: inspect.unwrap(member) for name, member in vars(parent).items() if inspect.isroutine(member)}
+        words = {name: set(_words(f.__code__)) for name, f in functions.items() if inspect.isfunction(f)}
+        if any(word in found for found in words.values()):
+            return True
+        if "super" not in words.get("forward", {"super"}):
+            return False
+    return False
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
+        elif isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, tuple):  # keywords of a call
+            yield from (text for text in constant if isinstance(text, str))
 
 
 def describe(path: str, module: nn.Module) -> AttentionModule:
@@ -60,6 +101,7 @@ def describe(path: str, module: nn.Module) -> AttentionModule:
     return AttentionModule(
         path, getattr(module, "layer_idx", None), query_heads, kv_heads, head_dim, float(scale),
         bool(getattr(module, "is_causal", True)), _dense_reason(module),
+        next((weight.device for weight in module.parameters()), "cpu"),
     )  # fmt: skip
 
 
@@ -83,20 +125,7 @@ def _window(module: nn.Module) -> int | None:
     """The sliding window that the module passes on: its own, or, as Mistral's does, its config's."""
     if hasattr(module, "sliding_window"):
         return module.sliding_window
-    return getattr(module.config, "sliding_window", None) if "sliding_window" in _source(type(module)) else None
-
-
-SINKS = "attention sinks"
-HEAD_DIMS = "keys and values differ in head dim"
-MASK = "its mask is not plain causal or bidirectional with padding at the ends (custom, packed, chunked or with holes)"
-
-
-def window_reason(window: int) -> str:
-    return f"sliding window of {window} tokens"
-
-
-def softcap_reason(softcap: float) -> str:
-    return f"scores are soft-capped at {softcap:g}"
+    return getattr(module.config, "sliding_window", None) if mentions(type(module), "sliding_window") else None
 
 
 def _first(holder, *names):

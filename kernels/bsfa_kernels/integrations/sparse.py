@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,8 @@ from .modules import AttentionModule
 if TYPE_CHECKING:
     from ..thresholds import Thresholds
 
+MAX_TILES = 1 << 17  # of a gate without a stated length: 8 million positions of 64-row tiles
+
 
 class Counts(NamedTuple):
     """Tiles a gate might have dropped, summed over calls and sequences, by query head."""
@@ -25,38 +28,71 @@ class Counts(NamedTuple):
 class SparseAttention:
     """Attends with the thresholds of one module at one operating point; see `transformers.Handler`.
 
-    The gate is interpolated again only when a longer sequence or another device comes. With `count`, `counts` sums
-    kept and candidate tiles on the device, without waiting for it; None before the first call.
+    Its buffers, a gate for every query tile up to `longest` positions and, with `count`, the counters, are made once
+    and stay where they are until a call comes on another device: calls can be captured in a CUDA graph and replayed.
+    Past the last knot thresholds no longer change, so that a gate rarely needs `longest` columns. `counts` sums kept
+    and candidate tiles on the device, without waiting for it, over all threads and streams.
     """
 
     def __init__(
-        self, thresholds: Thresholds, point: str | None, path: str, *, count: bool = False, backend: str = "auto"
+        self,
+        thresholds: Thresholds,
+        point: str | None,
+        path: str,
+        *,
+        count: bool = False,
+        backend: str = "auto",
+        longest: int | None = None,
+        device: torch.device | str = "cpu",
     ):
-        self.path = path
-        self.counts: Counts | None = None
-        self.thresholds, self.point, self.backend, self._count = thresholds, point, backend, count
-        self._gate, self._gate_tiles, self._device = Gate(), 0, None
+        tile = thresholds.tile
+        self.path, self.point, self.thresholds, self.backend = path, point, thresholds, backend
+        self.least_rows, self.fused_tile = tile.rows, tile if backend == "auto" else None
+        # The column behind whose centre no knot lies holds the value of all that follow.
+        flat = max(0, -(-(thresholds.knots[-1] - tile.rows // 2) // tile.rows)) + 1
+        most = MAX_TILES if longest is None else -(-longest // tile.rows)
+        self.longest = None if flat <= most else most * tile.rows
+        self._gate = thresholds.gate(path, point, min(flat, most), device)
+        heads = thresholds.tensors[path].shape[1]
+        self._totals = torch.zeros(2 * heads, dtype=torch.int64, device=device) if count else None
 
     @classmethod
     def for_model(
         cls, thresholds: Thresholds, modules: Mapping[str, AttentionModule], point: str | None = None, **options
     ) -> dict[str, SparseAttention]:
-        """{module path: handler} for every module that `thresholds` holds. Raises ThresholdsError for an unknown
-        point, module or number of heads.
+        """{module path: handler} for every module that `thresholds` holds, with its buffers on the module's device.
+
+        Raises ThresholdsError for an unknown point, module or number of heads.
         """
         thresholds.index(point)
         thresholds.check_model({}, {path: module.query_heads for path, module in modules.items()})
-        return {path: cls(thresholds, point, path, **options) for path in modules if path in thresholds.tensors}
+        return {
+            path: cls(thresholds, point, path, device=module.device, **options)
+            for path, module in modules.items()
+            if path in thresholds.tensors
+        }
 
     def gate(self, positions: int, device: torch.device) -> Gate:
-        """The gate for queries at absolute positions below `positions`."""
-        tiles = -(-positions // self.thresholds.tile.rows)
-        if tiles > self._gate_tiles or self._device != device:
-            # Rounded up, so that a prompt that comes in chunks does not interpolate for each of them.
-            tiles = max(64, 1 << (tiles - 1).bit_length())
-            self._gate = self.thresholds.gate(self.path, self.point, tiles, device)
-            self._gate_tiles, self._device = tiles, device
+        """The gate for queries at absolute positions below `positions`. Raises ValueError where it has no column."""
+        if self.longest is not None and positions > self.longest:
+            raise ValueError(
+                f"{self.path}: a sequence of {positions:,} positions is longer than the {self.longest:,} that its "
+                "thresholds were laid out for; give apply() a larger longest="
+            )
+        thresholds = self._gate.gap if self._gate.absolute is None else self._gate.absolute
+        if thresholds.device != device:
+            self._gate = self._gate.to(device)
         return self._gate
+
+    @property
+    def counts(self) -> Counts | None:
+        """Sums since `reset`, on the device; None without `count`."""
+        return None if self._totals is None else Counts(*self._totals.view(2, -1).unbind())
+
+    def reset(self) -> None:
+        """Start counting anew, in place."""
+        if self._totals is not None:
+            self._totals.zero_()
 
     def attend(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **options) -> Attention:
         """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
@@ -66,10 +102,30 @@ class SparseAttention:
         )  # fmt: skip
 
     def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-        result = self.attend(q, k, v, scale=scale, causal=causal, spans=spans, return_counts=self._count)
-        if self._count:
-            kept, candidates = (x.sum((0, 2), dtype=torch.int64) for x in (result.kept, result.candidates))
-            if self.counts is not None:
-                kept, candidates = kept + self.counts.kept, candidates + self.counts.candidates
-            self.counts = Counts(kept, candidates)
+        counting = self._totals is not None
+        result = self.attend(q, k, v, scale=scale, causal=causal, spans=spans, return_counts=counting)
+        if counting:
+            if self._totals.device != q.device:
+                self._totals = self._totals.to(q.device)
+            torch.ops.bsfa.add_counts(self._totals, result.kept, result.candidates)
         return result.out
+
+
+_COUNTING = threading.Lock()
+
+
+@torch.library.custom_op("bsfa::add_counts", mutates_args=("totals",))
+def _add_counts(totals: torch.Tensor, kept: torch.Tensor, candidates: torch.Tensor) -> None:
+    """totals int64 [2 * Hq] += kept and candidates int32 [B, Hq, query tiles], summed.
+
+    Streams and threads may do so at the same time: `index_add_` is atomic on a GPU, the lock makes it so on a CPU.
+    """
+    found = torch.cat([x.sum((0, 2), dtype=torch.int64) for x in (kept, candidates)])
+    index = torch.arange(len(totals), device=totals.device)
+    with _COUNTING:
+        totals.index_add_(0, index, found)
+
+
+@_add_counts.register_fake
+def _(totals, kept, candidates):
+    return None

@@ -2,11 +2,16 @@
 
     import bsfa_kernels.integrations.transformers as bsfa      # registers the name
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="bsfa")
-    bsfa.apply(model, "thresholds.safetensors")                # without it every tile is kept: exact attention
+    bsfa.apply(model, "thresholds.safetensors", count=True)    # without it every tile is kept: exact attention
+    ...
+    bsfa.skip_rate(model), bsfa.notes(model)
+    bsfa.remove(model)
 
-Prefill goes through `block_sparse_attention`; decode steps (one query) and what the kernels do not know (sliding
-windows shorter than the sequence, softcap, sinks, arbitrary masks) run dense and exact, and `notes(model)` says where
-and why. What a module does is kept on that module: `attach` puts a handler on it, and its `detach` takes it off.
+Prefill goes through `block_sparse_attention`; what a call runs otherwise, all of it exact, is decided in plan.py, and
+`notes(model)` says where and why. What a module does is kept on that module, so that a copied or pickled model keeps
+its thresholds, and copies have buffers of their own.
+
+A mask, an argument or a keyword that is not known here is refused: models hand over selections and biases by keyword.
 """
 
 from __future__ import annotations
@@ -23,17 +28,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..api import block_sparse_attention
 from . import dense
 from .identity import model_identity
-from .masks import decode, mask_function
-from .modules import (
-    HEAD_DIMS,
-    MASK,
-    SINKS,
-    AttentionModule,
-    attends,
-    attention_modules,
-    softcap_reason,
-    window_reason,
-)
+from .masks import SpanMask, decode, mask_function, visible
+from .modules import AttentionModule, attends, attention_modules, named_modules, unwrapped
+from .plan import Call, Route, Step, plan
 from .sparse import SparseAttention
 
 if TYPE_CHECKING:
@@ -50,13 +47,24 @@ __all__ = [
     "attention_modules",
     "model_identity",
     "notes",
+    "remove",
+    "skip_rate",
 ]
 
 NAME = "bsfa"
+# Keywords that models pass on to attention and that change nothing in it: what a mask says already, what is returned
+# besides, and what only other implementations read.
+IGNORED = frozenset({
+    "sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
+    "return_dict", "logits_to_keep", "num_items_in_batch", "deterministic", "encoder_hidden_states",
+})  # fmt: skip
+SELECTIONS = frozenset({"indices", "block_indices"})
 
 
 class Handler(Protocol):
-    """What an attention module calls on prefill instead of attending with every tile kept."""
+    """What an attention module calls on prefill instead of attending with every tile kept. What else the planner may
+    ask of it: plan.Gated.
+    """
 
     def __call__(
         self,
@@ -75,14 +83,16 @@ class Handler(Protocol):
 
 
 class Note(NamedTuple):
-    """A module that ran dense in a prefill, and why."""
+    """A module of which a call was judged by no gate, and why."""
 
     path: str
     reason: str
+    route: str  # what ran instead, a value of plan.Route
+    expected: bool  # by the call (decoding, a short chunk) or by what was asked for, see plan.Step
 
 
 class DenseFallback(UserWarning):
-    """Raised as a warning, once per reason, when a module asked to run bsfa runs dense."""
+    """Raised as a warning, once per reason, when a module asked to run bsfa cannot."""
 
 
 def attention(
@@ -96,42 +106,45 @@ def attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-    output_attentions: bool | None = False,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers' AttentionInterface; its signature and calls are transformers'.
 
     query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D]; `attention_mask` from `masks.mask_function` or the user's own
-    [B, 1, Tq, Tk]. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for training, dropout,
-    position biases and output_attentions.
+    [B, 1 or Hq, Tq, Tk], bool or additive. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for
+    training, dropout, position biases, output_attentions, other masks and every keyword that is not known.
     """
-    _refuse(dropout, position_bias, output_attentions)
+    _refuse(module, dropout, kwargs)
     if module.training and query.requires_grad:
         raise ValueError("attn_implementation='bsfa' has no backward pass: train with 'sdpa', or call model.eval()")
+    query, key, value = _autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     spans = mask = window = None
-    positions = None if attention_mask is None else decode(attention_mask)
-    if positions is not None:
-        spans = positions.spans.to(query.device).contiguous()
-        causal, window = positions.pattern
+    if isinstance(attention_mask, SpanMask):
+        spans, (causal, window) = decode(attention_mask)
+        spans = None if spans is None else spans.to(query.device).contiguous()
     elif attention_mask is not None:
-        mask = attention_mask
+        mask = visible(attention_mask)
+        causal = False
     elif query.shape[2] == 1:
         causal = False
     elif causal and key.shape[2] > query.shape[2]:
-        # Without a mask transformers means: queries start at position 0, later keys are an empty static cache.
+        # Nobody asked for a mask: queries start at position 0, later keys are an empty static cache.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
 
-    reason = _dense_reason(key, value, mask, window, softcap, s_aux)
-    if reason is None and query.shape[2] > 1:
-        handler = getattr(module, "bsfa_handler", None) or keep_every_tile
+    handler = active(module)
+    call = Call(query, key, value, causal, spans is not None, mask is not None, window, softcap, s_aux is not None)
+    step = plan(call, handler)
+    if step.reason is not None:
+        _note(module, step)
+    if step.route in (Route.GATED, Route.KEPT):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        out = handler(query, key, value, scale=scale, causal=causal, spans=spans)
+        run = handler if step.route is Route.GATED else keep_every_tile
+        out = run(query, key, value, scale=scale, causal=causal, spans=spans)
+    elif step.route is Route.LIBRARY:
+        out = dense.library(query, key, value, scale=scale, causal=causal)
     else:
-        if query.shape[2] > 1:
-            _note(module, reason)
         out = dense.attention(
             query, key, value, scale=scale, causal=causal, spans=spans, window=window, softcap=softcap, sinks=s_aux,
             mask=mask,
@@ -140,59 +153,89 @@ def attention(
 
 
 def keep_every_tile(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-    """The handler of a module that has none: exact attention."""
+    """Exact attention on our own kernel: the only one that knows where each sequence stands."""
     return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans).out
 
 
-def _refuse(dropout, position_bias, output_attentions) -> None:
+def _refuse(module: nn.Module, dropout: float, keywords: dict) -> None:
     if dropout:
         raise ValueError(
             f"attn_implementation='bsfa' has no attention dropout (got {dropout}); call model.eval() or set "
             "attention_dropout to 0"
         )
-    if position_bias is not None:
-        raise ValueError("attn_implementation='bsfa' does not support position biases; use 'sdpa' for this model")
-    if output_attentions:
-        raise ValueError("attn_implementation='bsfa' never forms attention weights; use 'eager' for output_attentions")
+    for name, value in keywords.items():
+        if value is None or name in IGNORED or (name == "output_attentions" and not value):
+            continue
+        if name == "position_bias":
+            raise ValueError("attn_implementation='bsfa' does not support position biases; use 'sdpa' for this model")
+        if name == "output_attentions":
+            raise ValueError(
+                "attn_implementation='bsfa' never forms attention weights; use 'eager' for output_attentions"
+            )
+        what = "selects keys by" if name in SELECTIONS else "passes to attention"
+        raise ValueError(
+            f"{type(module).__name__} {what} {name!r}, which attn_implementation='bsfa' does not know; use 'eager' or "
+            "'sdpa' for this model"
+        )
 
 
-def _dense_reason(key, value, mask, window, softcap, sinks) -> str | None:
-    if softcap is not None:
-        return softcap_reason(softcap)
-    if sinks is not None:
-        return SINKS
-    if key.shape[-1] != value.shape[-1]:
-        return HEAD_DIMS
-    if window is not None:
-        return window_reason(window)
-    return MASK if mask is not None else None
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype that an enclosing torch.autocast asks for, as PyTorch's own attention takes them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _note(module: nn.Module, reason: str) -> None:
+def _note(module: nn.Module, step: Step) -> None:
     if torch.compiler.is_compiling():
         return
-    vars(module).setdefault("bsfa_notes", {})[reason] = None
-    warnings.warn(f"bsfa: some layers run dense: {reason}", DenseFallback, stacklevel=4)
+    noted = vars(module).setdefault("bsfa_notes", {})
+    if step.reason in noted:
+        return
+    noted[step.reason] = step
+    if not step.expected:
+        warnings.warn(f"bsfa: some layers run dense: {step.reason}", DenseFallback, stacklevel=4)
 
 
 def notes(model: nn.Module) -> list[Note]:
-    """Every module of `model` that ran dense in a prefill so far, and why. Compiled forward passes leave no notes."""
-    return [Note(path, why) for path, module in model.named_modules() for why in vars(module).get("bsfa_notes", ())]
+    """Every module of `model` that made a call which no gate judged so far, what ran instead and why. Compiled forward
+    passes leave no notes.
+    """
+    return [
+        Note(path, step.reason, step.route.value, step.expected)
+        for path, module in named_modules(model)
+        for step in vars(module).get("bsfa_notes", {}).values()
+    ]
+
+
+def skip_rate(model: nn.Module) -> float | None:
+    """Share of the tiles that gates of `model` may drop which they dropped, over all calls since `apply(count=True)` or
+    since the counters were reset; None where nothing was counted. Waits for the device.
+    """
+    handlers = [active(module) for _, module in named_modules(model)]
+    counts = [handler.counts for handler in handlers if getattr(handler, "counts", None) is not None]
+    kept, candidates = (sum(int(count[i].sum()) for count in counts) for i in range(2))
+    return 1 - kept / candidates if candidates else None
+
+
+def active(module: nn.Module) -> Handler | None:
+    """The handler that was put on `module` last."""
+    handlers = getattr(module, "bsfa_handlers", None)
+    return handlers[-1][1] if handlers else None
 
 
 class Attachment:
-    """Handlers in place on a model's modules; `detach()`, or leaving the `with` block, restores what was there."""
+    """Handlers in place on a model's modules; `detach()`, or leaving the `with` block, takes these off and no others,
+    in whatever order attachments go. With the last one goes the attention implementation that `apply` chose.
+    """
 
-    def __init__(self, previous: dict[nn.Module, Handler | None]):
-        self._previous = previous
+    def __init__(self, model: nn.Module):
+        self.model = model
 
     def detach(self) -> None:
-        for module, handler in self._previous.items():
-            if handler is None:
-                vars(module).pop("bsfa_handler", None)
-            else:
-                vars(module)["bsfa_handler"] = handler
-        self._previous = {}
+        _take_off(self.model, lambda attachment: attachment is self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -202,44 +245,111 @@ class Attachment:
 
 
 def attach(model: nn.Module, handlers: Mapping[str, Handler]) -> Attachment:
-    """Put `handlers` {module path: handler} on the attention modules of `model`, at once.
+    """Put `handlers` {module path: handler} on the attention modules of `model`, at once; the last one put on a module
+    is the one that runs.
 
     Raises ValueError for a path that is no attention module, or one that would never call its handler because it runs
     another attention implementation.
     """
-    modules = dict(model.named_modules())
+    model = unwrapped(model)
+    modules = dict(named_modules(model))
     for path in handlers:
         if path not in modules or not attends(modules[path]):
             raise ValueError(f"{type(model).__name__} has no attention module {path!r}")
         implementation = modules[path].config._attn_implementation
         if implementation != NAME:
             raise ValueError(f"module {path!r} runs attn_implementation={implementation!r}, not 'bsfa'")
-    previous = {modules[path]: getattr(modules[path], "bsfa_handler", None) for path in handlers}
+    attachment = Attachment(model)
     for path, handler in handlers.items():
-        vars(modules[path])["bsfa_handler"] = handler
-    return Attachment(previous)
+        # A new list each time: forward passes that run meanwhile keep theirs.
+        vars(modules[path])["bsfa_handlers"] = [*vars(modules[path]).get("bsfa_handlers", ()), (attachment, handler)]
+    return attachment
 
 
 def apply(
-    model: nn.Module, thresholds: str | os.PathLike | Thresholds, point: str | None = None, *, count: bool = False
+    model: nn.Module,
+    thresholds: str | os.PathLike | Thresholds,
+    point: str | None = None,
+    *,
+    count: bool = False,
+    longest: int | None = None,
 ) -> Attachment:
     """Run `model` with the operating point `point` of a thresholds file (None: its only or default point).
 
-    Sets attn_implementation="bsfa" where the model runs another. `count` keeps kept/candidate tile counts on each
-    handler. Raises ThresholdsError for a bad file, an unknown point, and, naming the field, a file made for another
-    model: configuration and weights are compared, the weights by `identity.fingerprint` and only where it can be taken
-    (not of sharded or quantised parameters).
+    Sets attn_implementation="bsfa" where the model runs another, until the last attachment is gone. `count` keeps
+    kept/candidate tile counts on each handler, see `skip_rate`. Buffers are made for sequences up to `longest`
+    positions (None: the model's own maximum) and do not move afterwards, so that calls can be captured in CUDA graphs.
+
+    Raises ThresholdsError for a bad file, an unknown point, and, naming the field, a file made for another model:
+    configuration and weights are compared, the weights by `identity.fingerprint` and only where it can be taken (not
+    of sharded or quantised parameters). Raises ValueError for a tensor-parallel model.
     """
     from ..thresholds import Thresholds
 
+    model = unwrapped(model)
+    _refuse_shards_of_heads(model)
     if not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.read(thresholds)
     thresholds.check_model(model_identity(model))
     modules = attention_modules(model)
-    handlers = SparseAttention.for_model(thresholds, modules, point, count=count)
+    if longest is None:
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    handlers = SparseAttention.for_model(thresholds, modules, point, count=count, longest=longest)
+    former = {}
     if all(model.get_submodule(path).config._attn_implementation != NAME for path in modules):
+        former = _implementations(model)
         model.set_attn_implementation(NAME)
-    return attach(model, handlers)
+    try:
+        attachment = attach(model, handlers)
+    except ValueError:
+        _restore(former)
+        raise
+    vars(model).setdefault("bsfa_former", former)
+    return attachment
+
+
+def remove(model: nn.Module) -> None:
+    """Take every handler off `model`, whoever put it there, and give it back the attention implementation that it had
+    before `apply` chose one. What was never applied may be removed.
+    """
+    _take_off(unwrapped(model), lambda attachment: True)
+
+
+def _take_off(model: nn.Module, wanted) -> None:
+    left = False
+    for module in model.modules():
+        if "bsfa_handlers" not in vars(module):
+            continue
+        kept = [entry for entry in module.bsfa_handlers if not wanted(entry[0])]
+        if kept:
+            vars(module)["bsfa_handlers"] = kept
+        else:
+            del vars(module)["bsfa_handlers"]
+        left = left or bool(kept)
+    if not left:
+        _restore(vars(model).pop("bsfa_former", {}))
+
+
+def _implementations(model: nn.Module) -> dict:
+    """{configuration: the attention implementation it names} of all configurations in `model`."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs += [getattr(config, name, None) for config in configs for name in getattr(config, "sub_configs", ())]
+    return {id(config): (config, config._attn_implementation) for config in configs if config is not None}
+
+
+def _restore(former: dict) -> None:
+    for config, implementation in former.values():
+        if config._attn_implementation == NAME:  # and not what somebody chose since
+            config._attn_implementation_internal = implementation
+
+
+def _refuse_shards_of_heads(model: nn.Module) -> None:
+    processes = getattr(model, "_tp_size", None) or 1
+    if processes > 1:
+        raise ValueError(
+            f"{type(model).__name__} is tensor-parallel over {processes} processes, each with a part of every layer's "
+            "heads; thresholds hold all heads and are not divided yet: load the model without tp_plan"
+        )
 
 
 AttentionInterface.register(NAME, attention)

@@ -1,0 +1,114 @@
+"""What one attention call of a model runs, decided here for every integration, and the reason when no gate judges it.
+
+    gated     the module's handler: its gate judges the query tiles that the call holds whole
+    kept      our kernel without a gate: every tile is kept
+    library   PyTorch's scaled_dot_product_attention, without a mask
+    fallback  dense.attention: exact as well, in chunks, for what neither of them knows
+
+Nothing else is decided anywhere else: a caller carries out the step, and notes the reason.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..backends import why_not_fused
+from ..tiles import TileShape
+
+SINKS = "attention sinks"
+HEAD_DIMS = "keys and values differ in head dim"
+MASK = "its mask is not plain causal or bidirectional with padding at the ends (custom, packed, chunked or with holes)"
+NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
+
+
+def window_reason(window: int) -> str:
+    return f"sliding window of {window} tokens"
+
+
+def softcap_reason(softcap: float) -> str:
+    return f"scores are soft-capped at {softcap:g}"
+
+
+class Route(Enum):
+    GATED = "gated"
+    KEPT = "kept"
+    LIBRARY = "library"
+    FALLBACK = "fallback"
+
+
+class Step(NamedTuple):
+    """What to run, and why no gate judges the call (None where one does).
+
+    `expected`: the reason lies in the call (decoding, a short chunk) or in what was asked for (no thresholds), not in
+    something that bsfa cannot do.
+    """
+
+    route: Route
+    reason: str | None
+    expected: bool
+
+
+class Call(NamedTuple):
+    """The facts of a call: shapes and what its arguments are, never their contents."""
+
+    q: torch.Tensor  # [B, Hq, Tq, D]
+    k: torch.Tensor  # [B, Hkv, Tk, D]
+    v: torch.Tensor  # [B, Hkv, Tk, Dv]
+    causal: bool
+    spans: bool  # sequences stand at places of their own
+    masked: bool  # an ordinary mask says who sees whom
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
+class Gated(Protocol):
+    """What the planner asks of a handler. A handler without these attributes serves every prefill itself."""
+
+    least_rows: int  # its gate was calibrated on the vote of so many rows: with fewer queries every tile is kept
+    fused_tile: TileShape | None  # on a GPU only a fused kernel of this tile serves it; None: it serves itself
+
+
+def plan(call: Call, handler: Gated | None) -> Step:
+    """The step for `call` in a module with `handler`."""
+    unknown = _unknown(call)
+    if unknown is not None:
+        return Step(Route.FALLBACK, unknown, expected=False)
+    rows = call.q.shape[2]
+    if handler is None:
+        reason, expected = NO_THRESHOLDS, True
+    elif rows < (least := getattr(handler, "least_rows", 2)):
+        reason, expected = f"calls of fewer than {least} queries keep every tile", True
+    else:
+        reason, expected = _no_kernel(call, getattr(handler, "fused_tile", None)), False
+        if reason is None:
+            return Step(Route.GATED, None, True)
+    if not (call.spans or call.masked) and (not call.causal or rows == call.k.shape[2]):
+        return Step(Route.LIBRARY, reason, expected)
+    if not call.masked and call.q.is_cuda and _no_kernel(call, TileShape()) is None:
+        return Step(Route.KEPT, reason, expected)
+    return Step(Route.FALLBACK, reason, expected)
+
+
+def _unknown(call: Call) -> str | None:
+    """What the kernels do not know, whatever is attached."""
+    if call.softcap is not None:
+        return softcap_reason(call.softcap)
+    if call.sinks:
+        return SINKS
+    if call.k.shape[-1] != call.v.shape[-1]:
+        return HEAD_DIMS
+    if call.window is not None:
+        return window_reason(call.window)
+    return MASK if call.masked and call.q.shape[2] > 1 else None
+
+
+def _no_kernel(call: Call, tile: TileShape | None) -> str | None:
+    """Why no fused kernel of this tile can serve the call on its GPU; None where one can, and where none is needed."""
+    if tile is None or not call.q.is_cuda:
+        return None
+    reason = why_not_fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
+    return None if reason is None else f"no fused kernel: {reason}"
