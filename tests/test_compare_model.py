@@ -71,7 +71,7 @@ def test_rows_have_losses_times_and_answers(loaded, texts):
         assert (row["selection_ms"] > 0) == (row["method"] != "dense")
         assert len(row["samples_ms"]["attention"]) == len(row["samples_ms"]["ttft"]) >= 5
     assert [entry["name"] for entry in cell["dense"]] == ["PyTorch's CPU flash attention"]
-    assert all(getattr(module, "bsfa_handler", None) is None for module in loaded.model.modules())
+    assert all(getattr(module, "bsfa_handlers", None) is None for module in loaded.model.modules())
 
 
 def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bsfa_kernels.integrations.transformers import apply
+from bsfa_kernels.integrations.transformers import active, apply
 from bsfa_kernels.thresholds import Thresholds
 from random_llama import build, build_tokenizer
 
@@ -71,7 +71,7 @@ def test_the_first_layer_skips_on_held_out_text_what_the_table_says(gate, finish
     samples = load_texts("builtin:mixed", samples=5, length=768, tokenizer=build_tokenizer())
     with apply(model, tmp_path / "t", count=True), torch.inference_mode():
         model.model(input_ids=torch.tensor([samples[3].tokens]), use_cache=False)
-        counts = model.model.layers[0].self_attn.bsfa_handler.counts
+        counts = active(model.model.layers[0].self_attn).counts
     expected = result["modules"]["skip-15"][0]["held_out"]["skip"]
     assert 1 - int(counts.kept.sum()) / int(counts.candidates.sum()) == pytest.approx(expected, abs=1e-9)
 

@@ -112,7 +112,7 @@ def test_the_skip_rate_is_the_whole_models(loaded, tmp_path, capsys):
     assert whole["uncalibrated"] == {}
     assert whole["calibrated"] == {key: whole[key] for key in ("kept", "candidates", "skip")}
     result, shown = call(
-        capsys, tmp_path / "one.safetensors", failing="skip rate is 0.2967 .--min-skip 0.3", min_skip=0.3
+        capsys, tmp_path / "one.safetensors", failing="skip rate is 0.2958 .--min-skip 0.3", min_skip=0.3
     )
     (point,) = result["points"]
     # Geometry gives the other two layers the tiles that the kernels count in them.
@@ -207,8 +207,8 @@ def test_layer_numbers_are_those_of_the_formula(loaded):
     assert quantile <= found["dropped_mass"]["p99"] + 1e-6 <= quantile + 2e-3
     head = found["heads"][3]
     error = (sparse.out - dense.out)[:, 3].norm() / dense.out[:, 3].norm()
-    assert head["error"] == pytest.approx(float(error), rel=1e-4)
-    assert head["dropped_mass"]["mean"] == pytest.approx(float(dropped[:, 3].mean()), rel=1e-4)
+    assert head["error"] == pytest.approx(float(error), rel=1e-4, abs=1e-6)
+    assert head["dropped_mass"]["mean"] == pytest.approx(float(dropped[:, 3].mean()), rel=1e-4, abs=1e-6)
 
 
 def test_dropped_mass_of_nothing_and_everything():

@@ -11,7 +11,7 @@ from torch.nn.attention import sdpa_kernel
 
 from ..calibration.data import load_texts
 from ..errors import InputError
-from ..prefill_tiles import PrefillTiles
+from ..prefill_tiles import Attending
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Begin, Contender, first_call, measure, unseen
 
@@ -105,7 +105,7 @@ class Prefill:
 
         from bsfa_kernels.integrations.transformers import notes
 
-        return dict(Counter(note.reason for note in notes(self.model)))
+        return dict(Counter(note.reason for note in notes(self.model) if not note.expected))
 
     def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
         # Generated text is another one than calibration with the same seed saw.
@@ -133,13 +133,9 @@ class Prefill:
     def _skip(self, forward) -> float | None:
         """Share of all the model's candidate tiles dropped on the prompt of `forward`; None without a candidate."""
         for handler in self.counting.values():
-            handler.counts = None
+            handler.reset()
         self._use("bsfa", self.counting)
-        with PrefillTiles(self.model, self.counting) as every:
+        with Attending(self.model) as attending:
             _, reason = first_call(forward, self.device)
-        counts = [handler.counts for handler in self.counting.values() if handler.counts is not None]
-        if reason or not counts:
-            return None
-        kept = sum(int(count.kept.sum()) for count in counts)
-        candidates = sum(int(count.candidates.sum()) for count in counts)
-        return (candidates - kept) / every.total if candidates else None
+        kept, candidates = attending.read_counts(self.counting)
+        return None if reason or not candidates else 1 - kept / candidates

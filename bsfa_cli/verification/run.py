@@ -17,7 +17,7 @@ from bsfa_kernels.integrations.transformers import (
 from bsfa_kernels.thresholds import Thresholds
 
 from ..errors import InputError
-from ..prefill_tiles import PrefillTiles
+from ..prefill_tiles import Attending
 from .layers import DroppedMass, MeasuringAttention, skip_rate
 from .logits import Head, Predictions
 
@@ -49,17 +49,17 @@ def verify_points(
         for point in points
     }
     predictions = {point: Predictions() for point in points}
-    every = {point: PrefillTiles(model, handlers[point]) for point in points}
+    attending = {point: Attending(model) for point in points}
     for sample in samples:
         tokens = torch.tensor(sample.tokens, device=model.device)
         with attach(model, dict.fromkeys(reachable, dense.attention)):
             exact = head.hidden(tokens)
         step()
         for point in points:
-            with attach(model, measured[point]), every[point]:
+            with attach(model, measured[point]), attending[point]:
                 predictions[point].add(head, exact, head.hidden(tokens), tokens)
             step()
-    return [_result(point, measured[point], predictions[point], every[point].tiles) for point in points]
+    return [_result(point, measured[point], predictions[point], attending[point]) for point in points]
 
 
 def negative_control(
@@ -80,23 +80,24 @@ def absurd(thresholds: Thresholds, point: str) -> Thresholds:
 
 def dense_notes(model) -> list[dict[str, str]]:
     """Modules that ran dense whatever the thresholds say, and why."""
-    return [note._asdict() for note in notes(model)]
+    return [note._asdict() for note in notes(model) if not note.expected]
 
 
 def _result(
-    point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions, tiles: dict[str, int]
+    point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions, attending: Attending
 ) -> dict:
     ran = [handler for handler in handlers.values() if handler.ran]
     if not ran:
         raise InputError("none of the modules that the thresholds hold attends sparsely in this model; see its notes")
     modules = [handler.summary() for handler in ran]
     kept, candidates = (sum(module[key] for module in modules) for key in ("kept", "candidates"))
-    everything = sum(tiles.values())
+    unjudged = attending.unjudged({module["path"]: module["candidates"] // len(module["heads"]) for module in modules})
+    rest = sum(unjudged.values())
     return _finite({
         "name": point,
-        **_skipped(everything - (candidates - kept), everything),
+        **_skipped(kept + rest, candidates + rest),
         "calibrated": _skipped(kept, candidates),
-        "uncalibrated": {path: count for path, count in tiles.items() if not (path in handlers and handlers[path].ran)},
+        "uncalibrated": unjudged,
         "dropped_mass": DroppedMass.overall([handler.dropped for handler in ran]),
         "logits": predictions.summary(),
         "modules": modules,
