@@ -18,8 +18,9 @@ from importlib import import_module
 import torch
 
 from .libraries import Library, cached_on_hub, installed
+from .plan import FA3
 
-FA3, FA4, FA3_FP8 = "FlashAttention-3", "FlashAttention-4", "FlashAttention-3 FP8"
+FA4, FA3_FP8 = "FlashAttention-4", "FlashAttention-3 FP8"
 MODULES = {  # name: (module, PyPI packages that bring it), the first that is there is taken
     FA3: (("flash_attn_interface", ("flash-attn-3", "tokenspeed-fa3")), ("fa3_fwd_interface", ("fa3-fwd",))),
     FA4: (("flash_attn.cute", ("flash-attn-4",)),),

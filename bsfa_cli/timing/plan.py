@@ -11,8 +11,9 @@ from ..errors import UsageError
 GATES = ("gap", "absolute")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DATA = ("normal", "structured")
+FA3 = "FlashAttention-3"
 BASELINES = (
-    "cuDNN", "FlashAttention-2", "FlashAttention-3", "FlashAttention-4", "efficient", "FlexAttention",
+    "cuDNN", "FlashAttention-2", FA3, "FlashAttention-4", "efficient", "FlexAttention",
     "PyTorch's CPU flash attention", "math", "FlashAttention-3 FP8", "skip-softmax",
 )  # fmt: skip
 

@@ -46,7 +46,7 @@ def contenders(laid: TokensFirst, causal: bool, skips: tuple[float, ...]) -> Ite
         yield NAME, reason, {}
         return
     call = _Call(library, laid, causal)
-    nothing = {"kind": NAME, "skip_target": 0.0, "skip": 0.0, "kept_share": 1.0, "skip_from": "factor too small"}
+    nothing = {"kind": NAME, "skip_target": 0.0, "skip": 0.0, "kept_share": 1.0, "skip_from": "by construction"}
     yield f"{NAME}, 0 % skipped", call.at(NOTHING), nothing
     q, k, _ = laid.given
     rule, reason = first_call(lambda: Rule(q, k, causal=causal, keys=key_tile(q.shape[-1])), q.device)
