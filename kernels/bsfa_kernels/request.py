@@ -69,7 +69,7 @@ def make_spans(
     batch: int,
     q_offset: int | torch.Tensor = 0,
     k_offset: int | torch.Tensor = 0,
-    lengths: torch.Tensor | None = None,
+    lengths: int | torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Spans int32 [B, 4] for `block_sparse_attention`, one row (q_offset, k_offset, key length, query length) each.
@@ -81,7 +81,9 @@ def make_spans(
     """
 
     def full(value):
-        return torch.as_tensor(value, dtype=torch.int32, device=device).expand(batch)
+        if not isinstance(value, torch.Tensor):  # no copy from the host: it would not go into a CUDA graph
+            return torch.full((batch,), value, dtype=torch.int32, device=device)
+        return value.to(device, torch.int32).expand(batch)
 
     limit = UNBOUNDED if lengths is None else lengths
     return torch.stack([full(q_offset), full(k_offset), full(limit), full(limit)], dim=1).contiguous()

@@ -167,10 +167,7 @@ def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention
         return None
     padded = attention_mask is not None
     if not padded:
-        lengths = torch.as_tensor(
-            q_offset + q_length if pattern.causal else kv_length + kv_offset, dtype=torch.int32, device=device
-        )
-        left = torch.zeros((), dtype=torch.int32, device=device)
+        lengths, left = q_offset + q_length if pattern.causal else kv_length + kv_offset, 0
     else:
         if attention_mask.dim() != 2:
             return None
@@ -189,7 +186,7 @@ def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention
             if not expressible:
                 return None
             padded = not full or valid.shape[-1] != kv_length
-    spans = make_spans(batch, q_offset - left, kv_offset - left, lengths.expand(batch), device)
+    spans = make_spans(batch, q_offset - left, kv_offset - left, lengths, device)
     if not pattern.causal:
         spans[:, 0] = 0
     # A sequence ends in this call where rows behind its end are padding; at the call's last row it may go on.

@@ -56,9 +56,11 @@ NAME = "bsfa"
 # besides, and what only other implementations read.
 IGNORED = frozenset({
     "sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
-    "return_dict", "logits_to_keep", "num_items_in_batch", "deterministic", "encoder_hidden_states",
+    "return_dict", "logits_to_keep", "labels", "num_items_in_batch", "deterministic", "encoder_hidden_states",
 })  # fmt: skip
 SELECTIONS = frozenset({"indices", "block_indices"})
+# Where packed sequences begin: nothing new beside a mask that keeps them apart, as position_ids make one.
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
 class Handler(Protocol):
@@ -114,7 +116,8 @@ def attention(
     [B, 1 or Hq, Tq, Tk], bool or additive. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for
     training, dropout, position biases, output_attentions, other masks and every keyword that is not known.
     """
-    _refuse(module, dropout, kwargs)
+    masked = attention_mask is not None and not isinstance(attention_mask, SpanMask)
+    _refuse(module, dropout, {k: v for k, v in kwargs.items() if not (masked and k in PACKED)})
     if module.training and query.requires_grad:
         raise ValueError("attn_implementation='bsfa' has no backward pass: train with 'sdpa', or call model.eval()")
     query, key, value = _autocast(query, key, value)
@@ -124,7 +127,7 @@ def attention(
     if isinstance(attention_mask, SpanMask):
         spans, (causal, window) = decode(attention_mask)
         spans = None if spans is None else spans.to(query.device).contiguous()
-    elif attention_mask is not None:
+    elif masked:
         mask = visible(attention_mask)
         causal = False
     elif query.shape[2] == 1:
