@@ -27,7 +27,8 @@ TASKS = {
     "seq2seq": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-PADDING = {"whole": 0, "left": 37, "right": -37}  # of the second sequence
+# Length, and padding of the second sequence at its left (> 0) or right (< 0).
+CALLS = {"whole": (LENGTH, 0), "left": (LENGTH, 37), "right": (LENGTH, -37), "short": (WINDOW - 8, 0)}
 DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 WINDOWED = dict(sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1)
@@ -50,6 +51,7 @@ LIMITS = [
     (r"sliding_window|attention_window|attention_chunk_size|local_attention|window_size", WINDOW),
     (r"num_mel_bins", 16),
 ]
+SHARPENED = r"(^|[._])(q|k|query|key|qkv|in|c_attn|Wqkv|q_[ab]|query_key_value)(_proj|_lin)?\.weight$"
 UNSET = {"head_dim": 32, "num_key_value_heads": HEADS}
 
 
@@ -92,7 +94,7 @@ def shrunk(config_class: type, overrides: dict) -> dict:
     return small | outer_overrides
 
 
-def build(case: str) -> torch.nn.Module:
+def build(case: str, implementation: str) -> torch.nn.Module:
     kind, class_name = CASES[case]
     config_class, model_class = CONFIG_MAPPING[kind], getattr(transformers, class_name)
     config = config_class(**shrunk(config_class, DATA["overrides"].get(kind, {})))
@@ -100,6 +102,7 @@ def build(case: str) -> torch.nn.Module:
         config = next(x for x in vars(config).values() if isinstance(x, model_class.config_class))
     if case.startswith("causal/"):
         config.is_decoder = True
+    config._attn_implementation = implementation
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > LARGEST:
@@ -110,25 +113,25 @@ def build(case: str) -> torch.nn.Module:
         for path, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-            if re.search(r"(^|[._])(q|k|query|key|qkv|in|c_attn|Wqkv|q_[ab]|query_key_value)(_proj|_lin)?\.weight$", path):
+            if re.search(SHARPENED, path):
                 parameter.mul_(1.7)
             if path.endswith("sinks"):
                 parameter.fill_(1.0)
     return model
 
 
-def inputs(case: str, model: torch.nn.Module, padding: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def inputs(case: str, model: torch.nn.Module, call: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(arguments of the model, bool [2, length]: which of its logits count)."""
-    ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    length, pad = CALLS[call]
+    ids = torch.randint(3, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
     valid = torch.ones_like(ids, dtype=torch.bool)
-    pad = PADDING[padding]
     valid[1, slice(0, pad) if pad >= 0 else slice(pad, None)] = False
     arguments = dict(input_ids=ids.masked_fill(~valid, 0))
     if pad:
         arguments["attention_mask"] = valid.long()
     accepted = inspect.signature(model.forward).parameters
     if case.startswith("seq2seq/") and "decoder_input_ids" in accepted:
-        arguments["decoder_input_ids"] = ids[:, : LENGTH // 2].flip(1)
+        arguments["decoder_input_ids"] = ids[:, : length // 2].flip(1)
         valid = torch.ones_like(arguments["decoder_input_ids"], dtype=torch.bool)
     elif pad > 0 and "position_ids" in accepted:
         arguments["position_ids"] = (valid.cumsum(-1) - 1).clamp(min=0)

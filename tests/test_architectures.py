@@ -11,7 +11,7 @@ import warnings
 import bsfa_kernels.integrations.transformers as bsfa
 import pytest
 import torch
-from architectures import CASES, DATA, PADDING, build, inputs, with_another_last_token
+from architectures import CALLS, CASES, DATA, build, inputs, with_another_last_token
 
 pytestmark = pytest.mark.timeout(120)
 EXCEPTIONS = ("refused", "untouched", "not built")
@@ -28,11 +28,11 @@ def selected() -> list[str]:
 
 @pytest.mark.parametrize("case", selected())
 def test_bsfa_agrees_or_does_what_is_listed(case, record_property):
-    found, words = outcome(case)
-    record_property("architecture", [case, found, words])
+    found, why = outcome(case)
     expected, reason = listed(case)
-    assert found == expected, f"{found} ({words}), listed: {expected} {reason}"
-    assert re.search(reason, words), f"{found}, but not for the reason listed: {words}"
+    record_property("architecture", [case, found, reason])
+    assert found == expected, f"{found} ({why}), listed: {expected} {reason}"
+    assert re.search(reason, why), f"{found}, but not for the reason listed: {why}"
 
 
 def test_the_lists_name_architectures_that_exist_and_each_once():
@@ -49,45 +49,52 @@ def listed(case: str) -> tuple[str, str]:
 
 
 def outcome(case: str) -> tuple[str, str]:
-    """(one of EXCEPTIONS or "agrees", the words for it).
-
-    Fails for logits that differ and for any error of bsfa that does not call itself by its name.
-    """
-    dense = DATA["dense"].get(case, "eager")
+    """(one of EXCEPTIONS or "agrees", the words for it). Fails for logits that differ."""
     try:
-        model = build(case)
-        calls = {padding: inputs(case, model, padding) for padding in PADDING}
+        dense = build(case, DATA["dense"].get(case, "eager"))
+        calls = {call: inputs(case, dense, call) for call in CALLS}
         calls["another last token"] = with_another_last_token(calls["whole"][0]), calls["whole"][1]
-        expected = {name: logits(model, dense, arguments) for name, (arguments, _) in calls.items()}
-        blind = logits(model, dense, {**calls["left"][0], "attention_mask": torch.ones_like(calls["left"][0]["input_ids"])})
-    except Exception as error:  # noqa: BLE001 whatever keeps transformers itself from running the model
-        return "not built", f"{type(error).__name__}: {error}"
-    reason, refusal, actual = untouched(model), None, {}
-    for name, (arguments, valid) in calls.items():
+        expected = {call: logits(dense, arguments) for call, (arguments, _) in calls.items()}
+    except Exception as error:  # whatever keeps transformers itself from running the model
+        return "not built", words(error)
+    try:
+        model = build(case, "bsfa")
+    except Exception as error:
+        return "refused", words(error)
+    refusal, actual = None, {}
+    for call, (arguments, valid) in calls.items():
         try:
-            actual[name] = logits(model, "bsfa", arguments)
-        except (ValueError, NotImplementedError) as error:
-            if "attn_implementation='bsfa'" not in str(error):
-                raise
-            refusal = str(error)
+            actual[call] = logits(model, arguments)
+        except Exception as error:
+            refusal = words(error)
         else:
-            error = distance(actual[name][valid], expected[name][valid])
-            assert error <= TOLERANCE, f"{name}: {error:.3g} of the logits' scale"
-    if refusal or reason:
-        return ("refused", refusal) if refusal else ("untouched", reason)
-    valid = calls["left"][1]
-    assert distance(blind[valid], expected["left"][valid]) > 100 * TOLERANCE, "attention hardly matters in this model"
+            error = distance(actual[call][valid], expected[call][valid])
+            assert error <= TOLERANCE, f"{call}: {error:.3g} of the logits' scale"
+    if refusal:
+        return "refused", refusal
+    if reason := untouched(model):
+        return "untouched", reason
+    assert_attention_matters(dense, *calls["left"], expected["left"])
     moved, moved_dense = (distance(x["another last token"][:, :-1], x["whole"][:, :-1]) for x in (actual, expected))
-    assert moved <= TOLERANCE or moved_dense > TOLERANCE, f"logits see later tokens: {moved:.3g} of their scale"
+    assert moved <= TOLERANCE or moved_dense > TOLERANCE, f"the last token moves earlier logits by {moved:.3g}"
     return "agrees", ""
 
 
-def logits(model: torch.nn.Module, implementation: str, arguments: dict) -> torch.Tensor:
-    model.set_attn_implementation(implementation)
+def logits(model: torch.nn.Module, arguments: dict) -> torch.Tensor:
     torch.manual_seed(5)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", bsfa.DenseFallback)
         return model(**arguments).logits
+
+
+def words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def assert_attention_matters(model, arguments: dict, valid: torch.Tensor, expected: torch.Tensor) -> None:
+    """Masks can only be tested where the padding, once it is seen, moves the logits."""
+    seen = logits(model, arguments | {"attention_mask": torch.ones_like(arguments["attention_mask"])})
+    assert distance(seen[valid], expected[valid]) > 100 * TOLERANCE, "attention hardly matters in this model"
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -95,14 +102,9 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def untouched(model: torch.nn.Module) -> str | None:
-    """Why asking for bsfa changes nothing in this model, or None where some module then runs it."""
-    model.set_attn_implementation("bsfa")
+    """Why asking for bsfa changes nothing in this model, or None where some module runs it."""
     modules = [model.get_submodule(path) for path in bsfa.attention_modules(model)]
-    kept = sorted({module.config._attn_implementation for module in modules})
-    if "bsfa" in kept:
-        return None
-    if kept:
-        return f"its attention modules keep {' and '.join(kept)}"
-    if model.config._attn_implementation == "bsfa":
-        return "no attention at all"
-    return "no attention through transformers' AttentionInterface"
+    if not modules:
+        return "no attention through transformers' AttentionInterface"
+    kept = {module.config._attn_implementation for module in modules}
+    return None if "bsfa" in kept else f"its attention modules run {' and '.join(sorted(kept))}"
