@@ -8,7 +8,7 @@ import torch
 
 from .blocks import BlockLists
 from .gates import Gate
-from .reference import Span
+from .reference import Scoring, Span
 from .tiles import TileShape, query_tile_count
 
 UNBOUNDED = 2**31 - 1
@@ -16,7 +16,9 @@ UNBOUNDED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences."""
+    """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
+    `sinks` float32 [Hq].
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -31,6 +33,13 @@ class Request:
     want_lse: bool
     want_counts: bool
     blocks: BlockLists | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.scale, self.causal, self.window, self.softcap)
 
     @property
     def query_tiles(self) -> int:
