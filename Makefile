@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 OUT ?= profiles/results
 DEMO := demo
 SWEEP ?= all
-ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.95 --json
+ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.85 --json
 PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
 PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \

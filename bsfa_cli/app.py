@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs: command modules import torch in
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -14,14 +15,17 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from .errors import BsfaError
+from .errors import BsfaError, UsageError
+from .streams import open_closed_streams, write
 
-COMMANDS = ("calibrate", "export", "verify", "profile", "capture", "compare", "report", "env")
+TRACEBACK = "BSFA_TRACEBACK"
+COMMANDS = ("calibrate", "export", "verify", "profile", "capture", "compare", "report", "inspect", "env")
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 EPILOG = (
     "Every option can also come from --config FILE.yaml or from the environment (BSFA_<COMMAND>_<OPTION>): flags win "
     "over the environment, the environment over the file. Exit codes: 0 done, 1 a gate failed, 2 usage or "
-    "configuration, 3 this machine cannot do it, 4 bad artifact or input file, 70 a bug."
+    "configuration, 3 this machine cannot do it, 4 bad artifact or input file, 70 a bug, 130 interrupted, 141 whoever "
+    "read the output is gone."
 )
 
 
@@ -38,13 +42,34 @@ class Command(TyperCommand):
         for parameter in self.params:
             parameter.show_envvar = False
 
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if not set(args) & set(ctx.help_option_names):
+            _check_environment(ctx)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: typer.Context):
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            write(sys.stdout)
             return result
         except (KeyboardInterrupt, BrokenPipeError) as stop:
             raise _Stopped() from stop
+
+
+def _check_environment(ctx: typer.Context) -> None:
+    """Raise UsageError for a BSFA_ variable that no command reads: a gate that is misspelt would never be judged."""
+    commands = {ctx.info_name: ctx.command} | (getattr(ctx.parent.command, "commands", {}) if ctx.parent else {})
+    known = {TRACEBACK, "BSFA_VERSION"}
+    known |= {f"BSFA_{name}_{each.name}".upper() for name, command in commands.items() for each in command.params}
+    for name in sorted(os.environ):
+        if name.startswith("BSFA_") and name not in known:
+            from difflib import get_close_matches
+
+            nearest = get_close_matches(name, sorted(known), 1)
+            raise UsageError(
+                f"the environment sets {name}, which bsfa does not know"
+                + (f"; did you mean {nearest[0]}?" if nearest else "; it is BSFA_<COMMAND>_<OPTION>")
+            )
 
 
 app = typer.Typer(
@@ -86,17 +111,24 @@ for _name in COMMANDS:
 
 def run() -> int:
     """Run the command line in sys.argv; returns the exit code. An error is one sentence on stderr."""
+    open_closed_streams()
     try:
         app(prog_name="bsfa")
     except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # in Typer's own output, as of --help
+            return _stopped(done.__context__)
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except (KeyboardInterrupt, _Stopped) as stop:
         return _stopped(stop.__cause__ or stop)
     except Exception as error:
         message, code = explain(error)
-        if code == BUG or os.environ.get("BSFA_TRACEBACK"):
+        if not message.isprintable():
+            from bsfa_kernels.container import one_line  # not at the top: it needs torch
+
+            message = one_line(message)
+        if code == BUG or os.environ.get(TRACEBACK):
             message = _with_traceback(error, message)
-        print(f"bsfa: {message}", file=sys.stderr)
+        _say(f"bsfa: {message}")
         return code
     return 0
 
@@ -105,7 +137,7 @@ def explain(error: Exception) -> tuple[str, int]:
     """(one sentence, exit code) for an exception that ended a command."""
     if isinstance(error, BsfaError):
         return str(error), error.exit_code
-    if _is_a(error, "bsfa_kernels.thresholds", "ThresholdsError"):
+    if _is_a(error, "bsfa_kernels.container", "Malformed"):
         return str(error), 4
     if _is_a(error, "bsfa_kernels.backends", "BackendUnavailable"):
         return str(error), 3
@@ -146,11 +178,18 @@ def _first_line(error: Exception) -> str:
 
 def _stopped(stop: BaseException) -> int:
     if isinstance(stop, BrokenPipeError):
-        # The reader is gone: keep the interpreter from failing again when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(UsageError, BrokenPipeError):
+                write(stream)
         return BROKEN_PIPE
-    print("bsfa: interrupted", file=sys.stderr)
+    _say("bsfa: interrupted")
     return INTERRUPTED
+
+
+def _say(message: str) -> None:
+    """The last line on stderr; a reader that is gone cannot be told."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def _with_traceback(error: Exception, message: str) -> str:
@@ -158,7 +197,7 @@ def _with_traceback(error: Exception, message: str) -> str:
     import traceback
 
     text = "".join(traceback.format_exception(error))
-    if os.environ.get("BSFA_TRACEBACK"):
+    if os.environ.get(TRACEBACK):
         return f"{text}bsfa: {message}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="bsfa-traceback-", suffix=".txt", delete=False) as file:

@@ -10,7 +10,7 @@ class BsfaError(Exception):
 
 
 class GateFailed(BsfaError):
-    """The work was done and the result is below what was asked for (accuracy or speed)."""
+    """The work was done and the result is below what was asked for (accuracy, speed or skip rate)."""
 
     exit_code = 1
 

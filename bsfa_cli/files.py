@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -12,32 +11,22 @@ from .errors import InputError, MachineError, UsageError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` through a temporary file beside it, flushed to disk before the rename.
+    """Write `content` to `path` as `bsfa_kernels.files.write_whole` does, its folder made where there is none.
 
     Raises UsageError where the place cannot be written, MachineError where the disk is full. Either way what stood at
     `path` before is untouched.
     """
-    path = Path(path)
-    temporary = None
+    from bsfa_kernels import files  # not at the top: reading results needs no torch
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        files.destination(path).parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, content)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
                 f"no space left on the disk for {path} ({len(content):,} bytes); nothing was written"
             ) from error
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: Path, result: dict) -> None:
@@ -61,23 +50,19 @@ def read_result(path: Path, formats: dict[str, int]) -> dict:
     known = formats[stored["kind"]]
     if stored.get("format") != known:
         raise InputError(f"{path} has format {stored.get('format')}, this bsfa reads format {known}")
-    if not isinstance(stored.get("environment"), dict) or not isinstance(stored.get("cells"), list):
+    measured = stored.get("cells", stored.get("points"))  # of verify
+    if not isinstance(stored.get("environment"), dict) or not isinstance(measured, list):
         raise InputError(f"{path} lacks its environment or its cells")
     return stored
 
 
 def check_writable(path: Path) -> None:
     """Find out before the work, not after it. Raises UsageError."""
+    from bsfa_kernels.files import destination
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a directory")
-        tempfile.TemporaryFile(dir=path.parent).close()
+        folder = destination(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from . import configuration
 from .errors import UsageError
+from .streams import is_closed
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -26,6 +28,20 @@ def _dtype(value: str) -> str:
     return value
 
 
+def _data(ctx: typer.Context, values: list[str] | None) -> list[str] | None:
+    source = ctx.get_parameter_source("data")
+    if values and source is not None and source.name == "ENVIRONMENT":
+        # It was split at its blanks, and names of files may hold some.
+        return [os.environ[f"{ctx.auto_envvar_prefix}_DATA"]]
+    return values
+
+
+def _json(value: bool) -> bool:
+    if value and is_closed("stdout"):
+        raise typer.BadParameter("it prints on stdout, which is closed")
+    return value
+
+
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -36,7 +52,19 @@ Config = Annotated[
         is_eager=True,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", callback=_json)]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="TEXTS",
+        help="Texts: .txt or .jsonl files (text, input_text, input, messages or prompt), folders of them, patterns "
+        "like 'data/*.txt', or generated ones, builtin:NAME or tasks:NAME,NAME; several by repeating it or by commas. "
+        "Without it tasks:all for the bundled model, and for others generated text (builtin:mixed), a bad stand-in: "
+        "thresholds fitted to it, absolute ones and top-k above all, cost accuracy on real text.",
+        callback=_data,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.", callback=_device),
@@ -49,6 +77,11 @@ Dtype = Annotated[
         callback=_dtype,
     ),
 ]
+
+
+def joined(data: list[str] | None) -> str | None:
+    """The values of --data as one specification (see `calibration.data.sources`); None where none was given."""
+    return ",".join(data) if data else None
 
 
 def numbers(text: str, kind: type[int] | type[float], rule: str) -> tuple:

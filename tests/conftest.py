@@ -29,6 +29,17 @@ def random_model(tmp_path_factory):
 
 
 @pytest.fixture
+def no_model(monkeypatch):
+    """No weights may be loaded."""
+    from bsfa_cli.models import load
+
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(load, "_read_weights", loads)
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Run a command line in this process: run("env", "--json") has .code, .out and .err."""
     from bsfa_cli import app

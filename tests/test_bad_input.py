@@ -89,7 +89,7 @@ DATA_CASES = {
     "missing": ("no.txt", None, "no.txt"),
     "empty": ("empty.jsonl", b"", "empty.jsonl"),
     "binary": ("binary.txt", b"\x00\xff\xfe\x80" * 64, "binary.txt"),
-    "wrong keys": ("keys.jsonl", b'{"prompt": "x"}\n', "text"),
+    "wrong keys": ("keys.jsonl", b'{"body": "x"}\n', "text"),
     "broken line": ("line.jsonl", b'{"text": \n', "line.jsonl"),
     "too short": ("short.txt", b"only a few words", "too short"),
     "other kind": ("data.csv", b"a,b\n", "must be .txt or .jsonl"),
@@ -151,6 +151,18 @@ def test_a_point_that_the_artifact_does_not_hold(run, one_sentence, tmp_path, ch
     artifact.write(tmp_path / "t.safetensors")
     options = ("--thresholds", tmp_path / "t.safetensors", "--point", "nope")
     one_sentence(run("verify", checkpoint, *options), 4, "nope", "p")
+
+
+def test_profile_asks_for_the_point_where_there_are_several(run, one_sentence, tmp_path, artifact):
+    import dataclasses
+
+    second = dataclasses.replace(artifact.points[0], name="second")
+    tensors = {path: tensor.repeat(2, 1, 1) for path, tensor in artifact.tensors.items()}
+    path = tmp_path / "t.safetensors"
+    dataclasses.replace(artifact, points=(*artifact.points, second), tensors=tensors).write(path)
+    command = ("profile", "--end-to-end", "no-such-model", "--thresholds", path, "--device", "cpu")
+    one_sentence(run(*command), 2, "give one of them as --point: p, second")
+    one_sentence(run(*command, "--point", "third"), 4, "no point 'third'")
 
 
 def test_missing_thresholds(run, one_sentence, tmp_path, checkpoint):
@@ -216,3 +228,12 @@ def test_out_of_memory_names_the_option_to_lower(
         "profile": ("--device", "cpu"),
     }[command]
     one_sentence(run(command, *arguments), 3, "lower --length")
+
+
+def test_tasks_in_a_length_too_short_for_their_text(run, one_sentence, tmp_path, checkpoint, artifact, monkeypatch):
+    monkeypatch.setenv("BSFA_CALIBRATE_LENGTH", "512")
+    words = ("records does not fit into 512 tokens", "the shortest length that works is")
+    one_sentence(run("calibrate", checkpoint, "--data", "tasks:records", "-o", tmp_path / "run"), 2, *words)
+    artifact.write(tmp_path / "t.safetensors")
+    options = ("--thresholds", tmp_path / "t.safetensors", "--tasks", "records", "--length", "512")
+    one_sentence(run("verify", checkpoint, *options), 2, *words)

@@ -62,8 +62,8 @@ def test_a_comparison_runs_on_captured_layers(files):
     methods = {row["method"] for row in cell["rows"]}
     assert methods == {"dense", "sliding_window", "bsfa"}
     assert all(row["needle"] is None and len(row["layers"]) == 3 for row in cell["rows"])
-    without = comparison.cell(measured, None, "bsfa,tri_shape", TileShape(), CPU, 0.001, 0)
-    assert without["left_out"]["bsfa"] == "no calibration for its thresholds"
+    with pytest.raises(UsageError, match="--methods bsfa: no calibration for its thresholds"):
+        comparison.cell(measured, None, "bsfa,tri_shape", TileShape(), CPU, 0.001, 0)
 
 
 def test_the_commands(run, files, tmp_path):
@@ -86,6 +86,8 @@ def test_the_commands(run, files, tmp_path):
         ((), 2, "give -o"),
         (("-o", "/proc/nowhere/x.safetensors"), 2, "cannot write"),
         (("-o", "{tmp}/x.safetensors", "--layers", "9"), 2, "no layer 9"),
+        (("-o", "{tmp}/x.safetensors", "--layers", "9", "--data", "{tmp}/no.txt"), 4, "no.txt does not exist"),
+        (("-o", "{tmp}/x.safetensors", "--layers", "a", "/nonexistent/model"), 2, "must be like 0-3,8"),
         (("-o", "{tmp}/x.safetensors", "/nonexistent/model"), 4, "does not exist"),
         (("-o", "{tmp}/x.safetensors", "--data", "{tmp}/short.txt", "--length", "999"), 4, "999 were asked for"),
     ],

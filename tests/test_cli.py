@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from bsfa_cli import app as cli
-from bsfa_cli import configuration, errors, files
+from bsfa_cli import configuration, errors
 from bsfa_cli.options import Config, Device, Dtype, Json
 
 HEAVY = ("torch", "transformers", "triton", "numpy", "rich", "yaml", "safetensors")
@@ -205,6 +205,28 @@ def test_file_then_environment_then_flags(run, seen, tmp_path, monkeypatch):
     assert (seen["top_k"], seen["fast"], seen["lengths"]) == (4, False, "512,1024")
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("BSFA_VERIFY_MIN_TOP", ("BSFA_VERIFY_MIN_TOP,", "did you mean BSFA_VERIFY_MIN_TOP1?")),
+        ("BSFA_VERFY_MIN_TOP1", ("did you mean BSFA_VERIFY_MIN_TOP1?",)),
+        ("BSFA_TRIAL_TOPK", ("did you mean BSFA_TRIAL_TOP_K?",)),
+        ("BSFA_TRACEBAK", ("did you mean BSFA_TRACEBACK?",)),
+        ("BSFA_X", ("BSFA_X", "BSFA_<COMMAND>_<OPTION>")),
+    ],
+)
+def test_a_misspelt_variable_is_refused(run, one_sentence, seen, monkeypatch, name, words):
+    monkeypatch.setenv(name, "1")
+    one_sentence(run("trial"), 2, *words)
+    assert seen == {} and run("trial", "--help").code == 0
+
+
+def test_variables_of_other_commands_are_let_alone(run, seen, monkeypatch):
+    monkeypatch.setenv("BSFA_VERIFY_MIN_TOP1", "0.9")
+    monkeypatch.setenv("BSFA_TRACEBACK", "")
+    assert run("trial").code == 0 and seen["top_k"] == 1
+
+
 def test_one_file_may_hold_a_section_per_command(run, seen, tmp_path):
     file = tmp_path / "flow.yaml"
     file.write_text("trial: {top_k: 7}\nprofile: {seed: 3}\n")
@@ -261,20 +283,3 @@ def test_known_keys_are_the_longest_flags(tmp_path):
 def _context(name: str):
     command = typer.main.get_command(cli.app).commands[name]
     return SimpleNamespace(command=command)
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    target = tmp_path / "new" / "file"
-    files.write_whole(target, b"one")
-    assert target.read_bytes() == b"one"
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(errors.MachineError, match="no space left"):
-        files.write_whole(target, b"two")
-    assert target.read_bytes() == b"one"
-    assert os.listdir(target.parent) == ["file"]
-    with pytest.raises(errors.UsageError, match="cannot write"):
-        files.write_whole(target / "below", b"three")

@@ -130,6 +130,34 @@ def test_thresholds_come_from_another_text_with_the_same_heads(source):
         fitted.gate("elsewhere", "target-skip", 0.3, 16, "cpu")
 
 
+def test_settings_replace_a_sweep_and_other_fields_are_in_the_name(source):
+    asked = methods.Settings.parse(["xattention=0.9,0.8", "xattention.stride=16", "bsfa=0.25,0.35", "bsfa_top_k=3"])
+    names = "xattention,xattention+bsfa,bsfa,bsfa_top_k,blasst"
+    found = run.cell(source, source, names, TILE, CPU, 0.001, 0, settings=asked)
+    swept = {}
+    for row in found["rows"]:
+        swept.setdefault(row["method"], []).append(row["setting"])
+        assert not (row["published"] and "stride" in row["method"])
+    assert swept["xattention(stride 16)"] == [0.8, 0.9] and swept["bsfa"] == [0.35, 0.25] and swept["bsfa_top_k"] == [3]
+    assert swept["blasst"] == list(methods.FACTORS) and len(swept["xattention(stride 16)+bsfa"]) >= 2
+    layer, options = next(source.layers("measured")), dict(causal=True, tile=TILE)
+    (row,) = [row for row in found["rows"] if row["method"] == "xattention(stride 16)" and row["setting"] == 0.9]
+    mask = select("xattention", layer.q, layer.k, scale=layer.scale, coverage=0.9, stride=16, **options)
+    assert row["layers"][0]["density"] == pytest.approx(float(density(mask, **options).mean()), abs=1e-6)
+
+
+def test_captured_layers_are_cut_to_the_length_that_is_asked_for(tmp_path):
+    q, k, v = (torch.randn(1, heads, 512, 64) for heads in (4, 2, 2))
+    layers = {"a": tensors.Captured(q, k, v, 0.125, True)}
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(tensors.pack(layers, {"model": "m", "label": None, "data": "d", "seed": 0}))
+    (layer,) = tensors.CapturedSource(path, CPU, 384).layers("measured")
+    assert torch.equal(layer.q, q[:, :, :384]) and torch.equal(layer.v, v[:, :, :384])
+    with pytest.raises(UsageError, match="holds 512 tokens, 513 were asked for"):
+        tensors.CapturedSource(path, CPU, 513)
+    assert [tensors.CapturedSource(path, CPU, n, or_all=True).length for n in (384, 513, None)] == [384, 512, 512]
+
+
 def test_times_are_summed_over_layers_and_selection_is_counted(source):
     chosen, _ = methods.chosen("blasst,xattention", None, True)
     bench = measure.Bench(chosen, TILE, CPU, 0.001, 0)
@@ -182,6 +210,7 @@ def test_break_even_length(points, expected):
     assert matching.break_even(points) == expected
 
 
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     "arguments, code, words",
     [
@@ -195,6 +224,22 @@ def test_break_even_length(points, expected):
         (("--calibrate-on", "a.safetensors"), 2, "belongs to --captured"),
         (("--captured", "/nonexistent/a.safetensors"), 4, "cannot read"),
         (("--output", "/proc/nowhere/a.json"), 2, "cannot write"),
+        (("--data", "a.txt"), 2, "--data means nothing on structured layers"),
+        (("--captured", "a", "--heads", "4"), 2, "--heads means nothing on captured layers"),
+        (("bundled", "--layers", "2"), 2, "--layers means nothing inside a model"),
+        (("bundled", "--data", "a.txt"), 4, "a.txt does not exist"),
+        (("bundled", "--tasks", "poems"), 2, "no task 'poems'"),
+        (("--setting", "magic=1"), 2, "no method 'magic' with a setting; there is sliding_window"),
+        (("--setting", "dense=1"), 2, "no method 'dense' with a setting"),
+        (("--setting", "xattention"), 2, "takes numbers separated by commas"),
+        (("--setting", "xattention=2"), 2, "coverage must lie in [0, 1], got 2"),
+        (("--setting", "xattention.size=2"), 2, "xattention has one of coverage, stride, block, chunk"),
+        (("--setting", "xattention.stride=7"), 2, "multiple of stride"),
+        (("--setting", "blasst.stride=7"), 2, "blasst has none but its knob"),
+        (("--setting", "blasst=0"), 2, "blasst takes positive factors"),
+        (("--setting", "bsfa=1.5"), 2, "skip rates between 0 and 1"),
+        (("--setting", "bsfa_top_k=2.5"), 2, "whole numbers"),
+        (("--methods", "blasst", "--setting", "xattention=0.9"), 2, "xattention, which --methods leaves out"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(run, one_sentence, arguments, code, words):
@@ -214,11 +259,15 @@ def test_the_command_writes_what_it_shows(run, tmp_path):
     assert "no slower than the fastest" in done.err and "at equal density" in done.err
 
 
-def test_a_method_that_needs_a_calibration_is_left_out_without_one():
-    chosen, left_out = methods.chosen("bsfa,pbs", None, True)
-    assert [method.name for method in chosen] == ["dense", "pbs"]
-    assert left_out == {"bsfa": "no calibration for its thresholds"}
-    assert methods.chosen("pbs", None, False)[1] == {"pbs": "not defined for non-causal attention"}
+def test_a_method_that_cannot_take_part_is_left_out_of_all_and_refused_by_name():
+    chosen, left_out = methods.chosen("all", None, True)
+    assert [method.name for method in chosen][:2] == ["dense", "sliding_window"]
+    assert left_out["bsfa"] == left_out["pbs+bsfa"] == "no calibration for its thresholds"
+    assert left_out["global_attention"] == "not defined for causal attention"
+    with pytest.raises(UsageError, match="--methods bsfa: no calibration"):
+        methods.chosen("bsfa,pbs", None, True)
+    with pytest.raises(UsageError, match="--methods pbs: not defined for non-causal"):
+        methods.chosen("sliding_window,pbs", None, False)
     with pytest.raises(UsageError, match="there is no method"):
         methods.chosen("pbs,", None, True)
 

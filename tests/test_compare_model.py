@@ -71,7 +71,7 @@ def test_rows_have_losses_times_and_answers(loaded, texts):
         assert (row["selection_ms"] > 0) == (row["method"] != "dense")
         assert len(row["samples_ms"]["attention"]) == len(row["samples_ms"]["ttft"]) >= 5
     assert [entry["name"] for entry in cell["dense"]] == ["PyTorch's CPU flash attention"]
-    assert all(getattr(module, "bsfa_handler", None) is None for module in loaded.model.modules())
+    assert all(getattr(module, "bsfa_handlers", None) is None for module in loaded.model.modules())
 
 
 def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
@@ -84,7 +84,7 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     bench = model.ModelBench(
         loaded, attention_modules(loaded.model), [methods.Dense(), Broken(SlidingWindow)], TILE, CPU
     )
-    cell = bench.cell(texts, 640, 0.001, 0, None, lambda: None)
+    cell = bench.cell(texts, 640, 0.001, 0, None)
     assert {row["method"] for row in cell["rows"]} == {"dense"} and cell["rows"][0]["accuracy"] is None
     assert {entry["reason"] for entry in cell["unavailable"]} == {"blocks do not fit"}
 
@@ -137,14 +137,18 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
     assert done.code == 0 and json.loads(done.out)["cells"][0]["level"] == "model"
     artifact = tmp_path / "thresholds.safetensors"
     assert run("export", calibrated, "-o", artifact, "--target-skip", "0.1", "--target-skip", "0.2").code == 0
-    done = run("compare", checkpoint, "--thresholds", artifact, "--methods", "bsfa,bsfa_top_k", *options, "--json")
+    compared = ("compare", checkpoint, "--thresholds", artifact, *options, "--methods")
+    one_sentence(run(*compared, "bsfa,bsfa_top_k"), 2, "bsfa_top_k: thresholds.safetensors holds no k for it")
+    done = run(*compared, "bsfa", "--json")
     (exported,) = json.loads(done.out)["cells"]
     assert [row["setting"] for row in exported["rows"]] == [1.0, 0.2, 0.1]
     assert exported["calibrated_on"] == "thresholds.safetensors"
     manifest = json.loads((calibrated / "run.json").read_text())
     manifest["model"]["weights"] = "another"
     (calibrated / "run.json").write_text(json.dumps(manifest))
-    one_sentence(run("compare", checkpoint, "--run", calibrated, *options), 4, "another model: its weights differs")
+    one_sentence(
+        run("compare", checkpoint, "--run", calibrated, *options), 4, "another model: weights is another there and"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,9 @@ def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_
         (("model", "--run", "a", "--thresholds", "b"), 2, "either --run or --thresholds"),
         (("model", "--thresholds", "/nonexistent/t.safetensors"), 4, "/nonexistent/t.safetensors"),
         (("model", "--captured", "a.safetensors"), 2, "either a model or --captured"),
+        (("/nonexistent/model", "--methods", "bsfa"), 2, "bsfa needs thresholds to compare with: give --run RUN or"),
+        (("--captured", "a", "--methods", "pbs,pbs+bsfa"), 2, "pbs+bsfa needs thresholds to compare with: give --cal"),
+        (("/nonexistent/model", "--methods", "global_attention"), 2, "global_attention: not defined for causal"),
         (("/nonexistent/model",), 4, "does not exist"),
         (("/nonexistent/model", "--run", "/nonexistent/run"), 4, "is no run directory"),
     ],

@@ -1,9 +1,12 @@
 """Calibration data: every supported file, generated text, and one sentence for whatever cannot be used."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 
+from bsfa_cli.calibration import data
 from bsfa_cli.calibration.data import data_hash, load_texts
 from bsfa_cli.calibration.generated_text import KINDS, generate
 from bsfa_cli.errors import InputError, UsageError
@@ -50,6 +53,61 @@ def test_jsonl_keys(key, tmp_path, tokenizer):
     assert {sample.tokens for sample in samples} == {tuple(str(i).encode() * 50) for i in range(3)}
 
 
+class Chat:
+    """A tokenizer by characters with a chat template that begins every conversation, unless told otherwise."""
+
+    bos_token_id, chat_template = ord("<"), "template"
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return SimpleNamespace(input_ids=[ord("<")] * add_special_tokens + [ord(c) for c in text])
+
+    def apply_chat_template(self, messages, tokenize):
+        assert tokenize is False
+        roles = [message["role"] for message in messages]
+        if roles != ["user", "assistant"]:
+            raise ValueError(f"roles must\nalternate, got {roles}")
+        return "<" + "".join(f"[{message['role']}]{message['content']}" for message in messages)
+
+
+def test_messages_go_through_the_chat_template_and_prompts_are_text(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    talk = [{"role": "user", "content": "Hello " * 5}, {"role": "assistant", "content": "Hi."}]
+    path.write_text(json.dumps({"prompt": "Hello", "messages": talk}) + "\n" + json.dumps({"prompt": "p" * 40}))
+    samples = {sample.id: "".join(map(chr, sample.tokens)) for sample in load(path, Chat())}
+    assert samples == {"line-1": "<[user]" + "Hello " * 5 + "[assistant]Hi.", "line-2": "<" + "p" * 40}
+    with pytest.raises(InputError, match="line 1: 'messages' needs a chat template"):
+        load(path, tokenizer)
+    path.write_text(json.dumps({"messages": talk[:1]}))
+    with pytest.raises(InputError, match=r"line 1: the chat template refuses 'messages': roles must alternate"):
+        load(path, Chat())
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t \n"])
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_blanks_do_not_use_up_a_sample(blank, name, tmp_path):
+    class Merging:
+        """2,000 blanks to a token, and every other character one."""
+
+        bos_token_id = None
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            return SimpleNamespace(input_ids=[len(part) for part in re.findall(r"\s{1,2000}|\S", text)])
+
+    text = blank * 200_000 + "x" * 3000
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name.endswith("l") else text)
+    (sample,) = load(tmp_path / name, Merging(), samples=1, length=1000)
+    assert len(sample.tokens) == 1000
+
+
+def test_more_samples_of_a_text_file_leave_its_windows_where_they_are(tmp_path, tokenizer):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{i} " for i in range(30_000)))
+    all_windows = load(path, tokenizer, samples=8)
+    assert len({sample.tokens for sample in all_windows}) == 8
+    for samples in (1, 2, 3, 5):
+        assert load(path, tokenizer, samples=samples) == all_windows[:samples]
+
+
 def test_tasks_take_turns(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     tasks = ["a"] * 8 + ["b"] * 2
@@ -77,6 +135,12 @@ LINE = json.dumps({"text": "x" * 50}) + "\n"
         ("a.jsonl", b'{"text": 5}', "line 1: 'text' must be text"),
         ("a.jsonl", b'{"text": ""}', "line 1: 'text' must be text"),
         ("a.jsonl", b'{"text": "\\ud800"}', "surrogate"),
+        ("a.jsonl", b'{"messages": "hello"}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": []}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": ["hello"]}', "line 1: 'messages' must be a list"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: 'messages.content' must be text"),
+        ("a.jsonl", b'{"messages": [{"role": 1, "content": "x"}]}', "line 1: 'messages.role' must be text"),
+        ("a.jsonl", b'{"prompt": [1]}', "line 1: 'prompt' must be text"),
         ("a.jsonl", b'{"text": "short"}', "longest has 5 tokens, and at least 20"),
         ("a.txt", b"short", "every sample is too short"),
     ],
@@ -92,7 +156,7 @@ def test_unusable_data_gets_one_sentence(name, content, said, tmp_path, tokenize
 
 def test_directories_and_unknown_builtins(tmp_path, tokenizer):
     (tmp_path / "d.txt").mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="data folder .* holds no"):
         load(tmp_path / "d.txt", tokenizer)
     with pytest.raises(UsageError, match="builtin:mixed, builtin:prose"):
         load("builtin:poems", tokenizer)
@@ -103,8 +167,6 @@ def test_the_beginning_token_is_on_every_sample(tmp_path):
         bos_token_id = 1
 
         def __call__(self, text, add_special_tokens=True, verbose=True):
-            from types import SimpleNamespace
-
             return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in text])
 
     path = tmp_path / "t.txt"
@@ -112,3 +174,61 @@ def test_the_beginning_token_is_on_every_sample(tmp_path):
     samples = load(path, Tokenizer())
     assert [sample.tokens[0] for sample in samples] == [1, 1]
     assert [len(sample.tokens) for sample in samples] == [100, 100]
+
+
+def test_several_sources_are_read_in_turns(tmp_path, tokenizer):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("a" * 300)
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "{c * 90}"}}\n' for c in "bcd"))
+    (tmp_path / "deep" / "er" / "a.txt").write_text("e" * 90)
+    (tmp_path / "deep" / "notes.md").write_text("no data")
+    (tmp_path / "odd, name.txt").write_text("o" * 90)
+    a, b, deep = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "deep"
+
+    def ids(spec, samples=6):
+        return [sample.id for sample in load(spec, tokenizer, samples=samples)]
+
+    assert ids(f"{a},{b}")[:3] == ["a.txt:window-0", ids(f"{a},{b}")[1], "a.txt:window-1"]
+    assert len(set(ids(f"{a},{b}"))) == 6 and {name[:7] for name in ids(f"{a},{b}")} == {"a.txt:w", "b.jsonl"}
+    assert ids(f"{a},{a},{tmp_path / 'deep' / '..' / 'a.txt'}") == ids(a)  # named thrice, read once
+    assert ids(deep) == ["window-0"] and load(deep, tokenizer)[0].tokens == tuple(b"e" * 90)
+    assert ids(f"{a},{deep}")[:2] == [f"{a}:window-0", f"{deep / 'er' / 'a.txt'}:window-0"]  # two files of one name
+    assert {name.split(":")[0] for name in ids(tmp_path / "*.txt")} == {"a.txt", "odd, name.txt"}
+    assert ids(tmp_path / "odd, name.txt") == ["window-0"]
+    mixed = ids(f"{tmp_path / 'odd, name.txt'}, {b}")
+    assert [name.split(":")[0] for name in mixed[:2]] == ["odd, name.txt", "b.jsonl"]
+    assert ids(f"builtin:code,{b}", 2)[0] == "builtin:code:code-0"
+    both = load(f"{a},{b}", tokenizer, samples=6)
+    assert load(f"{a},{b}", tokenizer, samples=6) == both and both[0].source == "a.txt, from token 0"
+
+
+@pytest.mark.parametrize(
+    "spec, kind, said",
+    [
+        ("{tmp}/*.txt", InputError, "no data file matches .*/\\*.txt"),
+        ("{tmp}", InputError, "data folder .* holds no .txt or .jsonl file"),
+        ("{tmp}/a.txt,builtin:code", InputError, "a.txt does not exist"),
+        ("builtin:code,builtin:verse", UsageError, "no such generated text"),
+        (",", UsageError, "--data names no text"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path, tokenizer, spec, kind, said):
+    spec = spec.format(tmp=tmp_path)
+    for read in (lambda: load(spec, tokenizer), lambda: data.check_source(spec, 512)):
+        with pytest.raises(kind, match=said):
+            read()
+
+
+def test_tasks_keep_their_commas_and_results_name_no_folders():
+    spec = "/home/me/a.txt,tasks:single,records,/home/me/texts,builtin:code"
+    assert data.names(spec) == ["a.txt", "tasks:single,records", "texts", "builtin:code"]
+    assert not data.is_generated(spec) and data.is_generated("builtin:code,tasks:single,records")
+    assert data.shared_files(spec, "b.txt,texts,builtin:code") == ["texts"]
+
+
+def test_generated_text_is_remarked_on_where_nobody_asked_for_it():
+    (remark,) = data.remarks(None, "builtin:mixed", 8)
+    assert "no --data was given: builtin:mixed is generated text" in remark and "absolute ones and top-k" in remark
+    assert data.remarks("builtin:mixed", "builtin:mixed", 8) == data.remarks(None, "tasks:all", 8) == []
+    (remark,) = data.remarks("builtin:code,builtin:mixed", "builtin:code,builtin:mixed", 1)
+    assert "names 2 sources, and 1 samples come from the first 1" in remark

@@ -145,7 +145,7 @@ def test_apply_names_what_differs_in_another_model(changes, named):
 def test_apply_refuses_modules_the_model_does_not_have():
     model, other = build("llama"), build("llama", num_hidden_layers=3)
     with pytest.raises(ThresholdsError, match="model.layers.2.self_attn"):
-        bsfa.apply(model, thresholds(other, 0.0, layers=2, config_hash=None, weights=None))
+        bsfa.apply(model, thresholds(other, 0.0, layers=2, config=None, config_hash=None, weights=None))
 
 
 def test_identity_ignores_how_a_model_is_loaded_and_sees_what_it_computes():

@@ -137,6 +137,40 @@ def test_truncated_missing_and_incomplete_weights(checkpoint):
     assert "weights" in refused(checkpoint)
 
 
+def test_weights_that_the_configuration_has_no_place_for(tmp_path):
+    """Fewer layers in the configuration than in the weights would otherwise be another model, loaded silently."""
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | {"num_hidden_layers": 3})).save_pretrained(tmp_path)
+    random_weights.build_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refused(tmp_path)
+    assert "do not fit its config.json: 9 have no place in it, among them model.layers.2." in message
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_named(saved, tmp_path, value):
+    model = load_model(saved, device="cpu").model
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, :2] = value
+    model.save_pretrained(tmp_path)
+    random_weights.build_tokenizer().save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    assert "model.layers.0.mlp.up_proj.weight holds 2 values that are NaN or infinite" in message
+    assert "--dtype" not in message
+
+
+def test_weights_past_the_range_of_float16_are_told_from_damaged_ones(saved, tmp_path):
+    model = load_model(saved, device="cpu").model
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path)
+    random_weights.build_tokenizer().save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu").model.dtype == torch.float32
+    with pytest.raises(InputError, match="in float16; try --dtype bfloat16"):
+        load_model(tmp_path, device="cpu", dtype="float16")
+
+
 @pytest.mark.parametrize(
     "model",
     [

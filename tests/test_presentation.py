@@ -18,6 +18,27 @@ ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+def test_progress_is_lines_with_the_time_left_where_there_is_no_terminal(capsys):
+    now = [0.0]
+    with console.Lines(lambda: now[0]) as lines:
+        begin = console.beginner(lines, "8,192 tokens")
+        step = begin(10, "timing")
+        for _ in range(4):
+            now[0] += 5
+            step()
+        now[0] += 100
+        step(2)
+        begin(10, "timing")(4)
+        now[0] += 4000
+        step()
+    console.console.cache_clear()
+    assert capsys.readouterr().err.splitlines() == [
+        "8,192 tokens: timing: 3 of 10, 0:15 gone, about 0:35 left",
+        "8,192 tokens: timing: 6 of 10, 2:00 gone, about 1:20 left",
+        "8,192 tokens: timing: 11 of 20, 1:08:40 gone, about 56:11 left",
+    ]
+
+
 def row(name: str, kind: str, target=None, speedup=1.0, bound=1.0, ms=2.0) -> dict:
     return {
         "name": name, "kind": kind, "skip_target": target, "speedup": speedup, "bound": bound, "ms_median": ms,

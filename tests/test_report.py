@@ -145,10 +145,11 @@ def test_ticks_are_round(low, high, expected):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (None, "cannot read"), ("{", "is not JSON"), ("[]", "not a result of `bsfa profile` or `bsfa compare`"),
+        (None, "cannot read"), ("{", "is not JSON"), ("[]", "not a result of `bsfa profile` or `bsfa compare` or"),
         ('{"kind": "bsfa compare", "format": 9}', "has format 9"),
         ('{"kind": "bsfa compare", "format": 1, "environment": {}, "cells": [{}]}', "lacks or breaks"),
         ('{"kind": "bsfa compare", "format": 1, "environment": {}, "cells": [3]}', "lacks or breaks"),
+        ('{"kind": "bsfa verify", "format": 1, "environment": {}, "points": [{}]}', "lacks or breaks"),
     ],
 )  # fmt: skip
 def test_a_damaged_result_writes_nothing(run, one_sentence, tmp_path, content, words):

@@ -482,6 +482,8 @@ def test_half_precision(name):
 def test_errors():
     q, k = make(40)
     good = dict(scale=0.5, causal=True, tile=TILES[0])
+    with pytest.raises(ValueError, match=r"pbs permutes keys.*use PBS\(...\).arrange"):
+        select("pbs", q, k, **good)
     with pytest.raises(ValueError, match="unknown method 'dense'"):
         select("dense", q, k, **good)
     with pytest.raises(ValueError, match="pooled_top_k has no setting 'name'"):

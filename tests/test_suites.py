@@ -1,5 +1,6 @@
 """Questions, how they are asked and scored, RULER's files, and the intervals around an accuracy."""
 
+import itertools
 import json
 import math
 
@@ -83,8 +84,27 @@ def test_another_tokenizer_gets_text_of_its_own_length():
 
 @pytest.mark.parametrize("names, lengths", [(("needle",), (512,)), (("single",), (64,))])
 def test_a_plan_that_cannot_be_is_refused(names, lengths):
-    with pytest.raises(UsageError, match="no task 'needle'; there are single, multi-key|at least 256 tokens, got 64"):
+    with pytest.raises(UsageError, match="no task 'needle'; there are single, multi|into 64 tokens.* works is 256$"):
         Plan(names, lengths, 1)
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_every_task_fits_into_the_shortest_document(name):
+    for length in (*range(tasks.SHORTEST, 400, 3), 512):
+        batch = tasks.make(name, length=length, rows=1, generator=torch.Generator().manual_seed(length), depth=4)
+        assert batch.tokens.shape == (1, length)
+
+
+def test_a_length_too_short_for_the_text_of_a_task_is_refused_with_one_that_works():
+    tokenizer = random_weights.build_tokenizer()  # one token a byte: a word of the tasks takes several
+    for make in (
+        lambda length: load_texts("tasks:records,single", samples=4, length=length, tokenizer=tokenizer, seed=3),
+        lambda length: list(Plan(("records", "multi-value"), (length, 4096), 2).questions_for(tokenizer)),
+    ):
+        with pytest.raises(UsageError, match="does not fit into 512 tokens of this model's tokenizer") as refused:
+            make(512)
+        works = int(str(refused.value).split()[-1])
+        assert 512 < works < 2048 and make(works)
 
 
 def test_names():
@@ -133,7 +153,7 @@ def test_filler_behind_the_answer_moves_the_question_and_changes_no_answer():
         question.place.stop == 511 and question.answer[0, question.place].all() and not question.answer[0, 512:].any()
     )
     assert question.right(question.answers).all()
-    with pytest.raises(UsageError, match="at least 256 tokens, got 204"):
+    with pytest.raises(UsageError, match="do not fit into 1024 tokens; the shortest length that works is 1280$"):
         Plan(("single",), (1024,), 1, ask_at=0.2)
     with pytest.raises(UsageError, match="at most 1, got 1.5"):
         Plan(("single",), (1024,), 1, ask_at=1.5)
@@ -240,11 +260,62 @@ def test_wilson_against_its_defining_equation():
 
 def test_paired_differences_are_of_the_same_questions():
     dense = [1.0] * 90 + [0.0] * 10
-    same = statistics.paired(dense, dense)
-    assert same["difference"] == 0 and same["difference_interval"] == [0, 0] and same["retention"] == 1
     worse = statistics.paired([0.0] * 9 + dense[9:], dense)
+    assert (worse["gained"], worse["lost"]) == (0, 9)
     assert worse["difference"] == pytest.approx(-0.09) and worse["retention"] == pytest.approx(0.9)
     low, high = worse["difference_interval"]
-    assert -0.16 < low < -0.09 < high < -0.03  # 9 of 100 questions: a standard error of 0.029
-    assert worse == statistics.paired([0.0] * 9 + dense[9:], dense)
-    assert statistics.paired([0.0], [0.0])["retention"] is None
+    assert -0.17 < low < -0.09 < high < -0.04  # 9 of 100 questions: a standard error of 0.029
+    low, high = worse["retention_interval"]
+    assert 0.81 < low < 0.9 < high < 0.96
+    nothing = statistics.paired([0.0], [0.0])
+    assert nothing["retention"] is None and nothing["retention_interval"] is None
+
+
+@pytest.mark.parametrize("right, wrong", [(4, 0), (4, 6), (90, 10), (500, 0)])
+def test_answers_that_never_differ_leave_as_much_open_as_their_number(right, wrong):
+    dense = [1.0] * right + [0.0] * wrong
+    same = statistics.paired(dense, dense)
+    assert same["difference"] == 0 and same["retention"] == 1
+    # Wilson's bound, of the dense model's right answers kept.
+    assert same["retention_interval"][0] == pytest.approx(right / (right + statistics.Z**2))
+    assert same["retention_interval"][1] == pytest.approx(1 + statistics.Z**2 / right)
+    spread = statistics.Z**2 / (right + wrong + statistics.Z**2)
+    assert same["difference_interval"] == pytest.approx([-spread, spread])
+
+
+def outcomes(questions, shares):
+    """(Pairs, probability) of everything that so many questions can give."""
+    for both, gained, lost in itertools.product(range(questions + 1), repeat=3):
+        neither = questions - both - gained - lost
+        if neither >= 0:
+            pairs = statistics.Pairs(both, gained, lost, neither)
+            ways = math.factorial(questions) // math.prod(map(math.factorial, pairs))
+            yield pairs, ways * math.prod(share**number for share, number in zip(shares, pairs, strict=True))
+
+
+@pytest.mark.parametrize("questions", [4, 12])
+@pytest.mark.parametrize("dense, lost, gained", [(0.4, 0.1, 0.1), (0.9, 0.3, 0.0), (0.9, 0.02, 0.3), (0.97, 0.5, 0.3)])
+def test_intervals_hold_the_truth_as_often_as_they_say(questions, dense, lost, gained):
+    shares = (dense * (1 - lost), (1 - dense) * gained, dense * lost, (1 - dense) * (1 - gained))
+    truth = {"retention": (shares[0] + shares[1]) / dense, "difference": shares[1] - shares[2]}
+    held = dict.fromkeys(truth, 0.0)
+    for pairs, probability in outcomes(questions, shares):
+        for name in truth:
+            if name == "difference" or pairs.dense:
+                low, high = getattr(statistics, f"{name}_interval")(pairs)
+                held[name] += probability * (low - 1e-9 <= truth[name] <= high + 1e-9)
+            else:
+                held[name] += probability  # no answer, no interval, no claim
+    assert all(share > 0.935 for share in held.values()), held
+
+
+@pytest.mark.parametrize("retention, least", [(0.5, 4), (0.95, 73), (0.99, 381), (1.0, None)])
+def test_how_many_answers_show_a_retention(retention, least):
+    assert statistics.least_answers(retention) == least
+    if least:
+        for count, shown in ((least - 1, False), (least, True)):
+            assert (statistics.retention_interval(statistics.Pairs(count, 0, 0, 0))[0] >= retention) == shown
+        assert statistics.enough_questions(statistics.Pairs(2, 0, 0, 2), retention) == pytest.approx(2 * least, rel=0.3)
+    assert statistics.enough_questions(statistics.Pairs(8, 0, 2, 0), 0.8) is None
+    enough = statistics.enough_questions(statistics.Pairs(95, 2, 3, 10), 0.95)
+    assert statistics.retention_interval(statistics.Pairs(95, 2, 3, 10).times(enough / 110))[0] >= 0.95 and enough > 110

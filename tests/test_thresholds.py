@@ -3,12 +3,13 @@
 import dataclasses
 import io
 import json
+import re
 import struct
 
 import pytest
 import safetensors.torch
 import torch
-from bsfa_kernels import TileShape
+from bsfa_kernels import TileShape, container
 from bsfa_kernels.thresholds import (
     MODEL_KEYS,
     Point,
@@ -96,9 +97,22 @@ def test_gate_names_what_is_missing(arguments, said):
 
 def test_check_model_names_the_field():
     make().check_model(MODEL | {"id": "elsewhere", "revision": "main", "layers": 99})
-    for key, value in {"query_heads": 8, "scale": 0.25, "rope": {"theta": 1e6}, "config_hash": "xyz"}.items():
+    for key, value in {"query_heads": 8, "scale": 0.25, "config_hash": "xyz"}.items():
         with pytest.raises(ThresholdsError, match=f"{key} is"):
             make().check_model(MODEL | {key: value})
+    with pytest.raises(ThresholdsError, match=r"rope\.theta is 10000\.0 there and 1000000\.0 here"):
+        make().check_model(MODEL | {"rope": {"theta": 1e6}})
+    made_for = MODEL | {"config": {"eps": 1e-6, "rope": {"factor": 8, "kind": "yarn"}, "same": [1, 2]}}
+    thresholds = make(model=made_for)
+    thresholds.check_model(MODEL | {"config": None})
+    for changes, said in (
+        ({"eps": 1e-5, "rope": {"factor": 4, "kind": "yarn"}}, "config.eps is 1e-06 there and 1e-05 here"),
+        ({"rope": {"factor": 4, "kind": "yarn"}}, "config.rope.factor is 8 there and 4 here"),
+        ({"rope": {"factor": 8}}, "config.rope.kind is yarn there and absent here"),
+        ({"added": None}, "config.added is absent there and None here"),
+    ):
+        with pytest.raises(ThresholdsError, match=f": {re.escape(said)}$"):
+            thresholds.check_model(MODEL | {"config": made_for["config"] | changes, "config_hash": "other"})
     paths = {path: 4 for path in make().tensors}
     make().check_model(MODEL, paths)
     with pytest.raises(ThresholdsError, match=r"layers\.2.*query_heads is 4 in the thresholds and 8"):
@@ -153,6 +167,28 @@ def pickled(legacy: bool) -> bytes:
     return stream.getvalue()
 
 
+def earlier(metadata: dict) -> None:
+    """As schema 1 was written: its model has no `config`."""
+    metadata["schema"] = 1
+    del metadata["model"]["config"]
+
+
+def test_files_of_schema_1_are_read_and_checked_by_their_hash():
+    thresholds = Thresholds.from_bytes(rebuilt(edit_metadata=earlier))
+    assert thresholds.model == MODEL and thresholds.points == make().points
+    here = MODEL | {"config": {"eps": 1e-5}}
+    thresholds.check_model(here)
+    with pytest.raises(ThresholdsError, match="config_hash is abc there and xyz here"):
+        thresholds.check_model(here | {"config_hash": "xyz"})
+    assert Thresholds.from_bytes(thresholds.to_bytes()).model == MODEL
+
+
+def test_a_header_that_nobody_could_read_is_not_written(tmp_path):
+    with pytest.raises(container.Malformed, match="the header would take"):
+        make(provenance={"text": "x" * (5 << 20)}).write(tmp_path / "t.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def nan_body() -> bytes:
     return struct.pack("<f", float("nan")) + make().to_bytes()[-4 * (3 * 40 - 1) :]
 
@@ -197,7 +233,16 @@ MALFORMED = {
     "unknown entry field": (rebuilt(entry(FIRST, extra=1)), "unknown extra"),
     "other heads": (rebuilt(entry(FIRST, shape=[4, 2, 5])), "2 points"),
     "NaN": (rebuilt(body=nan_body()), "NaN"),
-    "schema newer": (rebuilt(edit_metadata=meta(schema=2, future=1)), "schema 2.*upgrade"),
+    "shape of nothing": (rebuilt(entry(FIRST, shape=[1 << 31] * 3 + [0], data_offsets=[0, 0])), "no tensor can have"),
+    "name of two lines": (rebuilt(lambda h: h.update({"a\nb\x1b[2J\ud800": h.pop(FIRST) | {"dtype": "BF16"}})),
+                          r"a\\nb\\x1b\[2J\\ud800 must have dtype"),
+    "module of two lines": (rebuilt(lambda h: h.update({"a\nb": h.pop(FIRST) | {"shape": [8, 5]}})), r"a\\nb must be"),
+    "key of two lines": (rebuilt(lambda h: repeated(h | {"a\nb": {}}, "a\nb")), r"the key 'a\\nb' twice"),
+    "field of two lines": (rebuilt(entry(FIRST, **{"a\nb": 1})), r"unknown a\\nb"),
+    "id of two lines": (rebuilt(edit_metadata=lambda m: m["points"][0].update(name="a\nb")), r"name must be .* a\\nb"),
+    "schema newer": (rebuilt(edit_metadata=meta(schema=3, future=1)), "schema 3.*upgrade"),
+    "config in schema 1": (rebuilt(edit_metadata=meta(schema=1)), "model has unknown config"),
+    "config missing": (rebuilt(edit_metadata=lambda m: m["model"].pop("config")), "model lacks config"),
     "schema text": (rebuilt(edit_metadata=meta(schema="1")), "schema must be"),
     "unknown key": (rebuilt(edit_metadata=meta(colour="red")), "unknown colour"),
     "missing key": (rebuilt(edit_metadata=lambda m: m.pop("tile") and None), "lacks tile"),

@@ -15,7 +15,7 @@ from gap_thresholds import TILE, thresholds
 from bsfa_cli.commands.verify import verify
 from bsfa_cli.errors import GateFailed, InputError, UsageError
 from bsfa_cli.models.load import load_model
-from bsfa_cli.verification import run
+from bsfa_cli.verification import run as verification
 from bsfa_cli.verification.gates import Gates
 from bsfa_cli.verification.kernel import check_kernel
 from bsfa_cli.verification.layers import DroppedMass, MeasuringAttention
@@ -103,6 +103,61 @@ def test_the_calibration_texts_are_not_called_held_out(loaded, tmp_path, capsys,
     assert "nothing here is held out" in call(capsys, tmp_path / "seen.safetensors")[1]
 
 
+def test_the_skip_rate_is_the_whole_models(loaded, tmp_path, capsys):
+    every = thresholds(loaded, {"hard": 2.0})
+    one = dataclasses.replace(every, tensors=dict([list(every.tensors.items())[1]]))
+    every.write(tmp_path / "every.safetensors")
+    one.write(tmp_path / "one.safetensors")
+    (whole,) = call(capsys, tmp_path / "every.safetensors")[0]["points"]
+    assert whole["uncalibrated"] == {}
+    assert whole["calibrated"] == {key: whole[key] for key in ("kept", "candidates", "skip")}
+    result, shown = call(
+        capsys, tmp_path / "one.safetensors", failing="skip rate is 0.2958 .--min-skip 0.3", min_skip=0.3
+    )
+    (point,) = result["points"]
+    # Geometry gives the other two layers the tiles that the kernels count in them.
+    assert point["candidates"] == whole["candidates"] == 3 * point["calibrated"]["candidates"]
+    assert set(point["uncalibrated"]) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
+    assert point["skip"] == pytest.approx(point["calibrated"]["skip"] / 3) and point["calibrated"]["skip"] > 0.3
+    assert "in the 1 of 3 attention modules that have thresholds; the others keep every tile" in shown
+
+
+def test_a_stored_result_becomes_a_page(artifact, run, tmp_path):
+    stored, page = tmp_path / "v<1>.json", tmp_path / "report.html"
+    options = ("--samples", "1", "--length", "400", "--device", "cpu", "--min-top1", "0.999", "--negative-control")
+    done = run("verify", "--thresholds", artifact, *options, "-o", stored, "--json")
+    assert done.code == 1 and json.loads(stored.read_text()) == json.loads(done.out)
+    assert run("report", stored, "-o", page).code == 0
+    text = page.read_text()
+    for words in ("v&lt;1&gt;.json", "random weights", "builtin:mixed", "Failed. Limits asked for: min-top1 0.999",
+                  "open: nothing was skipped", "model.layers.2.self_attn", "Negative control"):  # fmt: skip
+        assert words in text
+    assert text.count("<details>") == 3 and "<1>" not in text
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("--length", "2"), 2, "--length 2 is shorter than two tiles of the thresholds (128 tokens)"),
+        (("--length", "131073"), 2, "--length 131073 is past the model's 131072 positions"),
+        (("--data", "{tmp}/no.txt"), 4, "no.txt does not exist"),
+        (("--data", "builtin:poems"), 2, "builtin:mixed"),
+        (("--output", "/proc/nowhere/v.json"), 2, "cannot write"),
+        (("--tasks", "poems"), 2, "no task 'poems'"),
+        (("--tasks", "{tmp}/no.jsonl"), 4, "no.jsonl does not exist"),
+        (("--tasks", "single", "--heat-map", "/proc/nowhere/h.svg"), 2, "cannot write"),
+        (("--tasks", "single", "--save-questions", "/proc/nowhere/q.jsonl"), 2, "cannot write"),
+        (("--tasks", "single", "--lengths", "512,131073"), 2, "--lengths 131073 is past the model's 131072 positions"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    run, one_sentence, artifact, tmp_path, arguments, code, words
+):
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    one_sentence(run("verify", "--thresholds", artifact, "--device", "cpu", *arguments), code, words)
+
+
 def test_bad_requests(artifact, loaded, tmp_path):
     with pytest.raises(UsageError, match="--min-top1 must lie between 0 and 1, got 1.5"):
         verify(thresholds=artifact, min_top1=1.5)
@@ -152,8 +207,8 @@ def test_layer_numbers_are_those_of_the_formula(loaded):
     assert quantile <= found["dropped_mass"]["p99"] + 1e-6 <= quantile + 2e-3
     head = found["heads"][3]
     error = (sparse.out - dense.out)[:, 3].norm() / dense.out[:, 3].norm()
-    assert head["error"] == pytest.approx(float(error), rel=1e-4)
-    assert head["dropped_mass"]["mean"] == pytest.approx(float(dropped[:, 3].mean()), rel=1e-4)
+    assert head["error"] == pytest.approx(float(error), rel=1e-4, abs=1e-6)
+    assert head["dropped_mass"]["mean"] == pytest.approx(float(dropped[:, 3].mean()), rel=1e-4, abs=1e-6)
 
 
 def test_dropped_mass_of_nothing_and_everything():
@@ -217,7 +272,7 @@ def test_output_that_is_not_finite_fails(loaded, monkeypatch):
 
     monkeypatch.setattr(SparseAttention, "attend", poisoned)
     artifact = thresholds(loaded, {"only": 1.0})
-    result = run.verify_points(loaded.model, artifact, ["only"], [Text], "auto", lambda: None)[0]
+    result = verification.verify_points(loaded.model, artifact, ["only"], [Text], "auto", lambda: None)[0]
     json.dumps(result, allow_nan=False)
     limits = Gates(min_top1=0.0, max_perplexity_increase=1e9)
     assert "perplexity increase is not finite (--max-perplexity-increase 1e+09)" in limits.failures(result)
@@ -234,7 +289,7 @@ def test_a_model_that_is_broken_without_bsfa_is_refused():
 
 def test_a_worse_perplexity_is_named(loaded):
     artifact = thresholds(loaded, {"only": 1.0})
-    result = run.verify_points(loaded.model, artifact, ["only"], [Text], "auto", lambda: None)[0]
+    result = verification.verify_points(loaded.model, artifact, ["only"], [Text], "auto", lambda: None)[0]
     result["logits"]["perplexity_increase"] = 0.02
     assert Gates(max_perplexity_increase=0.03).failures(result) == []
     assert Gates(max_perplexity_increase=0.01).failures(result) == [

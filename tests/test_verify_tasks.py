@@ -36,13 +36,14 @@ SMALL = ("--tasks", ",".join(ASKED), "--lengths", "512,768", "--questions", "2",
 
 
 def test_mild_thresholds_keep_the_answers_and_reckless_ones_lose_them(run, artifact, tmp_path):
-    command = ("verify", "--thresholds", artifact, *SMALL, "--json", "--min-retention", "0.9")
+    command = ("verify", "--thresholds", artifact, *SMALL, "--json", "--min-retention", "0.7")
     result = run(*command, "--point", "mild", "--min-skip", "0.05", "--negative-control")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     (mild,) = found["points"]
     assert found["tasks"]["mode"] == "teacher-forced" and len(found["tasks"]["questions"]) == 12
     assert mild["questions"] == 12 and mild["dense"] >= 0.75 and mild["retention"] >= 0.9 and mild["skip"] > 0.05
+    assert 0.7 <= mild["retention_interval"][0] < 0.9
     assert set(mild["by_task"]) == set(ASKED) and set(mild["by_length"]) == {"512", "768"}
     assert {cell["depth"] for cell in mild["by_length_and_depth"]} == {0, 1}
     assert found["negative_control"]["retention"] < 0.5
@@ -63,6 +64,21 @@ def test_a_ruler_file_is_answered_by_generation(run, artifact, loaded, tmp_path)
     found = json.loads(run(*command, "--device", "cpu").out)
     assert found["tasks"]["mode"] == "generated" and found["dense_answers"]["exact"] == 1
     assert found["points"][0]["exact"] == 1
+
+
+def test_questions_past_the_models_positions_are_refused(run, one_sentence, artifact, tmp_path):
+    line = json.dumps({"input": "the garden " * 70_000, "outputs": ["1"], "task": "niah"})
+    (tmp_path / "q.jsonl").write_text(json.dumps({"input": "the", "outputs": ["1"]}) + "\n" + line)
+    command = ("verify", "--thresholds", artifact, "--tasks", tmp_path / "q.jsonl", "--device", "cpu")
+    one_sentence(run(*command), 4, "q.jsonl, question 2: its 140,001 tokens and 128 for the answer", "positions")
+
+
+def test_a_stored_result_becomes_a_page(run, artifact, tmp_path):
+    command = ("verify", "--thresholds", artifact, *SMALL, "--point", "mild", "-o", tmp_path / "v.json")
+    assert run(*command).code == 0 and run("report", tmp_path / "v.json", "-o", tmp_path / "r.html").code == 0
+    page = (tmp_path / "r.html").read_text()
+    for words in ("mild: passed", "teacher-forced", "12 questions", "<td>multi-key</td>", "<td>768 tokens</td>"):
+        assert words in page
 
 
 def test_generation_and_teacher_forcing_agree(loaded):
@@ -89,6 +105,27 @@ def test_tiles_are_counted_question_by_question(loaded, artifact):
     assert all(0 < answer.kept < answer.candidates for answer in answers["mild"])
 
 
+def test_modules_without_thresholds_count_in_the_skip_rate(loaded, artifact):
+    from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
+    from bsfa_kernels.thresholds import Thresholds
+
+    every = Thresholds.read(artifact)
+    path = "model.layers.2.self_attn"
+    one = dataclasses.replace(every, tensors={path: every.tensors[path]})
+    modules = attention_modules(loaded.model)
+    contenders = {
+        name: SparseAttention.for_model(each, modules, "reckless", count=True)
+        for name, each in {"every": every, "one": one}.items()
+    }
+    plan = Plan(("single",), (512,), 1)
+    examiner = Examiner(loaded.model, loaded.tokenizer)
+    for question in (plan.draw("single", 512, 0), plan.write("single", 512, 0, loaded.tokenizer)):
+        found = examine(examiner, contenders, [question])
+        (all_dropped,), (one_of_four) = found["every"], found["one"][0]
+        assert all_dropped.kept == 0 and one_of_four.candidates == all_dropped.candidates > 0
+        assert one_of_four.kept == 3 * one_of_four.candidates // 4
+
+
 def answers_of(plan, right, kept=0, candidates=0):
     return [
         Answer(plan.draw(*place), Score(place[0] in right, 1.0), kept, candidates) for place in plan.places()
@@ -105,6 +142,13 @@ def test_a_summary_names_the_worst_task_and_counts_tiles():
     assert [(cell["length"], cell["depth"], cell["questions"]) for cell in found["by_length_and_depth"]] == [
         (256, 0, 2), (256, 1, 2),
     ]  # fmt: skip
+    few = summarise(dense, dense)
+    assert few["retention"] == 1
+    assert Gates(min_retention=0.7).task_accuracy_failures(few) == [
+        "retention of dense accuracy is 1, of which 6 questions show only that it is at least 0.6097 "
+        "(--min-retention 0.7); about 9 such questions would show more"
+    ]
+    assert Gates(min_retention=0.6).task_accuracy_failures(few) == []
     nothing = summarise(answers_of(plan, ()), answers_of(plan, ()))
     assert nothing["retention"] is None and nothing["worst_retention"] is None and nothing["skip"] is None
     gates = Gates(min_retention=0.7, min_skip=0.8)
@@ -133,9 +177,14 @@ def test_a_heat_map_needs_depths():
         (("--heat-map", "m.svg"), "--heat-map needs --tasks"),
         (("--tasks", "all", "--min-top1", "0.9"), "--min-top1 judges texts: drop --tasks"),
         (("--tasks", "all", "--negative-control"), "that it can fail: --min-retention"),
+        (
+            ("--tasks", "single", "--questions", "4", "--min-retention", "0.95"),
+            "--min-retention 0.95 needs at least 73 questions that the dense model answers right, and 4 would be asked",
+        ),
+        (("--tasks", "all", "--min-retention", "1"), "more than any number of questions can show"),
         (("--tasks", "needle"), "there is no task 'needle'"),
         (("--tasks", "single", "--lengths", "4k"), "--lengths must be whole numbers"),
-        (("--tasks", "single", "--lengths", "200000"), "--length 200000 is past the model's"),
+        (("--tasks", "single", "--lengths", "200000"), "--lengths 200000 is past the model's"),
     ],
 )
 def test_bad_requests(run, artifact, one_sentence, options, words):

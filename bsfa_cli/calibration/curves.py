@@ -82,6 +82,11 @@ class Plan:
     def knot_tiles(self) -> tuple[int, ...]:
         return knot_tiles(self.query_tiles)
 
+    @property
+    def most_ranked(self) -> int:
+        """Tiles off the diagonal of the last query tile: top-k of as many, or more, drops nothing anywhere."""
+        return (self.query_tiles - 1) * self.tile.rows // self.tile.keys
+
     def bytes_per_head(self) -> int:
         """Size of one query head's curves in memory, on the device."""
         cells = sum(len(grid) + 1 for grid in GRIDS.values())

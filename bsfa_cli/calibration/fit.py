@@ -111,7 +111,7 @@ def _wanted(table: Table, rate: float) -> int:
     most = int(table.dropped[..., -1].sum())
     if most < wanted or not int(table.candidates.sum()):
         raise UsageError(
-            f"--target-skip {rate:g} cannot be reached: the highest {table.gate} threshold drops {table.reach:.4f} of "
+            f"a skip rate of {rate:g} cannot be reached: the highest {table.gate} threshold drops {table.reach:.4f} of "
             f"the candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
         )
     return wanted
@@ -168,9 +168,10 @@ def at_knots(table: Table, plan: Plan, choice: torch.Tensor) -> torch.Tensor:
 def evaluate(table: Table, choice: torch.Tensor, quantile: float, heads: slice = slice(None)) -> Reached | None:
     """What a choice does on the table's samples, for all units or those of `heads`; None without candidates."""
     at = choice[heads, :, None]
-    dropped, mass = (x[heads].gather(-1, at).sum() for x in (table.dropped, table.mass))
-    within = table.within[heads].gather(-1, at[..., None].expand(-1, -1, len(LEVELS), 1)).sum((0, 1, 3))
-    return _reached(table, heads, float(dropped), float(mass), within.double(), quantile)
+    dropped, mass = (x[heads].gather(-1, at)[..., 0] for x in (table.dropped, table.mass))
+    within = table.within[heads].gather(-1, at[..., None].expand(-1, -1, len(LEVELS), 1))[..., 0]
+    beyond = _beyond(table.tiles[heads], within, mass)
+    return _reached(table, heads, float(dropped.sum()), float(mass.sum()), beyond, quantile)
 
 
 def evaluate_positions(
@@ -179,7 +180,7 @@ def evaluate_positions(
     """The same, estimated, for thresholds [N, knots] that change within an octave.
 
     Every query tile is given its octave's curve at its own threshold: shares of tiles and mass between grid values
-    linearly, bounds at the next higher grid value.
+    linearly, tiles' bounds at the next higher grid value.
     """
     tiles = torch.arange(plan.query_tiles)
     values = interpolate(thresholds[heads], plan.knot_tiles, tiles).double()  # [n, query tiles]
@@ -193,27 +194,40 @@ def evaluate_positions(
 
     candidates = (tiles * plan.tile.rows // plan.tile.keys - 1).clamp(min=0).double()
     active = (candidates > 0).double()
-    dropped, mass, within = 0.0, 0.0, torch.zeros(len(LEVELS), dtype=torch.float64)
+    dropped, mass, beyond = 0.0, 0.0, torch.zeros(len(LEVELS), dtype=torch.float64)
     for p in range(plan.octaves):
         here = octaves == p
-        for shares, curve in ((candidates, "dropped"), (active, "mass")):
-            share = shares[here] / shares[here].sum().clamp(min=1)
-            entries = getattr(table, curve)[heads, p].double()
-            low, high = entries.gather(-1, below[:, here]), entries.gather(-1, above[:, here])
-            total = float(((low + weight[:, here] * (high - low)) * share).sum())
-            dropped, mass = (dropped + total, mass) if curve == "dropped" else (dropped, mass + total)
-        index = above[:, None, here].expand(-1, len(LEVELS), -1)
-        share = active[here] / active[here].sum().clamp(min=1)
-        within += (table.within[heads, p].double().gather(-1, index) * share).sum((0, 2))
-    return _reached(table, heads, dropped, mass, within, quantile)
+        low_at, high_at = below[:, here], above[:, here]
+
+        def between(curve, share, low_at=low_at, high_at=high_at, here=here):
+            low, high = curve.gather(-1, low_at), curve.gather(-1, high_at)
+            return ((low + weight[:, here] * (high - low)) * share).sum(-1)
+
+        of_tiles, of_rows = (share[here] / share[here].sum().clamp(min=1) for share in (candidates, active))
+        dropped += float(between(table.dropped[heads, p].double(), of_tiles).sum())
+        lost = between(table.mass[heads, p], of_rows)  # [n]
+        index = high_at[:, None].expand(-1, len(LEVELS), -1)
+        within = (table.within[heads, p].double().gather(-1, index) * of_rows).sum(-1)  # [n, levels]
+        mass, beyond = mass + float(lost.sum()), beyond + _beyond(table.tiles[heads, p], within, lost)
+    return _reached(table, heads, dropped, mass, beyond, quantile)
 
 
-def _reached(table: Table, heads: slice, dropped: float, mass: float, within, quantile: float) -> Reached | None:
+def _beyond(tiles: torch.Tensor, within: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """float64 [levels]: at most so many query tiles' worth of rows drop more than each level, over all units.
+
+    tiles, mass [...] and within [..., levels] by unit. Of a unit's rows at most those of the query tiles whose bound is
+    above the level, and at most its dropped mass over the level (Markov's inequality).
+    """
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    return torch.minimum((tiles[..., None] - within).double(), mass[..., None] / levels).flatten(0, -2).sum(0)
+
+
+def _reached(table: Table, heads: slice, dropped: float, mass: float, beyond, quantile: float) -> Reached | None:
     candidates, tiles = int(table.candidates[heads].sum()), int(table.tiles[heads].sum())
     if not candidates:
         return None
     if dropped == 0:
         return Reached(0.0, 0.0, 0.0)
-    enough = (within >= quantile * tiles * (1 - 1e-9)).nonzero()
+    enough = (beyond <= (1 - quantile * (1 - 1e-9)) * tiles).nonzero()
     bound = LEVELS[int(enough[0])] if len(enough) else 1.0  # no row can drop more than all its mass
     return Reached(dropped / candidates, mass / tiles, bound)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
@@ -12,7 +11,7 @@ from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 from ..errors import InputError, UsageError
 from . import fit
 from .curves import octave
-from .data import is_generated
+from .data import is_generated, names
 from .store import Curves, Run
 
 CHOICES = {"target-skip": fit.target_skip, "even-skip": fit.even_skip, "one-threshold": fit.one_threshold}
@@ -29,9 +28,12 @@ class Request:
     recipe: str
     argument: float
     gate: str
+    label: str | None = None  # the point's name, where it is not the recipe's
 
     @property
     def name(self) -> str:
+        if self.label is not None:
+            return self.label
         if self.recipe == "top-k":
             return f"topk-{self.argument:g}"
         if self.recipe in CHOICES:
@@ -58,20 +60,27 @@ class Report:
 
 
 def make_requests(
-    top_k: Sequence[int], target_skip: Sequence[float], max_dropped_mass: Sequence[float], gate: str
-) -> list[Request]:
+    top_k: Sequence[int], target_skip: Sequence[float], one_threshold: Sequence[float],
+    max_dropped_mass: Sequence[float], gate: str,
+) -> list[Request]:  # fmt: skip
     """The points that were asked for. Raises UsageError for values that cannot be meant, or none at all."""
-    if not (top_k or target_skip or max_dropped_mass):
-        raise UsageError("which operating points? give --top-k K, --target-skip R or --max-dropped-mass E, repeatedly")
+    if not (top_k or target_skip or one_threshold or max_dropped_mass):
+        raise UsageError(
+            "which operating points? give --top-k K, --target-skip R, --one-threshold R or --max-dropped-mass E, "
+            "repeatedly"
+        )
     for k in top_k:
         if k < 1:
             raise UsageError(f"--top-k must be at least 1, got {k}")
-    for option, values in (("--target-skip", target_skip), ("--max-dropped-mass", max_dropped_mass)):
+    for option, values in (
+        ("--target-skip", target_skip), ("--one-threshold", one_threshold), ("--max-dropped-mass", max_dropped_mass),
+    ):  # fmt: skip
         for value in values:
             if not 0 < value < 1:
                 raise UsageError(f"{option} must lie between 0 and 1, got {value:g}")
     requests = [Request("top-k", k, "absolute") for k in top_k]
     requests += [Request("target-skip", rate, gate) for rate in target_skip]
+    requests += [Request("one-threshold", rate, gate) for rate in one_threshold]
     requests += [Request("max-dropped-mass", most, gate) for most in max_dropped_mass]
     names = [request.name for request in requests]
     for name in names:
@@ -80,9 +89,13 @@ def make_requests(
     return requests
 
 
-def export(run: Run, requests: Sequence[Request], quantile: float) -> tuple[Thresholds, list[Report]]:
-    """The artifact and what to show of it. Raises InputError for a run that is damaged or not finished, UsageError
-    for a point that cannot be reached.
+def export(
+    run: Run, requests: Sequence[Request], quantile: float, searched: Mapping[str, object] | None = None
+) -> tuple[Thresholds, list[Report], dict[str, str]]:
+    """The artifact, what to show of it, and {point: why it is not in it} of those that this run cannot give.
+
+    `searched` says of points, by name, what was measured to find them. Raises InputError for a run that is damaged or
+    not finished, UsageError where it gives none of the points.
     """
     plan = run.plan
     done, curves = {}, {}
@@ -94,20 +107,25 @@ def export(run: Run, requests: Sequence[Request], quantile: float) -> tuple[Thre
                 f"{run.path} is not finished ({role}: {len(done[role])} of {len(run.planned(role))} samples, "
                 f"{total} in all); run the same `bsfa calibrate` again to finish it"
             )
-    reports, rows = [], []
+    reports, rows, left_out = [], [], {}
     tables: dict[tuple[str, str], fit.Table] = {}
     for request in requests:
         for role in ("fit", "heldout"):
             if curves[role] and (role, request.gate) not in tables:
                 tables[role, request.gate] = fit.Table.of(curves[role], request.gate)
         fitted, held_out = tables["fit", request.gate], tables.get(("heldout", request.gate))
-        thresholds, report = _point(request, plan, curves["fit"], fitted, held_out, quantile)
+        try:
+            thresholds, report = _point(request, plan, curves["fit"], fitted, held_out, quantile)
+        except UsageError as error:
+            left_out[request.name] = str(error)
+            continue
         rows.append(thresholds)
         reports.append(report)
+    if not rows:
+        raise UsageError("; ".join(left_out.values()))
     values = torch.stack(rows).float()
     modules = {path: values[:, heads].contiguous() for path, heads in fitted.modules.items()}
     data, options = run.manifest["data"], run.manifest["options"]
-    spec = data["spec"] if is_generated(data["spec"]) else Path(data["spec"]).name
     artifact = Thresholds(
         model={key: run.manifest["model"].get(key) for key in MODEL_KEYS},
         tile=plan.tile,
@@ -116,16 +134,21 @@ def export(run: Run, requests: Sequence[Request], quantile: float) -> tuple[Thre
         points=tuple(report.point for report in reports),
         tensors=modules,
         provenance={
-            "data": {"hash": data["hash"], "spec": spec},
+            "data": {
+                "hash": data["hash"],
+                "spec": ",".join(names(data["spec"])),
+                "generated": is_generated(data["spec"]),
+            },
             "samples": {role: run.planned(role) for role in ("fit", "heldout")},
             "longest": plan.longest,
             "seed": options["seed"],
             "device": options["device"],
             "dtype": options["dtype"],
             "software": run.manifest["software"],
+            **({"searched": dict(searched)} if searched else {}),
         },
     )
-    return artifact, reports
+    return artifact, reports, left_out
 
 
 def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: fit.Table | None, quantile: float):
@@ -171,7 +194,7 @@ def remarks(report: Report) -> list[str]:
             f"{point.name}: on held-out samples the bound at quantile {point.quantile:g} is "
             f"{point.held_out.dropped_mass_bound:.3g}, above the {point.argument:g} asked for"
         )
-    if point.recipe == "target-skip" and point.held_out.skip < point.argument - 0.02:
+    if point.recipe in CHOICES and point.held_out.skip < point.argument - 0.02:
         found.append(
             f"{point.name}: held-out samples skip {point.held_out.skip:.3f}, below the {point.argument:g} asked for"
         )

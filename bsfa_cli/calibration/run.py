@@ -17,15 +17,17 @@ from ..models.load import LoadedModel, explain_memory
 from ..presentation.console import console, note, progress
 from .collector import Collector
 from .curves import TILES_AT_ONCE, ModuleCurves, Plan
-from .data import Sample, data_hash
+from .data import Sample, data_hash, is_generated
 from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4
+# The k of the top-k recipe, and the share of a row's tiles that each may be at most.
+RANKS = ((16, 1 / 8), (32, 1 / 4), (64, 3 / 8), (96, 1 / 2), (128, 3 / 4))
 
 
 @dataclass(frozen=True)
 class Options:
-    """What defines a run besides model and data; a change of any refuses to resume."""
+    """What defines a run besides model and data; a change of any but more `samples` refuses to resume."""
 
     data: str
     samples: int
@@ -36,6 +38,12 @@ class Options:
     layers: str | None
     device: str  # its type: rounding differs between CPU and GPU
     dtype: str
+
+
+def default_ranks(longest: int, keys: int) -> tuple[int, ...]:
+    """RANKS, or smaller ones where the longest sample has too few tiles of `keys` keys for them to drop any."""
+    tiles = -(-longest // keys)
+    return tuple(sorted({max(1, min(k, int(share * tiles))) for k, share in RANKS}))
 
 
 def roles(lengths: Sequence[int]) -> list[str]:
@@ -93,7 +101,11 @@ def manifest(loaded: LoadedModel, samples: list[Sample], modules: dict[str, Atte
     return {
         "schema": SCHEMA,
         "model": loaded.identity,
-        "data": {"hash": data_hash(samples), "spec": options.data},
+        "data": {
+            "hash": data_hash(samples),
+            "spec": options.data,
+            "generated": is_generated(options.data),
+        },  # fmt: skip
         "options": asdict(options),
         "modules": {path: module.query_heads for path, module in modules.items()},
         "samples": [
@@ -147,7 +159,8 @@ def calibrate(
     Raises UsageError where `path` holds another run, MachineError when memory or disk run out, InputError when the
     model's output is not finite. KeyboardInterrupt passes through, after a note that says how to resume.
     """
-    run = Run.begin(path, manifest(loaded, samples, modules, options))
+    wanted = manifest(loaded, samples, modules, options)
+    run = Run.begin(path, wanted, lambda count: data_hash(samples[:count]))
     with run.lock():
         plan, device = run.plan, next(loaded.model.parameters()).device
         curves, done = {}, {}
@@ -159,7 +172,12 @@ def calibrate(
         finished = {*done["fit"], *done["heldout"]}
         if finished:
             note(f"resuming {path}: {len(finished)} of {len(samples)} samples are done")
-        seconds = _collect(loaded, samples, run, curves, done, device)
+        try:
+            seconds = _collect(loaded, samples, run, curves, done, device)
+        except Exception:
+            if not any(done.values()):
+                run.discard()
+            raise
     return {
         "run": str(path),
         "samples": {role: done[role] for role in ROLES},
@@ -218,7 +236,8 @@ def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torc
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     if not bool(hidden.isfinite().all()):
         raise InputError(
-            f"the model's output is not finite on sample {sample.id} ({hidden.dtype}); try another --dtype"
+            f"the model's output is not finite on sample {sample.id}, although its weights are ({hidden.dtype})"
+            + ("; try --dtype float32 or bfloat16" if hidden.dtype == torch.float16 else "")
         )
 
 

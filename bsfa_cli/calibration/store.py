@@ -12,15 +12,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape
-from bsfa_kernels.container import Malformed, exact_keys, pack, sequence, unpack
+from bsfa_kernels.container import Malformed, difference, exact_keys, pack, sequence, short, unpack
+from bsfa_kernels.thresholds import model_difference
 
-from ..errors import InputError, UsageError
+from ..errors import BsfaError, InputError, UsageError
 from ..files import write_whole
 from .curves import ModuleCurves, Plan
 
@@ -30,6 +32,7 @@ MAX_BYTES = 16 << 30
 MANIFEST_KEYS = ("schema", "model", "data", "options", "modules", "samples", "software")
 # Compared on resuming, in this order. Software may differ: a run survives an upgrade.
 COMPARED = ("schema", "model", "options", "data", "modules", "samples")
+GROWN = ("model", "data")  # parts that have more keys than earlier versions wrote; what a run lacks is not compared
 Curves = dict[str, dict[str, torch.Tensor]]  # {module path: ModuleCurves.tensors}
 
 
@@ -52,28 +55,60 @@ class Run:
         try:
             manifest = json.loads(content)
             exact_keys("run.json", manifest, MANIFEST_KEYS)
+            for part in ("model", "data", "options", "modules"):
+                if not isinstance(manifest[part], dict):
+                    raise Malformed(f"{part} must be a JSON object, got {short(manifest[part])}")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}/run.json is damaged: {error}") from None
         if manifest["schema"] != SCHEMA:
-            raise InputError(f"{path} has run schema {manifest['schema']}; this version of bsfa knows {SCHEMA}")
+            raise InputError(f"{path} has run schema {short(manifest['schema'])}; this version of bsfa knows {SCHEMA}")
         return cls(path, manifest)
 
     @classmethod
-    def begin(cls, path: Path, manifest: Mapping[str, object]) -> Run:
-        """Begin a run, or resume the one at `path`. Raises UsageError, naming the field, when that is another run."""
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; -o needs a directory for the run")
+    def begin(cls, path: Path, manifest: Mapping[str, object], hash_of_first: Callable[[int], str]) -> Run:
+        """Begin a run, or go on with the one at `path`, with more samples behind its own where `manifest` has more.
+
+        `hash_of_first(n)` is the data hash of the first n samples. Raises UsageError, naming the field, when `path`
+        holds another run.
+        """
+        cls.check_place(path)
         manifest = json.loads(json.dumps(manifest))
         if (path / "run.json").exists():
             run = cls.open(path)
-            _refuse_other(path, run.manifest, manifest)
+            extended = _extended(path, run.manifest, manifest, hash_of_first)
             for left_over in path.glob(".*.part"):
                 left_over.unlink(missing_ok=True)
-            return run
-        if path.is_dir() and any(entry.suffix != ".part" and entry.name != ".lock" for entry in path.iterdir()):
-            raise UsageError(f"{path} is not empty and holds no calibration run; choose another -o")
-        write_whole(path / "run.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+            if extended is None:
+                return run
+            manifest = extended
+        made = not path.exists()
+        try:
+            write_whole(path / "run.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+        except BsfaError:
+            with suppress(OSError):
+                if made:
+                    path.rmdir()
+            raise
         return cls(path, manifest)
+
+    @staticmethod
+    def check_place(path: Path) -> None:
+        """Raise UsageError where no run can begin or go on, InputError for a run that is damaged; writes nothing."""
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; -o needs a directory for the run")
+        if (path / "run.json").exists():
+            Run.open(path)
+        elif path.is_dir() and any(entry.suffix != ".part" and entry.name != ".lock" for entry in path.iterdir()):
+            raise UsageError(f"{path} is not empty and holds no calibration run; choose another -o")
+        parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write {path}: {parent} is no directory that can be written to")
+
+    def check_model(self, identity: Mapping[str, object]) -> None:
+        """Raise InputError, naming the field, unless the run is of this model."""
+        found = model_difference(self.manifest["model"], identity)
+        if found:
+            raise InputError(f"{self.path} was calibrated on another model: {found}")
 
     @property
     def plan(self) -> Plan:
@@ -83,13 +118,26 @@ class Run:
 
     def lock(self):
         """Keep other processes from writing to this run for as long as the returned file stays open."""
-        file = open(self.path / ".lock", "w")
+        path = self.path / ".lock"
+        try:
+            # Neither emptied nor followed: whatever stands there is not ours to change.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = open(os.open(path, flags, 0o666), "rb")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
             raise UsageError(f"another bsfa calibrate is writing to {self.path}") from None
         return file
+
+    def discard(self) -> None:
+        """Remove a run of which no sample was collected, and its directory where nothing else is in it."""
+        for name in ("run.json", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def planned(self, role: str) -> list[str]:
         return [sample["id"] for sample in self.manifest["samples"] if sample["role"] == role]
@@ -115,7 +163,7 @@ class Run:
             exact_keys("the bsfa_run metadata", metadata, ("samples",))
             planned = self.planned(role)
             done = sequence("samples", metadata["samples"], 1, len(planned))
-            if len(set(done)) != len(done) or not set(done) <= set(planned):
+            if any(done.count(name) > 1 or name not in planned for name in done):
                 raise Malformed("it holds samples that run.json does not plan")
             return done, self._by_module(tensors)
         except OSError as error:
@@ -140,7 +188,7 @@ class Run:
                     raise Malformed(f"{path}/{name} holds values that no run can give")
                 curves[path][name] = tensor.to(dtype)
         if tensors:
-            raise Malformed(f"unknown tensor {next(iter(tensors))}")
+            raise Malformed(f"unknown tensor {short(next(iter(tensors)))}")
         return curves
 
 
@@ -155,28 +203,37 @@ def _narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _refuse_other(path: Path, begun: Mapping, wanted: Mapping) -> None:
+def _extended(path: Path, begun: Mapping, wanted: Mapping, hash_of_first: Callable[[int], str]) -> dict | None:
+    """The manifest of `begun` with the further samples of `wanted`; None where there are none.
+
+    Data are the same when their tokens are, whatever the file is called. Raises UsageError, naming the field, for
+    another run, and for further samples that are longer than those which the curves were laid out for.
+    """
+    count = len(begun["samples"])
+    same = {**wanted, "data": {**wanted["data"], "spec": begun["data"]["spec"]}, "samples": begun["samples"]}
+    same["options"] = {**wanted["options"], "data": begun["options"]["data"]}
+    if len(wanted["samples"]) > count:
+        same["data"]["hash"] = hash_of_first(count)
+        same["options"]["samples"] = begun["options"]["samples"]
+    # What two specifications differ in matters only where their texts do.
+    if begun["data"]["hash"] != same["data"]["hash"]:
+        same["options"]["data"] = wanted["options"]["data"]
+    further = wanted["samples"][count:]
+    longest = max(sample["tokens"] for sample in begun["samples"])
+    if max((sample["tokens"] for sample in further), default=0) > longest:
+        raise UsageError(
+            f"{path} was begun with samples of up to {longest:,} tokens, and a further one has "
+            f"{max(sample['tokens'] for sample in further):,}; choose another -o"
+        )
     for part in COMPARED:
-        difference = _difference(part, begun[part], wanted[part])
-        if difference:
-            name, old, new = difference
+        old, new = begun[part], same[part]
+        if part in GROWN and isinstance(old, Mapping):
+            new = {key: value for key, value in new.items() if key in old}
+        found = difference(part, old, new)
+        if found:
             raise UsageError(
-                f"{path} was begun with another {name}: {_quote(old)} there, {_quote(new)} now; give what it was "
-                "begun with to resume it, or another -o"
+                f"{path} holds another run: {found}; give what it was begun with to resume it, or another -o"
             )
-
-
-def _difference(name: str, old, new) -> tuple[str, object, object] | None:
-    """(dotted name, old, new) of the first difference, or None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            found = _difference(f"{name}.{key}", old.get(key), new.get(key))
-            if found:
-                return found
+    if not further:
         return None
-    return None if old == new else (name, old, new)
-
-
-def _quote(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return {**wanted, "samples": [*begun["samples"], *further], "software": begun["software"]}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from ..errors import UsageError
-from ..options import Config, Device, Dtype, Json
+from ..options import Config, Data, Device, Dtype, Json, joined
 
 TILES = {"64x128": (64, 128), "128x64": (128, 64)}
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
@@ -21,14 +22,10 @@ def calibrate(
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="RUN", help="Run directory; the same command resumes it.")
     ] = None,
-    data: Annotated[
-        str | None,
-        Option(
-            help="A .txt or .jsonl file (text, input_text or input), builtin:NAME or tasks:NAME,NAME generated text; "
-            "tasks:all for the bundled model and builtin:mixed for others by default."
-        ),
-    ] = None,
-    samples: Annotated[int, Option(min=1, help="Samples; every fourth is held out for checking.")] = 8,
+    data: Data = None,
+    samples: Annotated[
+        int, Option(min=1, help="Samples; every fourth is held out for checking. More of them extend a run.")
+    ] = 8,
     length: Annotated[
         int | None, Option(min=1, help="Tokens a sample, at most; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
@@ -36,7 +33,13 @@ def calibrate(
     tile: Annotated[str, Option(help="Tile shape, query rows x keys: 64x128, or 128x64 as the BSFA authors.")] = (
         "64x128"
     ),
-    top_k: Annotated[str, Option(help="Values of k that `export --top-k` can take later.")] = "16,32,64,96,128",
+    top_k: Annotated[
+        str | None,
+        Option(
+            help="Values of k that `export --top-k` can take later; 16,32,64,96,128 by default, or what fits shorter "
+            "samples."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int, Option(min=0, help="Of generated text and of the choice of samples.")] = 0,
@@ -49,9 +52,11 @@ def calibrate(
         raise UsageError("where should the run be kept? give -o RUN")
     if tile not in TILES:
         raise UsageError(f"--tile must be one of {', '.join(TILES)}, got {tile!r}")
-    ranks = _ranks(top_k)
+    ranks = None if top_k is None else _ranks(top_k)
+    given = joined(data)
 
-    from ..calibration.data import default_data, load_texts
+    from ..calibration import run
+    from ..calibration.data import check_source, default_data, load_texts, remarks
     from ..environment import resolve_device
     from ..models.load import check_positions, load_model
     from ..presentation.console import note, print_json
@@ -61,26 +66,37 @@ def calibrate(
     rows, keys = TILES[tile]
     if length < 2 * max(rows, keys):
         raise UsageError(f"--length {length} is shorter than two tiles ({2 * max(rows, keys)} tokens)")
-    loaded = load_model(model, device=place, dtype=dtype)
+    if layers is not None:
+        run.parse_layers(layers)
+    if not dry_run:
+        run.Run.check_place(output)
+    check_source(given, length)
+    positions = partial(check_positions, length=length, flag="--length")
+    loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    check_positions(loaded.model.config, length, "--length")
-
-    from ..calibration import run
-
-    data = data or default_data(loaded.tokenizer)
+    spec = given or default_data(loaded.tokenizer)
+    for remark in remarks(given, spec, samples):
+        note(remark)
     modules, dense = run.chosen_modules(loaded.model, layers)
     texts = load_texts(
-        data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=2 * max(rows, keys)
+        spec, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=2 * max(rows, keys)
     )
     if len(texts) < samples:
-        note(f"{data} gives {len(texts)} of the {samples} samples asked for")
+        note(f"{spec} gives {len(texts)} of the {samples} samples asked for")
     for reason in sorted(set(dense.values())):
         note(f"{sum(why == reason for why in dense.values())} attention modules stay dense: {reason}")
+    ranks = ranks or run.default_ranks(max(len(text.tokens) for text in texts), keys)
     options = run.Options(
-        data, samples, length, seed, TILES[tile], ranks, layers, place.type, str(loaded.model.dtype).split(".")[-1]
+        spec, samples, length, seed, TILES[tile], ranks, layers, place.type, str(loaded.model.dtype).split(".")[-1]
     )
     plan = run.plan_of(texts, options)
+    idle = [k for k in ranks if k >= plan.most_ranked]
+    if idle:
+        note(
+            f"--top-k {', '.join(map(str, idle))} will drop nothing: in samples of {plan.longest:,} tokens a row has "
+            f"at most {plan.most_ranked} tiles to choose from"
+        )
     needs = run.memory(loaded, modules, plan)
     if dry_run:
         planned = run.manifest(loaded, texts, modules, options)["samples"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from ..errors import InputError, UsageError
-from ..options import Config, Device, Dtype, Json
+from ..options import Config, Data, Device, Dtype, Json, joined
 
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
@@ -18,9 +19,7 @@ def capture(
         str | None, Argument(help="Checkpoint directory or Hub id; the bundled retrieval model when left out.")
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The safetensors file.")] = None,
-    data: Annotated[
-        str | None, Option(help="The prompt: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
-    ] = None,
+    data: Data = None,
     length: Annotated[
         int | None, Option(min=1, help="Tokens of the prompt; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
@@ -35,8 +34,8 @@ def capture(
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
 
-    from ..calibration.data import default_data, load_texts
-    from ..calibration.run import chosen_modules
+    from ..calibration.data import check_source, default_data, load_texts, remarks
+    from ..calibration.run import chosen_modules, parse_layers
     from ..comparison import tensors
     from ..comparison.capture import capture as run
     from ..environment import resolve_device
@@ -47,20 +46,26 @@ def capture(
     check_writable(output)
     place = resolve_device(device)
     length = length or DEFAULT_LENGTH[place.type]
-    loaded = load_model(model, device=place, dtype=dtype)
+    if layers is not None:
+        parse_layers(layers)
+    given = joined(data)
+    check_source(given, length)
+    positions = partial(check_positions, length=length, flag="--length")
+    loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    check_positions(loaded.model.config, length, "--length")
     modules, _ = chosen_modules(loaded.model, layers)
-    data = data or default_data(loaded.tokenizer)
-    (text,) = load_texts(data, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
+    spec = given or default_data(loaded.tokenizer)
+    for remark in remarks(given, spec, 1):
+        note(remark)
+    (text,) = load_texts(spec, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if len(text.tokens) < length:
-        raise InputError(f"{data}: its longest prompt has {len(text.tokens)} tokens, {length} were asked for")
+        raise InputError(f"{spec}: its longest prompt has {len(text.tokens)} tokens, {length} were asked for")
     with explain_memory("--length or --layers"):
         found = run(loaded, modules, text.tokens)
         if not found:
             raise InputError("none of the chosen layers attends through bsfa in this model")
-        facts = {"model": loaded.identity["id"], "label": loaded.label, "data": data, "seed": seed}
+        facts = {"model": loaded.identity["id"], "label": loaded.label, "data": spec, "seed": seed}
         content = tensors.pack(found, facts)
     write_whole(output, content)
     note(f"written: {output} ({len(content):,} bytes, {len(found)} layers of {length:,} tokens)")

@@ -5,20 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import Config, Device, Dtype, Json, numbers
+from ..options import Config, Data, Device, Dtype, Json, joined, numbers
 
 BUNDLED = "bundled"
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
 
 
 def compare(
+    context: Context,
     model: Annotated[
         str | None, Argument(help="Compare inside this model, or `bundled` for bsfa's own; without it, on tensors.")
     ] = None,
     methods: Annotated[str, Option(help="all, or names separated by commas; dense always takes part.")] = "all",
+    setting: Annotated[
+        list[str] | None,
+        Option(
+            metavar="METHOD=VALUE",
+            help="Values of a method's knob instead of its own (xattention=0.9,0.95), or of another of its fields "
+            "(xattention.stride=16). Repeatable; METHOD+bsfa goes on top of METHOD's densest.",
+        ),
+    ] = None,
     length: Annotated[
         str | None, Option(help="Tokens, separated by commas; 8192,32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
@@ -30,9 +39,7 @@ def compare(
     thresholds: Annotated[
         Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
     ] = None,
-    data: Annotated[
-        str | None, Option(help="Inside a model: texts as for calibrate, by default others than calibration saw.")
-    ] = None,
+    data: Data = None,
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
     tasks: Annotated[
         str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
@@ -65,6 +72,7 @@ def compare(
     """Run every selection method, gate and combination on the same inputs, kernel and clock."""
     from ..timing.plan import Shape
 
+    _refuse_idle(context, model is not None, captured is not None)
     if calibrate_on is not None and captured is None:
         raise UsageError("--calibrate-on belongs to --captured; structured layers are calibrated on a sample of theirs")
     if model is not None and captured is not None:
@@ -84,19 +92,29 @@ def compare(
     kv_heads = kv_heads or max(1, heads // 4)
     shape = Shape("structured", heads, kv_heads, head_dim, causal)
     lengths = None if length is None else _lengths(length)
+    given_data = joined(data)
 
     from bsfa_kernels import TileShape
 
+    from ..calibration.data import check_source
     from ..comparison import run as bench
-    from ..comparison.methods import chosen
+    from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
     from ..comparison.tensors import CapturedSource, StructuredSource
     from ..environment import resolve_device
     from ..files import check_writable, write_json
     from ..presentation import compare_table
-    from ..presentation.console import note, print_json, progress
+    from ..presentation.console import beginner, note, note_speeds, print_json, progress
+    from ..suites.questions import Plan, parse_names
     from ..timing.sweep import resolve_dtype
 
-    chosen(methods, None, causal)
+    asked_for = named(methods)
+    if (model is not None and run is None and thresholds is None) or (captured is not None and calibrate_on is None):
+        needy = [name for name in asked_for if name in CALIBRATED and methods != ALL]
+        if needy:
+            how = "--run RUN or --thresholds FILE" if model is not None else "--calibrate-on FILE"
+            raise UsageError(f"--methods {needy[0]} needs thresholds to compare with: give {how}")
+    settings = Settings.parse(setting or [])
+    settings.check(asked_for)
     place = resolve_device(device)
     if place.index is not None:
         import torch
@@ -106,37 +124,44 @@ def compare(
         check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
-        loaded, calibration = _loaded(model, run, thresholds, shown, place, dtype)
+        from ..calibration.data import default_data, remarks
+
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
-        texts = [_texts(loaded, data, samples, n, seed + 1) for n in wanted]
+        check_source(given_data, wanted[0])
+        for n in wanted if tasks else ():
+            Plan(parse_names(tasks), (n,), questions, seed, ask_at=ask_at)
+        given, calibration = _thresholds(run, thresholds, shown)
+        chosen(methods, calibration, True, settings)
+        loaded = _loaded(model, given, place, dtype, wanted[-1])
+        spec = given_data or default_data(loaded.tokenizer)
+        for remark in remarks(given_data, spec, samples):
+            note(remark)
+        texts = [_texts(loaded, spec, samples, n, seed + 1) for n in wanted]
         asked = [_questions(loaded, tasks, n, questions, seed, ask_at) if tasks else [] for n in wanted]
 
         def cell(i: int, begin) -> dict:
             return bench.model_cell(
-                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin
+                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin, settings
             )
 
     else:
         if captured is not None:
             wanted = lengths or [None]
             sources = [CapturedSource(captured, place, n) for n in wanted]
-            fitted = [calibrate_on and CapturedSource(calibrate_on, place) for _ in wanted]
+            fitted = [calibrate_on and CapturedSource(calibrate_on, place, n, or_all=True) for n in wanted]
         else:
             wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
             sources = [StructuredSource(shape, n, layers, seed, place, resolve_dtype(dtype, place)) for n in wanted]
             fitted = sources
 
         def cell(i: int, begin) -> dict:
-            return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin)
+            return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin, settings)
 
-    result = bench.empty(place, shown, seed)
+    result = bench.empty(place, shown, seed) | {"settings": setting or []}
+    note_speeds(place)
     for i, n in enumerate(wanted):
         with progress() as display:
-
-            def begin(total, display=display, n=n):
-                task = display.add_task("all tokens" if n is None else f"{n:,} tokens", total=total)
-                return lambda: display.advance(task)
-
+            begin = beginner(display, "all tokens" if n is None else f"{n:,} tokens")
             result["cells"].append(cell(i, begin))
         compare_table.show_cell(result["cells"][-1])
         if output:
@@ -166,35 +191,50 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _loaded(model: str, run: Path | None, thresholds: Path | None, tile, place, dtype: str):
-    """(LoadedModel, Calibration, Exported or None). Raises InputError for thresholds of another model or tile shape."""
-    from bsfa_kernels.thresholds import MODEL_CHECKED, Thresholds
+def _refuse_idle(context: Context, in_model: bool, captured: bool) -> None:
+    """Raise UsageError for an option of the command line that this kind of comparison would not look at."""
+    idle = () if in_model else ("data", "samples", "questions")
+    if in_model or captured:
+        idle += ("layers", "heads", "kv_heads", "head_dim", "causal")
+    kind = "inside a model" if in_model else "on captured layers" if captured else "on structured layers"
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name in (*idle, *(("dtype",) if captured else ())) and source and source.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]} means nothing {kind}; drop it")
+
+
+def _thresholds(run: Path | None, thresholds: Path | None, tile):
+    """(Run or Thresholds, Calibration or Exported), or (None, None). Raises InputError for another tile shape."""
+    from bsfa_kernels.thresholds import Thresholds
 
     from ..calibration.store import Run
     from ..comparison.calibration import Calibration, Exported
-    from ..models.load import load_model
 
-    opened = None if run is None else Run.open(run)
-    artifact = None if thresholds is None else Thresholds.read(thresholds)
-    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype)
-    made_for = opened.plan.tile if opened else artifact.tile if artifact else tile
+    if run is None and thresholds is None:
+        return None, None
+    given = Thresholds.read(thresholds) if run is None else Run.open(run)
+    made_for = given.tile if run is None else given.plan.tile
     if made_for != tile:
         raise InputError(f"{run or thresholds} was calibrated with tiles of {made_for}; give --tile {made_for}")
-    if artifact:
-        artifact.check_model(loaded.identity)
-        return loaded, Exported(artifact, thresholds.name)
-    for key in MODEL_CHECKED if opened else ():
-        if opened.manifest["model"].get(key) != loaded.identity.get(key):
-            raise InputError(f"{run} was calibrated on another model: its {key} differs")
-    return loaded, Calibration.of_run(opened) if opened else None
+    return given, Exported(given, thresholds.name) if run is None else Calibration.of_run(given)
 
 
-def _texts(loaded, data: str | None, samples: int, length: int, seed: int) -> list:
-    from ..calibration.data import default_data, load_texts
-    from ..models.load import check_positions
+def _loaded(model: str, given, place, dtype: str, longest: int):
+    """The LoadedModel. Raises InputError or ThresholdsError where `given`, of `_thresholds`, is of another model."""
+    from functools import partial
 
-    check_positions(loaded.model.config, length, "--length")
-    data = data or default_data(loaded.tokenizer)
+    from ..models.load import check_positions, load_model
+
+    positions = partial(check_positions, length=longest, flag="--length")
+    loaded = load_model(None if model == BUNDLED else model, device=place, dtype=dtype, check_config=positions)
+    if given is not None:
+        given.check_model(loaded.identity)
+    return loaded
+
+
+def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
+    from ..calibration.data import load_texts
+
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if any(len(text.tokens) < length for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Argument, Option
 
-from ..errors import UsageError
-from ..options import Config, Json
+from ..errors import GateFailed, InputError, UsageError
+from ..options import Config, Data, Device, Dtype, Json, joined
+
+if TYPE_CHECKING:
+    from ..calibration.points import Request
+    from ..calibration.store import Run
+    from ..verification.search import Limit
+
+# Texts to search on are others than calibration and `verify`, whose seeds are the run's and the next, have seen.
+SEARCH_SEED = 2_000_000
 
 
 def export(
@@ -20,21 +28,47 @@ def export(
     target_skip: Annotated[
         list[float] | None, Option(help="Skip this share of tiles, where the least mass is lost. Repeatable.")
     ] = None,
+    one_threshold: Annotated[
+        list[float] | None,
+        Option(help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable."),
+    ] = None,
     max_dropped_mass: Annotated[
         list[float] | None, Option(help="Drop at most this softmax mass per row, at --quantile. Repeatable.")
     ] = None,
-    gate: Annotated[str, Option(help="gap or absolute, for the last two.")] = "gap",
+    largest_skip_with: Annotated[
+        list[str] | None,
+        Option(
+            metavar="METRIC=LIMIT",
+            help="Search the largest skip at which --model, on held-out texts, keeps top1=0.99, kl=0.01 or "
+            "perplexity-increase=0.01, its 95 % interval included. Repeatable.",
+        ),
+    ] = None,
+    gate: Annotated[str, Option(help="gap or absolute; top-k is always absolute.")] = "gap",
     quantile: Annotated[float, Option(help="Of rows, for the bound on dropped mass.")] = 0.99,
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
     ] = None,
     model: Annotated[
-        str | None, Option(help="With --from-official: the model it is for, whose configuration is then checked.")
+        str | None,
+        Option(
+            help="With --largest-skip-with: the calibrated model, the bundled one by default. With --from-official: "
+            "the model it is for, whose configuration is then checked."
+        ),
     ] = None,
+    data: Data = None,
+    samples: Annotated[int, Option(min=1, help="With --largest-skip-with: number of texts.")] = 4,
+    length: Annotated[
+        int | None, Option(min=2, help="With --largest-skip-with: tokens a text, at most; the run's by default.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Turn a calibration run into thresholds.safetensors, checked on held-out samples."""
+    """Turn a calibration run into thresholds.safetensors, checked on held-out samples.
+
+    Points that the run cannot give are left out, named, and end in exit code 1.
+    """
     if output is None:
         raise UsageError("where should the thresholds go? give -o thresholds.safetensors")
     if (run is None) == (from_official is None):
@@ -43,41 +77,157 @@ def export(
         raise UsageError(f"--gate must be gap or absolute, got {gate!r}")
     if not 0 < quantile <= 1:
         raise UsageError(f"--quantile must lie in (0, 1], got {quantile:g}")
-    if model is not None and from_official is None:
-        raise UsageError("--model belongs to --from-official; a run knows its model")
-    asked = (top_k or [], target_skip or [], max_dropped_mass or [])
-    if from_official is not None and any(asked):
+    searching = bool(largest_skip_with)
+    if model is not None and from_official is None and not searching:
+        raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
+    if (data is not None or length is not None) and not searching:
+        raise UsageError("--data and --length belong to --largest-skip-with; other points need no texts")
+    asked = (top_k or [], target_skip or [], one_threshold or [], max_dropped_mass or [])
+    if from_official is not None and (any(asked) or searching):
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
 
-    from ..files import write_whole
+    from ..files import check_writable, write_whole
     from ..presentation.console import note, print_json
 
+    check_writable(output)
+    reports, left_out = [], {}
     if from_official is not None:
-        artifact, reports = _official(from_official, model), []
+        artifact = _official(from_official, model)
     else:
         from ..calibration import points
+        from ..calibration.data import stand_in
         from ..calibration.store import Run
         from ..presentation import points_table
 
-        requests = points.make_requests(*asked, gate)
-        artifact, reports = points.export(Run.open(run), requests, quantile)
+        requests = points.make_requests(*asked, gate) if any(asked) or not searching else []
+        begun = Run.open(run)
+        searched: dict[str, dict] = {}
+        if searching:
+            limits = _limits(largest_skip_with)
+            place = _Place(model, joined(data), samples, length, device, dtype)
+            found, searched, left_out = _search(begun, limits, gate, quantile, place)
+            requests += found
+        if not requests:
+            raise GateFailed("; ".join(left_out.values()))
+        artifact, reports, missing = points.export(begun, requests, quantile, searched)
+        left_out |= missing
         points_table.show(reports)
         for report in reports:
             for remark in points.remarks(report):
                 note(remark)
+        calibrated, layers = len(begun.manifest["modules"]), begun.manifest["model"].get("layers")
+        if isinstance(layers, int) and calibrated < layers:
+            note(
+                f"skip rates are of the {calibrated} calibrated modules; the model has {layers}, the others keep every "
+                f"tile, so about {calibrated / layers:.1%} of these shares are skipped of all its tiles"
+            )
+        generated = stand_in(begun.manifest["data"]["spec"])
+        if generated:
+            note(f"calibrated without real text: {generated}; run bsfa verify --data on your own")
     content = artifact.to_bytes()
     write_whole(output, content)
     names = ", ".join(point.name for point in artifact.points)
     note(f"written: {output} ({len(content):,} bytes; points: {names})")
     if json:
-        print_json(_result(output, content, artifact, reports))
+        print_json(_result(output, content, artifact, reports, left_out))
+    if left_out:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise GateFailed(f"{output} lacks {len(left_out)} of the points asked for: {reasons}")
+
+
+class _Place(NamedTuple):
+    """Where a search looks: as the options of `export`."""
+
+    model: str | None
+    data: str | None
+    samples: int
+    length: int | None
+    device: str
+    dtype: str
+
+
+def _limits(texts: list[str]) -> list[Limit]:
+    from ..verification.search import Limit
+
+    limits = [Limit.parse(text) for text in texts]
+    for limit in limits:
+        if limits.count(limit) > 1:
+            raise UsageError(f"operating point {limit.name} was asked for twice")
+    return limits
+
+
+def _search(
+    run: Run, limits: list[Limit], gate: str, quantile: float, place: _Place
+) -> tuple[list[Request], dict[str, dict], dict[str, str]]:
+    """(the points that keep the limits, {point: what was measured}, {point: why there is none})."""
+    from functools import partial
+
+    from ..calibration.data import check_source, data_hash
+    from ..calibration.points import Request
+    from ..environment import resolve_device
+    from ..models.load import check_positions, explain_memory, load_model
+    from ..presentation.console import note, progress
+    from ..verification.search import Search
+
+    options = run.manifest["options"]
+    data, length = place.data or options["data"], place.length or options["length"]
+    check_source(data, length)
+    device = resolve_device(place.device)
+    positions = partial(check_positions, length=length, flag="--length")
+    loaded = load_model(place.model, device=device, dtype=place.dtype, check_config=positions)
+    run.check_model(loaded.identity)
+    texts = _texts(run, data, place.samples, length, loaded.tokenizer)
+    seen = {"data": data, "hash": data_hash(texts), "seed": options["seed"] + SEARCH_SEED}
+    note(f"searching on {len(texts)} texts of {data}, {sum(len(text.tokens) for text in texts):,} tokens")
+    requests, searched, left_out = [], {}, {}
+    with explain_memory("--length, or choose a 16-bit --dtype"), progress() as display:
+        task = display.add_task("searching", total=None)
+        search = Search(loaded, run, texts, gate, quantile, lambda: display.advance(task))
+        display.update(task, total=len(limits) * search.passes())
+        for limit in limits:
+            found = search.largest(limit)
+            if found is None:
+                least = search.at(1)[limit.metric] if search.rates else None
+                left_out[limit.name] = (
+                    f"no skip rate keeps it: at 1 % skipped {limit.metric} is {least.value:.6g}, and the end of its "
+                    f"interval {least.worst:.6g}"
+                    if least
+                    else "the gate can drop nothing"
+                )
+                continue
+            requests.append(Request("target-skip", found.rate, gate, limit.name))
+            searched[limit.name] = found.to_json(limit) | seen
+            note(
+                f"{limit.name}: {found.rate:.0%} skipped, {limit.metric} {found.measured.value:.6g}, at the end of its "
+                f"interval {found.measured.worst:.6g}"
+            )
+    return requests, searched, left_out
+
+
+def _texts(run: Run, data: str, samples: int, length: int, tokenizer) -> list:
+    """Texts that the run has not seen. Raises InputError where there are none."""
+    from ..calibration.data import load_texts, shared_files
+
+    options, seen = run.manifest["options"], set()
+    if shared_files(data, options["data"]):
+        seen = {sample["id"] for sample in run.manifest["samples"]}
+    shortest = 2 * max(options["tile"])
+    texts = load_texts(
+        data, samples=samples + len(seen), length=length, tokenizer=tokenizer, seed=options["seed"] + SEARCH_SEED,
+        shortest=shortest,
+    )  # fmt: skip
+    texts = [text for text in texts if text.id not in seen][:samples]
+    if not texts:
+        raise InputError(f"{data}: the run was calibrated on every text of it; give others with --data")
+    return texts
 
 
 def _official(path: Path, model: str | None):
     from ..calibration.official import read_official
 
+    artifact = read_official(path)  # refused, where it must be, before the model is looked for
     if model is None:
-        return read_official(path)
+        return artifact
     from bsfa_kernels.integrations.transformers import attention_modules, model_identity
     from bsfa_kernels.thresholds import MODEL_KEYS
 
@@ -93,7 +243,7 @@ def _official(path: Path, model: str | None):
     return read_official(path, {key: identity.get(key) for key in MODEL_KEYS}, modules)
 
 
-def _result(output: Path, content: bytes, artifact, reports) -> dict:
+def _result(output: Path, content: bytes, artifact, reports, left_out: dict[str, str]) -> dict:
     import hashlib
     from dataclasses import asdict
 
@@ -103,5 +253,7 @@ def _result(output: Path, content: bytes, artifact, reports) -> dict:
         "sha256": hashlib.sha256(content).hexdigest(),
         "tile": str(artifact.tile),
         "points": [asdict(point) for point in artifact.points],
+        "left_out": left_out,
+        "searched": artifact.provenance.get("searched"),
         "modules": {report.point.name: [asdict(module) for module in report.modules] for report in reports},
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from ..errors import GateFailed, MachineError, UsageError
-from ..options import Config, Device, Dtype, Json, numbers
+from ..options import Config, Data, Device, Dtype, Json, joined, numbers
 
 
 def profile(
@@ -40,9 +41,7 @@ def profile(
     ] = None,
     thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
-    data: Annotated[
-        str | None, Option(help="Prompt for --end-to-end: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
-    ] = None,
+    data: Data = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
     plot: Annotated[Path | None, Option(help="Write an SVG plot of speedup against length.")] = None,
     baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,
@@ -74,7 +73,7 @@ def profile(
     from ..environment import resolve_device
     from ..files import check_writable, write_json, write_whole
     from ..presentation import profile_table
-    from ..presentation.console import note, print_json
+    from ..presentation.console import beginner, note, note_speeds, print_json, progress
     from ..timing import compare, run
 
     device = resolve_device(device)
@@ -88,12 +87,20 @@ def profile(
     )  # fmt: skip
     if plan.backend != "auto":
         _known_backend(plan.backend)
+    given = joined(data)
+    artifact = None if thresholds is None else _artifact(thresholds, point)
+    if end_to_end is not None:
+        from ..calibration.data import check_source
+
+        check_source(given, max(plan.lengths))
     result = run.empty(plan, device)
     stored = compare.read(baseline) if baseline else None
     if stored:
         compare.refuse_other_machine(stored, result["environment"], result["device"], baseline)
     for path in filter(None, (output, plot)):
         check_writable(path)
+
+    note_speeds(device)
 
     def save(cell=None):
         if cell:
@@ -102,16 +109,22 @@ def profile(
             write_json(output, result)
 
     if end_to_end is None or profile is not None:
-        run.sweep_cells(plan, device, result, seconds, save)
+        with progress() as display:
+            run.sweep_cells(plan, device, result, seconds, save, beginner(display, "sweep"))
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
+        from ..calibration.data import default_data, remarks
         from ..models.load import check_positions
         from ..timing.prefill import Prefill
 
-        prefill = Prefill(end_to_end, thresholds, point, device, dtype)
-        check_positions(prefill.model.config, max(plan.lengths), "--lengths")
+        positions = partial(check_positions, length=max(plan.lengths), flag="--lengths")
+        prefill = Prefill(end_to_end, artifact, point, device, dtype, positions)
+        spec = given or default_data(prefill.loaded.tokenizer)
+        for remark in remarks(given, spec, 1):
+            note(remark)
         for length in plan.lengths:
-            entry = prefill.time(data, length, plan.seed, seconds)
+            with progress() as display:
+                entry = prefill.time(spec, length, plan.seed, seconds, beginner(display, f"{length:,} tokens"))
             result["prefill"].append(entry)
             profile_table.show_prefill(entry)
             save()
@@ -128,6 +141,18 @@ def profile(
     if json:
         print_json(result)
     _judge(result, run.failures(result), fail_under)
+
+
+def _artifact(path: Path, point: str | None):
+    """The thresholds at `path`, which hold `point`. Raises UsageError where one of several must be named."""
+    from bsfa_kernels.thresholds import Thresholds
+
+    artifact = Thresholds.read(path)
+    if point is None and len(artifact.points) > 1:
+        names = ", ".join(each.name for each in artifact.points)
+        raise UsageError(f"{path} holds several operating points; give one of them as --point: {names}")
+    artifact.index(point)
+    return artifact
 
 
 def _judge(result: dict, failures: list[str], fail_under: float | None) -> None:

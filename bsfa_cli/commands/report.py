@@ -13,7 +13,7 @@ from ..options import Config, Json
 
 def report(
     results: Annotated[
-        list[Path] | None, Argument(metavar="RESULTS...", help="JSON files of bsfa compare and bsfa profile.")
+        list[Path] | None, Argument(metavar="RESULTS...", help="JSON files of bsfa compare, profile and verify.")
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE.html", help="The page to write.")] = None,
     json: Json = False,
@@ -21,17 +21,19 @@ def report(
 ) -> None:
     """Write one self-contained HTML page from stored results; needs no GPU."""
     if not results:
-        raise UsageError("which results? give JSON files that bsfa compare or bsfa profile wrote with -o")
+        raise UsageError("which results? give JSON files that bsfa compare, profile or verify wrote with -o")
     if output is None:
         raise UsageError("where should the page go? give -o report.html")
 
+    from .. import verification
     from ..comparison import matching
-    from ..files import read_result, write_whole
+    from ..files import check_writable, read_result, write_whole
     from ..presentation.console import note, print_json
     from ..presentation.report import page
     from ..timing import compare
 
-    formats = compare.FORMATS | {matching.KIND: matching.FORMAT}
+    check_writable(output)
+    formats = compare.FORMATS | {matching.KIND: matching.FORMAT, verification.KIND: verification.FORMAT}
     found = [(path, read_result(path, formats)) for path in results]
     for path, result in found:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Argument, Option
 
 from ..errors import GateFailed, UsageError
-from ..options import Config, Device, Dtype, Json, numbers
+from ..options import Config, Data, Device, Dtype, Json, joined, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
@@ -26,9 +27,7 @@ def verify(
     ] = None,
     thresholds: Annotated[Path, Option(help="Thresholds artifact made by bsfa export.")] = ...,
     point: Annotated[str | None, Option(help="Operating point in the artifact; all of them by default.")] = None,
-    data: Annotated[
-        str | None, Option(help="Texts to verify on: .txt, .jsonl, builtin:NAME or tasks:NAME, as for calibrate.")
-    ] = None,
+    data: Data = None,
     samples: Annotated[int, Option(min=1, help="Number of texts.")] = 2,
     length: Annotated[
         int | None, Option(min=2, help="Tokens a text, at most; 32768 on a GPU and 2048 on a CPU by default.")
@@ -43,7 +42,11 @@ def verify(
     questions: Annotated[int, Option(min=1, help="With --tasks: questions for each task and length.")] = 20,
     lengths: Annotated[str | None, Option(help="With --tasks: several, e.g. 4096,32768, instead of --length.")] = None,
     min_retention: Annotated[
-        float | None, Option(help="With --tasks: fail below this share of the dense model's right answers.")
+        float | None,
+        Option(
+            help="With --tasks: fail unless the answers show (95 % interval) that sparse accuracy is at least this "
+            "share of dense accuracy; 0.95 takes 73 right answers, 0.99 takes 381."
+        ),
     ] = None,
     heat_map: Annotated[
         Path | None, Option(metavar="FILE.svg", help="With --tasks: draw accuracy by length and depth.")
@@ -60,7 +63,9 @@ def verify(
     max_dropped_mass: Annotated[
         float | None, Option(help="Fail above this 99th percentile, over rows and heads, of dropped softmax mass.")
     ] = None,
-    min_skip: Annotated[float | None, Option(help="Fail below this share of skipped tiles.")] = None,
+    min_skip: Annotated[
+        float | None, Option(help="Fail below this share of skipped tiles, of all layers' together.")
+    ] = None,
     negative_control: Annotated[
         bool,
         Option("--negative-control", help="Also drop every tile that may be dropped: the accuracy gates must fail."),
@@ -68,10 +73,18 @@ def verify(
     backend: Annotated[str, Option(help="Demand this backend; the fastest that can serve by default.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FILE.json", help="Write the result, for bsfa report.")
+    ] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Compare the model at an operating point with its dense self: kernel, layers, predictions, or answers."""
+    """Compare the model at an operating point with its dense self: kernel, layers, predictions, or answers.
+
+    The thresholds must have been made for this model: its configuration, and the signs of up to 256 weights of every
+    parameter, must be those of the calibrated one. That tells models apart that were trained apart; a change too small
+    to flip a sign, such as a weight matrix scaled by 1.01, passes this check, and shows only in what is measured.
+    """
     from ..verification.gates import Gates
 
     gates = Gates(min_top1, max_perplexity_increase, max_dropped_mass, min_skip, min_retention)
@@ -82,39 +95,54 @@ def verify(
 
     if backend not in ("auto", *NAMES):
         raise UsageError(f"--backend must be auto or one of {', '.join(NAMES)}; got {backend!r}")
+    if tasks is not None:
+        gates.check_questions(_count(tasks, lengths, questions))
     artifact = Thresholds.read(thresholds)
     points = [each.name for each in artifact.points] if point is None else [point]
     artifact.index(points[0])
 
     from ..environment import describe
-    from ..models.load import load_model, resolve_device
+    from ..files import check_writable, write_json
+    from ..models.load import check_positions, load_model, resolve_device
     from ..presentation.console import note, print_json
-    from ..verification import run
+    from ..verification import FORMAT, KIND, run
 
     device = resolve_device(device)
     length = length or DEFAULT_LENGTH[device.type]
-    loaded = load_model(model, device=device, dtype=dtype)
+    sizes = (length,) if lengths is None else _lengths(lengths)
+    _check_inputs(artifact, joined(data), length, tasks, sizes, questions)
+    for path in filter(None, (output, heat_map, save_questions)):
+        check_writable(path)
+    longest, flag = max(sizes), "--length" if lengths is None else "--lengths"
+    positions = partial(check_positions, length=longest, flag=flag)
+    # The questions of a file have lengths of their own.
+    of_file = {} if tasks is not None and _is_file(tasks) else {"check_config": positions}
+    loaded = load_model(model, device=device, dtype=dtype, **of_file)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
     seed = _held_out_seed(artifact.provenance) if seed is None else seed
     job = _Job(loaded, artifact, points, gates, negative_control, backend, seed)
     if tasks is None:
-        found, failures = _texts(job, data, samples, length)
+        found, failures = _texts(job, joined(data), samples, length)
     else:
-        sizes = (length,) if lengths is None else _lengths(lengths)
         found, failures = _tasks(job, tasks, sizes, questions, heat_map, save_questions)
     dense = run.dense_notes(loaded.model)
     for reason in sorted({entry["reason"] for entry in dense}):
         count = sum(entry["reason"] == reason for entry in dense)
         note(f"{count} module(s) ran dense: {reason}")
+    result = {
+        "kind": KIND, "format": FORMAT, "complete": True, "seed": seed, "model": loaded.identity,
+        "label": loaded.label, "thresholds": str(thresholds), "tile": str(artifact.tile),
+        "environment": describe(device), "device": str(device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend, "gates": vars(gates),
+        "dense": dense, "passed": not failures, **found,
+    }  # fmt: skip
+    if output:
+        write_json(output, result)
+        note(f"written: {output}; next: bsfa report {output} -o report.html")
     if json:
-        print_json({
-            "model": loaded.identity, "label": loaded.label, "thresholds": str(thresholds),
-            "tile": str(artifact.tile), "environment": describe(device), "device": str(device),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend,
-            "gates": vars(gates), "dense": dense, "passed": not failures, **found,
-        })  # fmt: skip
+        print_json(result)
     if failures:
         raise GateFailed("; ".join(failures))
     if gates.judge_accuracy:
@@ -136,17 +164,18 @@ class _Job(NamedTuple):
     seed: int
 
 
-def _texts(job: _Job, data: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
+def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse predictions on texts."""
-    from ..calibration.data import data_hash, default_data, load_texts
-    from ..models.load import check_positions, explain_memory
+    from ..calibration.data import data_hash, default_data, load_texts, remarks
+    from ..models.load import explain_memory
     from ..presentation import verify_table
     from ..presentation.console import note, progress
     from ..verification import run
 
     loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
-    check_positions(loaded.model.config, length, "--length")
-    data = data or default_data(loaded.tokenizer)
+    data = given or default_data(loaded.tokenizer)
+    for remark in remarks(given, data, samples):
+        note(remark)
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)
     note(f"data: {len(texts)} texts of {data}, seed {seed}, {sum(len(text.tokens) for text in texts):,} tokens")
@@ -156,13 +185,17 @@ def _texts(job: _Job, data: str | None, samples: int, length: int) -> tuple[dict
 
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
-        task = display.add_task("dense and sparse passes", total=len(texts) * (1 + len(points)))
-        results = run.verify_points(
-            loaded.model, artifact, points, texts, job.backend, lambda: display.advance(task)
-        )  # fmt: skip
+        task = display.add_task(
+            "dense and sparse passes", total=len(texts) * (1 + len(points)) + 2 * job.negative_control
+        )
+
+        def step():
+            display.advance(task)
+
+        results = run.verify_points(loaded.model, artifact, points, texts, job.backend, step)
         control = None
         if job.negative_control:
-            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend)
+            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend, step)
 
     failures = []
     for result in results:
@@ -182,7 +215,7 @@ def _tasks(
 ) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..files import write_whole
-    from ..models.load import check_positions, explain_memory
+    from ..models.load import explain_memory
     from ..presentation import tasks_table
     from ..presentation.console import note, progress
     from ..presentation.heat_map import heat_map as draw
@@ -191,22 +224,25 @@ def _tasks(
     from ..verification import tasks
 
     loaded = job.loaded
-    for length in lengths:
-        check_positions(loaded.model.config, length, "--length" if len(lengths) == 1 else "--lengths")
     asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
+    if _is_file(spec):
+        ruler.check_positions(Path(spec), asked, loaded)
     how = mode(asked[0])
     note(f"{len(asked)} questions of {spec}, answers {how}")
     if save is not None:
         ruler.write(save, asked if how == "generated" else _written(spec, lengths, count, job.seed, loaded.tokenizer))
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
-        bar = display.add_task("dense and sparse answers", total=len(asked) * (1 + len(job.points)))
-        dense, results, answers = tasks.verify_tasks(
-            loaded, job.artifact, job.points, asked, job.backend, lambda: display.advance(bar)
-        )
+        contenders = 1 + len(job.points) + 2 * job.negative_control
+        bar = display.add_task("dense and sparse answers", total=len(asked) * contenders)
+
+        def step():
+            display.advance(bar)
+
+        dense, results, answers = tasks.verify_tasks(loaded, job.artifact, job.points, asked, job.backend, step)
         control = None
         if job.negative_control:
-            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend)
+            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend, step)
 
     failures = []
     for result in results:
@@ -225,13 +261,47 @@ def _tasks(
     return found, failures
 
 
+def _count(spec: str, lengths: str | None, count: int) -> int:
+    """How many questions will be asked."""
+    from ..suites import ruler
+    from ..suites.questions import parse_names
+
+    if _is_file(spec):
+        return len(ruler.read(Path(spec).expanduser()))
+    return count * len(parse_names(spec)) * (1 if lengths is None else len(_lengths(lengths)))
+
+
 def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> list:
     from ..suites import ruler
     from ..suites.questions import Plan, parse_names
 
-    if spec.endswith(".jsonl"):
+    if _is_file(spec):
         return ruler.read(Path(spec).expanduser())
     return list(Plan(parse_names(spec), lengths, count, seed).questions_for(tokenizer))
+
+
+def _is_file(spec: str) -> bool:
+    """Whether --tasks names a file of questions."""
+    return spec.endswith(".jsonl")
+
+
+def _check_inputs(
+    artifact: Thresholds, data: str | None, length: int, tasks: str | None, sizes: tuple[int, ...], count: int
+) -> None:
+    """Raise for texts and questions that can be refused without the model."""
+    from ..calibration.data import check_source
+    from ..suites import ruler
+    from ..suites.questions import Plan, parse_names
+
+    if tasks is None:
+        shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
+        if length < shortest:
+            raise UsageError(f"--length {length} is shorter than two tiles of the thresholds ({shortest} tokens)")
+        check_source(data, length)
+    elif _is_file(tasks):
+        ruler.read(Path(tasks).expanduser())
+    else:
+        Plan(parse_names(tasks), sizes, count)
 
 
 def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> Iterator:
@@ -285,12 +355,14 @@ def _held_out_seed(provenance) -> int:
 
 def _overlap(provenance, data: str, texts_hash: str) -> str | None:
     """A warning where the texts are, or may be, those that the thresholds were calibrated on."""
-    from ..calibration.data import is_generated
+    from ..calibration.data import shared_files
 
     calibrated = provenance.get("data")
     calibrated = calibrated if isinstance(calibrated, dict) else {}
     if calibrated.get("hash") == texts_hash:
         return "these are the texts that the thresholds were calibrated on, so nothing here is held out"
-    if not is_generated(data) and calibrated.get("spec") == Path(data).name:
-        return f"the thresholds were calibrated on a file named {Path(data).name} too: these texts may not be held out"
+    spec = calibrated.get("spec")
+    shared = shared_files(data, spec) if isinstance(spec, str) else []
+    if shared:
+        return f"the thresholds were calibrated on a file named {shared[0]} too: these texts may not be held out"
     return None

@@ -7,7 +7,6 @@ is their sum. One layer is in memory at a time, and times are summed over layers
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +15,7 @@ from bsfa_kernels import TileShape, block_sparse_attention
 
 from ..errors import BsfaError
 from ..timing import baselines
-from ..timing.interleave import Contender, first_call, measure
+from ..timing.interleave import Begin, Contender, first_call, measure, unseen
 from .methods import Choice, Method, attend
 from .quality import Quality
 from .tensors import Layer
@@ -50,17 +49,17 @@ class Bench:
         self.tile, self.device, self.seconds, self.seed = tile, device, seconds, seed
         self.dense: dict[str, dict] = {}  # {baseline: {"ms_median", "samples_ms"}} or {"reason"}
 
-    def add(self, layer: Layer, step: Callable[[], None] = lambda: None) -> None:
-        """Measure every entry on one layer. `step` is called once per entry."""
+    def add(self, layer: Layer, begin: Begin = unseen) -> None:
+        """Measure every entry on one layer."""
         exact = block_sparse_attention(
             layer.q, layer.k, layer.v, scale=layer.scale, causal=layer.causal, tile=self.tile, return_lse=True
         )
-        contenders = self._dense(layer)
+        contenders, step = self._dense(layer), begin(len(self.entries), "selections and losses")
         for entry in self.entries:
             if entry.reason is None:
                 contenders += self._judge(entry, layer, exact)
             step()
-        timings = measure(contenders, self.device, seconds=self.seconds, seed=self.seed)
+        timings = measure(contenders, self.device, seconds=self.seconds, seed=self.seed, begin=begin)
         for name, timing in timings.items():
             if name in self.dense:
                 found = self.dense[name]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -19,13 +20,24 @@ from bsfa_kernels import Attention, BlockLists, Gate, TileShape, block_sparse_at
 from bsfa_kernels.selection import METHODS, PBS
 
 from ..errors import UsageError
+from ..options import numbers
 from .calibration import Calibration, Exported
 
 ON_TOP = ("flexprefill", "xattention", "pooled_top_p", "pbs")
 GATE = "+bsfa"
+CALIBRATED = ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP))  # those that need thresholds
+ALL = "all"
 # Factors lambda = factor / length of skip-softmax, from sparse to dense.
 FACTORS = (32000.0, 16000.0, 8000.0, 4000.0, 2000.0, 500.0)
 TOP_K = (8, 16, 32, 64, 96, 128)
+
+
+# What the knobs of gates can be; selections check their own.
+LIMITS = {
+    "bsfa": (lambda rate: 0 < rate < 1, "skip rates between 0 and 1"),
+    "bsfa_top_k": (lambda k: isinstance(k, int) and 1 <= k <= 65536, "whole numbers of tiles from 1 on"),
+    "blasst": (lambda factor: 0 < factor < math.inf, "positive factors"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,58 @@ class Choice:
 def attend(q: torch.Tensor, choice: Choice, **options) -> Attention:
     """The kernel on a choice; `options` as for `block_sparse_attention`."""
     return block_sparse_attention(q, choice.k, choice.v, choice.gate, **choice.options, **options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `--setting` asks for: other values of a method's knob, and values of its other fields, by method."""
+
+    values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Settings:
+        """Of "xattention=0.9,0.95" and "xattention.stride=16". Raises UsageError for anything else."""
+        values, kinds = {}, {kind.name: kind for kind in (*METHODS.values(), PBS)}
+        own: dict[str, dict[str, float]] = {}
+        for text in texts:
+            left, equals, right = text.partition("=")
+            method, dot, name = left.strip().partition(".")
+            given = numbers(right, float, f"--setting {left.strip()} takes numbers")
+            given = tuple(int(value) if value.is_integer() else value for value in given)
+            if method not in everything() or method == Dense.name:
+                known = ", ".join(name for name in everything() if name != Dense.name)
+                raise UsageError(f"--setting: there is no method {method!r} with a setting; there is {known}")
+            fits = LIMITS.get(method.rpartition("+")[2])
+            if fits and not all(fits[0](value) for value in given):
+                raise UsageError(f"--setting {text}: {method} takes {fits[1]}")
+            if not dot:
+                values[method] = (*values.get(method, ()), *given)
+                continue
+            known = [each.name for each in fields(kinds[method])] if method in kinds else []
+            if name not in known or len(given) != 1:
+                fits = f"one of {', '.join(known)}, with one value" if known else "none but its knob"
+                raise UsageError(f"--setting {text}: {method} has {fits}")
+            own.setdefault(method, {})[name] = given[0]
+        for method, kind in kinds.items():
+            fixed = own.get(method, {})
+            if kind.knob in fixed:
+                values[method] = (*values.get(method, ()), fixed.pop(kind.knob))
+            for value in values.get(method, ()) or ([None] if fixed else []):
+                try:
+                    kind(**fixed, **({} if value is None else {kind.knob: value}))
+                except ValueError as error:
+                    raise UsageError(f"--setting: {error}") from error
+        return cls(values, {method: found for method, found in own.items() if found})
+
+    def check(self, wanted: Sequence[str]) -> None:
+        """Raise UsageError for a setting of a method that is not among `wanted`."""
+        for name in (*self.values, *self.fields):
+            if name not in wanted and name + GATE not in wanted:
+                raise UsageError(f"--setting is given for {name}, which --methods leaves out")
+
+
+DEFAULTS = Settings()
 
 
 class Method(ABC):
@@ -76,15 +140,18 @@ class Dense(Method):
 class Mask(Method):
     """A selection method whose choice is a block mask."""
 
-    def __init__(self, kind):
-        self.kind, self.name, self.knob, self.sweep = kind, kind.name, kind.knob, kind.sweep
-        self.published = {each.name: each.default for each in fields(kind)}[kind.knob]
+    def __init__(self, kind, fixed: Mapping[str, float] | None = None):
+        self.kind, self.fixed, self.name, self.knob, self.sweep = kind, fixed or {}, kind.name, kind.knob, kind.sweep
+        if self.fixed:
+            self.name += f"({', '.join(f'{name} {value:g}' for name, value in self.fixed.items())})"
+        else:
+            self.published = {each.name: each.default for each in fields(kind)}[kind.knob]
 
     def defined(self, causal):
         return causal in self.kind.directions
 
     def choose(self, layer, q, k, v, *, scale, causal, tile, setting):
-        mask = self.kind(**{self.knob: setting}).select(q, k, scale=scale, causal=causal, tile=tile)
+        mask = self.kind(**self.fixed, **{self.knob: setting}).select(q, k, scale=scale, causal=causal, tile=tile)
         return Choice(k, v, options={"blocks": BlockLists.from_mask(mask)})
 
 
@@ -92,7 +159,9 @@ class Permuted(Mask):
     """PBS-Attn: keys permuted inside segments."""
 
     def choose(self, layer, q, k, v, *, scale, causal, tile, setting):
-        arranged = self.kind(**{self.knob: setting}).arrange(q, k, v, scale=scale, causal=causal, tile=tile)
+        arranged = self.kind(**self.fixed, **{self.knob: setting}).arrange(
+            q, k, v, scale=scale, causal=causal, tile=tile
+        )
         return Choice(arranged.k, arranged.v, options=arranged.options)
 
 
@@ -138,34 +207,59 @@ class OnTop(Method):
         return Choice(listed.k, listed.v, gate, listed.options)
 
 
-def available(calibration: Calibration | Exported | None) -> dict[str, Method]:
+def available(calibration: Calibration | Exported | None, settings: Settings = DEFAULTS) -> dict[str, Method]:
     """{name: method}, dense first. Without a calibration, those that need thresholds are missing."""
-    methods: list[Method] = [Dense(), *map(Mask, METHODS.values()), Permuted(PBS), Blasst()]
+    methods: dict[str, Method] = {Dense.name: Dense()}
+    for kind in METHODS.values():
+        methods[kind.name] = Mask(kind, settings.fields.get(kind.name))
+    methods[PBS.name] = Permuted(PBS, settings.fields.get(PBS.name))
+    methods[Blasst.name] = Blasst()
     if calibration is not None:
         bsfa = Calibrated("bsfa", "target-skip", "skip", calibration.skips, calibration)
-        methods += [bsfa, Calibrated("bsfa_top_k", "top-k", "k", calibration.top_k, calibration)]
-        selections = {method.name: method for method in methods}
-        methods += [OnTop(selections[name], bsfa) for name in ON_TOP]
-    return {method.name: method for method in methods}
+        methods[bsfa.name] = bsfa
+        methods["bsfa_top_k"] = Calibrated("bsfa_top_k", "top-k", "k", calibration.top_k, calibration)
+        methods |= {name + GATE: OnTop(methods[name], bsfa) for name in ON_TOP}
+    for name, values in settings.values.items():
+        if name in methods:
+            rising = len(methods[name].sweep) < 2 or methods[name].sweep[0] < methods[name].sweep[-1]
+            methods[name].sweep = tuple(sorted(set(values), reverse=not rising))  # from sparse to dense
+    return methods
 
 
-def chosen(names: str, calibration: Calibration | Exported | None, causal: bool) -> tuple[list[Method], dict[str, str]]:
+def everything() -> tuple[str, ...]:
+    """The names of all methods, with those that need thresholds."""
+    return (*available(None), *CALIBRATED)
+
+
+def chosen(
+    names: str, calibration: Calibration | Exported | None, causal: bool, settings: Settings = DEFAULTS
+) -> tuple[list[Method], dict[str, str]]:
     """(methods to run, {method: why it is left out}) for "all" or names separated by commas; dense is always there.
 
-    Raises UsageError for a name that is none.
+    Raises UsageError for a name that is none, and for a method that was asked for by name and cannot take part.
     """
-    known = available(calibration)
-    calibrated = ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP))
-    everything = list(dict.fromkeys([*known, *calibrated]))
-    wanted = everything if names == "all" else ["dense", *(name.strip() for name in names.split(","))]
+    known, wanted = available(calibration, settings), named(names)
+    settings.check(wanted)
     methods, left_out = [], {}
-    for name in dict.fromkeys(wanted):
-        if name not in everything:
-            raise UsageError(f"--methods: there is no method {name!r}; there is all or {', '.join(everything)}")
+    for name in wanted:
         if name not in known:
             left_out[name] = "no calibration for its thresholds"
         elif not known[name].defined(causal):
             left_out[name] = f"not defined for {'causal' if causal else 'non-causal'} attention"
+        elif not known[name].sweep:
+            left_out[name] = f"{calibration.source} holds no {known[name].knob} for it"
         else:
             methods.append(known[name])
+    if names != ALL:
+        for name, reason in left_out.items():
+            raise UsageError(f"--methods {name}: {reason}")
     return methods, left_out
+
+
+def named(names: str) -> list[str]:
+    """The methods that `names` stands for, dense first. Raises UsageError for a name that is none."""
+    wanted = everything() if names == ALL else ["dense", *(name.strip() for name in names.split(","))]
+    for name in wanted:
+        if name not in everything():
+            raise UsageError(f"--methods: there is no method {name!r}; there is {ALL} or {', '.join(everything())}")
+    return list(dict.fromkeys(wanted))

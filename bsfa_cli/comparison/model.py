@@ -19,30 +19,33 @@ from bsfa_kernels.integrations.transformers import AttentionModule, attach
 
 from ..errors import BsfaError
 from ..models.load import LoadedModel
-from ..suites.run import Examiner, mode
+from ..suites.run import Examiner
 from ..suites.statistics import paired, wilson
 from ..timing.baselines import CPU_SDPA, SDPA
-from ..timing.interleave import Contender, Timing, first_call, measure
+from ..timing.interleave import Begin, Contender, Timing, first_call, measure, unseen
 from ..verification.logits import Head, Predictions
 from .handlers import DenseAttention, MethodAttention, Stopwatch
 from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method
 
-# {task: whether each question was answered right, 0 or 1} of the model with whatever handlers it has.
-Score = Callable[[torch.nn.Module], dict[str, list[float]]]
 
+class Score:
+    """{task: whether each of suites.questions was answered right, 0 or 1} of the model with whatever handlers it has;
+    `step` is called after each answer.
+    """
 
-def score_questions(loaded: LoadedModel, questions: list) -> tuple[Score, str]:
-    """(score on suites.questions, how they are asked: teacher-forced or generated)."""
-    examiner = Examiner(loaded.model, loaded.tokenizer)
+    def __init__(self, loaded: LoadedModel, questions: list):
+        self.questions, self._examiner = questions, Examiner(loaded.model, loaded.tokenizer)
 
-    def score(model) -> dict[str, list[float]]:
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __call__(self, step: Callable[[], None]) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
-        for question in questions:
-            found.setdefault(question.task, []).append(float(examiner.ask(question).exact))
+        for question in self.questions:
+            found.setdefault(question.task, []).append(float(self._examiner.ask(question).exact))
+            step()
         return found
-
-    return score, mode(questions[0])
 
 
 @dataclass
@@ -80,24 +83,35 @@ class ModelBench:
 
     @torch.inference_mode()
     def cell(
-        self, texts: Sequence, length: int, seconds: float, seed: int, score: Score | None, step: Callable[[], None]
+        self, texts: Sequence, length: int, seconds: float, seed: int, score: Score | None, begin: Begin = unseen
     ) -> dict:
-        """Everything about one length, as JSON. `texts` have `tokens`; `step` is called once per contender."""
+        """Everything about one length, as JSON. `texts` have `tokens`."""
         head = Head(self.model)
         tokens = [torch.tensor(text.tokens, device=self.device) for text in texts]
+        work = {run.name: len(tokens) + len(score or ()) if run.entry else 1 for run in self.runs}
+        step = begin(len(tokens) + len(score or ()) + sum(work.values()), "losses and answers")
+        exact = []
         with attach(self.model, dict.fromkeys(self.modules, dense.attention)):
-            exact = [head.hidden(each) for each in tokens]
-            dense_score = score(self.model) if score else None
+            for each in tokens:
+                exact.append(head.hidden(each))
+                step()
+            dense_score = score(step) if score else None
         for run in self.runs:
-            said = self._judge(run, head, tokens, exact, score)
-            run.reason = said
-            step()
-        timings = self._time(tokens[0], seconds, seed)
+            done = []
+
+            def one(done=done):
+                done.append(step())
+
+            run.reason = self._judge(run, head, tokens, exact, score, one)
+            step(work[run.name] - len(done))
+        timings = self._time(tokens[0], seconds, seed, begin)
         gc.collect()
         return self._result(length, timings, dense_score)
 
-    def _judge(self, run: _Run, head: Head, tokens, exact, score) -> str | None:
-        """The losses of one contender; the reason why it cannot run, or None."""
+    def _judge(self, run: _Run, head: Head, tokens, exact, score, step) -> str | None:
+        """The losses of one contender, `step` called after each prefill and answer; the reason why it cannot run, or
+        None.
+        """
         said = []
 
         def work():
@@ -111,7 +125,8 @@ class ModelBench:
                     run.predictions = Predictions()
                     for i, each in enumerate(tokens):
                         run.predictions.add(head, exact[i], sparse if i == 0 else head.hidden(each), each)
-                    run.scored = score(self.model) if score else None
+                        step()
+                    run.scored = score(step) if score else None
             except (BsfaError, ValueError) as error:
                 said.append(str(error).partition(";")[0])
                 raise
@@ -120,7 +135,7 @@ class ModelBench:
             _, reason = first_call(work, self.device)
         return said[0] if said else reason
 
-    def _time(self, tokens: torch.Tensor, seconds: float, seed: int) -> dict:
+    def _time(self, tokens: torch.Tensor, seconds: float, seed: int, begin: Begin) -> dict:
         """{name: Timing} of whole prefills; the stopwatches then hold the same passes."""
         attached = []
 
@@ -142,7 +157,7 @@ class ModelBench:
             Contender(run.name, forward, prepare(run), ahead=False) for run in self.runs if run.reason is None
         ]
         try:
-            return measure(contenders, self.device, seconds=seconds, seed=seed)
+            return measure(contenders, self.device, seconds=seconds, seed=seed, begin=begin)
         finally:
             while attached:
                 attached.pop().detach()

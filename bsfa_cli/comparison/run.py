@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from bsfa_kernels import TileShape
 
 from .. import environment
 from ..errors import InputError
+from ..timing.interleave import Begin, unseen
 from . import matching, methods
 from .calibration import Calibration, Exported
 from .measure import Bench
@@ -37,23 +36,22 @@ def cell(
     device: torch.device,
     seconds: float,
     seed: int,
-    begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    begin: Begin = unseen,
+    settings: methods.Settings = methods.DEFAULTS,
 ) -> dict:
     """All methods on the layers of `source` (see tensors.py), thresholds fitted to those of `calibrated_on` or left out
-    where it is None. `begin` is told the number of steps and gives what is called after each.
+    where it is None.
     """
     calibration = None
     if calibrated_on is not None:
-        calibration = Calibration.on_tensors(
-            calibrated_on.layers("calibrated"), tile, methods.TOP_K, calibrated_on.label
-        )
-    bench = step = None
+        ranks = tuple(sorted({*methods.TOP_K, *settings.values.get("bsfa_top_k", ())}))
+        calibration = Calibration.on_tensors(calibrated_on.layers("calibrated"), tile, ranks, calibrated_on.label)
+    bench = None
     for layer in source.layers("measured"):
         if bench is None:
-            chosen, left_out = methods.chosen(names, calibration, layer.causal)
+            chosen, left_out = methods.chosen(names, calibration, layer.causal, settings)
             bench = Bench(chosen, tile, device, seconds, seed)
-            step = begin(len(bench.entries) * source.describe()["layers"])
-        bench.add(layer, step)
+        bench.add(layer, begin)
     if bench is None:
         raise InputError(f"{source.label}: there is no layer to compare on")
     return {
@@ -68,17 +66,19 @@ def cell(
 
 def model_cell(
     loaded, calibration: Calibration | Exported | None, names: str, tile: TileShape, device: torch.device, texts: list,
-    seconds: float, seed: int, questions: list, begin: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    seconds: float, seed: int, questions: list, begin: Begin = unseen,
+    settings: methods.Settings = methods.DEFAULTS,
 ) -> dict:  # fmt: skip
     """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any."""
     from ..calibration.run import chosen_modules
-    from .model import ModelBench, score_questions
+    from ..suites.run import mode
+    from .model import ModelBench, Score
 
     modules, passed_over = chosen_modules(loaded.model, None)
-    chosen, left_out = methods.chosen(names, calibration, True)
+    chosen, left_out = methods.chosen(names, calibration, True, settings)
     bench = ModelBench(loaded, modules, chosen, tile, device)
-    score, asked = score_questions(loaded, questions) if questions else (None, None)
-    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, score, begin(len(bench.runs)))
+    score, asked = (Score(loaded, questions), mode(questions[0])) if questions else (None, None)
+    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, score, begin)
     label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
     place = asked_at(questions)
     if place is not None and place < 1:

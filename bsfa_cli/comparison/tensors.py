@@ -63,12 +63,15 @@ class StructuredSource:
 class CapturedSource:
     """The layers in a file of `bsfa capture`, the first `length` tokens of them. Files are read, nothing in them runs.
 
-    Raises InputError for a file that is none.
+    Raises InputError for a file that is none, UsageError for a length that it does not have, unless `or_all` then
+    takes all of it.
     """
 
-    def __init__(self, path: Path, device: torch.device, length: int | None = None):
+    def __init__(self, path: Path, device: torch.device, length: int | None = None, or_all: bool = False):
         self.path, self.device = path, device
-        self.metadata = _metadata(path)
+        self.metadata = read_metadata(path)
+        if or_all and length is not None:
+            length = min(length, self.metadata["length"])
         if length is not None and length > self.metadata["length"]:
             raise UsageError(f"{path} holds {self.metadata['length']} tokens, {length} were asked for")
         self.length = length or self.metadata["length"]
@@ -125,7 +128,8 @@ def pack(layers: dict[str, Captured], facts: dict) -> bytes:
     return save(tensors, {METADATA: json.dumps(metadata, sort_keys=True)})
 
 
-def _metadata(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
+    """What a file of `bsfa capture` says of itself. Raises InputError for a file that is none."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -78,7 +78,7 @@ def contenders(loaded: LoadedModel, begun: Run, chosen: tuple[str, ...]) -> dict
     points_of = recipes(begun)
     for recipe in chosen:
         for request in points_of[recipe]:
-            artifact, _ = points.export(begun, [request], QUANTILE)
+            artifact, *_ = points.export(begun, [request], QUANTILE)
             found[recipe, request.name] = SparseAttention.for_model(artifact, modules, count=True)
     return found
 

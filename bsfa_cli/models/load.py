@@ -10,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,13 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | dict[str, str] = "bsfa",
+    check_config: Callable[[Any], None] = lambda config: None,
 ) -> LoadedModel:
     """The model of a local directory or a Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
 
-    `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. Raises InputError
-    for a directory, configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the
-    network is missing.
+    `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. `check_config` may
+    refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
+    configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the network is missing.
     """
     from bsfa_kernels.integrations.transformers import DenseFallback
 
@@ -92,6 +93,7 @@ def load_model(
     source = str(BUNDLED) if bundled else _source(os.fspath(name_or_path))
     with _quiet():
         config = _read_config(source)
+        check_config(config)
         tokenizer = _read_tokenizer(source)
         with explain_memory("--dtype (bfloat16 halves float32), or take a smaller model"):
             model = _read_weights(source, config, dtype, attn_implementation)
@@ -218,7 +220,29 @@ def _read_weights(source: str, config, dtype, attn_implementation):
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"model {source} lacks {len(missing)} weights, among them {missing[0]}")
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        raise InputError(
+            f"the weights of model {source} do not fit its config.json: {len(unexpected)} have no place in it, among "
+            f"them {unexpected[0]} (fewer layers, or another architecture, than the weights were made for?)"
+        )
+    _check_finite(source, model)
     return model
+
+
+def _check_finite(source: str, model) -> None:
+    """Raise InputError, naming the parameter, for weights that are NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        # The sum is finite in nearly every model whose weights are, and needs no mask of their size.
+        if parameter.is_meta or not parameter.is_floating_point() or parameter.sum(dtype=torch.float64).isfinite():
+            continue
+        count = int((~parameter.isfinite()).sum())
+        if count:
+            narrow = parameter.dtype == torch.float16 and not parameter.isnan().any()
+            raise InputError(
+                f"the weights of model {source} are not finite: {name} holds {count:,} values that are NaN or infinite"
+                + (" in float16; try --dtype bfloat16" if narrow else "; the checkpoint is damaged")
+            )
 
 
 def _check_causal(source: str, model) -> None:

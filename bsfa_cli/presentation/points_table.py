@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .console import console, note
 
+VAGUE = 0.5  # a bound above half of a row's mass says nothing
+
 
 def show(reports) -> None:
     """One table per point: threshold range, skip rate and dropped mass, fitted and held out."""
@@ -29,7 +31,8 @@ def show(reports) -> None:
         note(
             "skip: share of the tiles a gate may drop, on samples the thresholds never saw (fit: on those they were "
             f"fitted to). mass: softmax mass dropped there, mean over rows; {bound}: upper bound on what that share of "
-            "rows drops. Top-k points are estimated from curves by octave of the position."
+            "rows drops, - where no useful one is known. Top-k points are estimated from curves by octave of the "
+            "position."
         )
 
 
@@ -37,4 +40,10 @@ def _cells(fitted, held_out) -> tuple[str, str, str, str]:
     skip = "-" if fitted is None else f"{fitted.skip:.3f}"
     if held_out is None:
         return skip, "-", "-", "-"
-    return skip, f"{held_out.skip:.3f}", f"{held_out.dropped_mass:.2e}", f"{held_out.dropped_mass_bound:.1e}"
+    bound = bound_words(held_out.dropped_mass_bound)
+    return skip, f"{held_out.skip:.3f}", f"{held_out.dropped_mass:.2e}", bound
+
+
+def bound_words(bound: float) -> str:
+    """An upper bound on what a row drops, where it says anything."""
+    return "-" if bound > VAGUE else f"{bound:.1e}"

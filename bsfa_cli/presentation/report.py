@@ -1,4 +1,4 @@
-"""One self-contained HTML page from stored results of `bsfa compare` and `bsfa profile`: no network, no scripts.
+"""One self-contained HTML page from stored results of compare, profile and verify: no network, no scripts.
 
 Rendered from JSON alone, so that it can be made again on a machine without a GPU. Every string goes through `escape`.
 """
@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from .. import verification
 from ..comparison import matching
+from . import verify_report
 from .compare_table import METRICS, break_even_rows, matched_tables, number, present, rows_table
 from .pareto import pareto_plot
 from .plot import speedup_plot
@@ -39,8 +41,8 @@ def page(results: list[tuple[Path, dict]]) -> str:
     """The page for (file, stored result) pairs, in their order. Raises KeyError, TypeError or ValueError for a result
     that lacks what its format promises.
     """
-    sections = [_comparison(path, found) if found["kind"] == "bsfa compare" else _profile(path, found)
-                for path, found in results]  # fmt: skip
+    section = {matching.KIND: _comparison, verification.KIND: _verification}
+    sections = [section.get(found["kind"], _profile)(path, found) for path, found in results]
     return "\n".join(
         ['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
          '<meta name="viewport" content="width=device-width, initial-scale=1">', "<title>bsfa report</title>",
@@ -55,6 +57,7 @@ def _comparison(path: Path, result: dict) -> str:
         "dense baselines; time is selection and attention together. Density is the share of visible tiles that are "
         "weighed; a gate has to score the others too, and FLOP density counts that. Selections are plain PyTorch: a "
         "method's own kernels may select faster, hence the tables and plots of attention alone."
+        + (f" Settings asked for: {', '.join(result['settings'])}." if result.get("settings") else "")
     ))  # fmt: skip
     rows = break_even_rows(result)
     if rows:
@@ -103,6 +106,17 @@ def _profile(path: Path, result: dict) -> str:
     return "\n".join(parts)
 
 
+def _verification(path: Path, result: dict) -> str:
+    parts = [_heading("Verification", path, result)]
+    for kind, *content in verify_report.parts(result):
+        parts.append(DRAWN[kind](*content))
+    return "\n".join(parts)
+
+
+def _details(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    return f"<details><summary>{escape(title)}</summary>{_table(headings, rows)}</details>"
+
+
 def _heading(kind: str, path: Path, result: dict) -> str:
     facts = result["environment"]
     cut = "" if result.get("complete") else " This run was cut short."
@@ -136,3 +150,10 @@ def _list(sentences: Iterable[str]) -> str:
 
 def _aside(sentence: str) -> str:
     return f'<p class="aside">{escape(sentence)}</p>'
+
+
+# How the parts of verify_report.py are drawn.
+DRAWN = {
+    "heading": lambda text: f"<h4>{escape(text)}</h4>", "aside": _aside, "list": _list, "table": _table,
+    "details": _details,
+}  # fmt: skip

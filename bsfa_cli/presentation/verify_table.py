@@ -9,6 +9,12 @@ def show(point: dict, failures: list[str]) -> None:
     """One operating point: predictions, layers, kernel, verdict. `point` as in verification/run.py."""
     logits, dropped = point["logits"], point["dropped_mass"]
     note(f"\noperating point {point['name']}: {percent(point['skip'])} of {point['candidates']:,} tiles skipped")
+    if point["uncalibrated"]:
+        ran = len(point["modules"])
+        note(
+            f"  {percent(point['calibrated']['skip'])} in the {ran} of {ran + len(point['uncalibrated'])} attention "
+            "modules that have thresholds; the others keep every tile"
+        )
     note(
         f"  top-1 agreement {percent(logits['top1'])}, KL {number(logits['kl'])}, perplexity "
         f"{number(logits['perplexity_dense'])} dense, {number(logits['perplexity_sparse'])} sparse "

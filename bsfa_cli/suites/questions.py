@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 
 import torch
 
@@ -89,9 +90,9 @@ class Plan:
         if not 0 < self.ask_at <= 1:
             raise UsageError(f"a question stands at a share of the length above 0 and at most 1, got {self.ask_at:g}")
         for length in self.lengths:
-            before = length - self._tail(length)
-            if before < tasks.SHORTEST:
-                raise UsageError(f"tasks need documents of at least {tasks.SHORTEST} tokens, got {before}")
+            if length - self._tail(length) < tasks.SHORTEST:
+                works = next(n for n in count(length + 1) if n - self._tail(n) >= tasks.SHORTEST)
+                raise UsageError(f"tasks do not fit into {length} tokens; the shortest length that works is {works}")
 
     def _tail(self, length: int) -> int:
         return length - int(length * self.ask_at)
@@ -129,7 +130,10 @@ class Plan:
         return TokenQuestion(task, length, depth, batch)
 
     def write(self, task: str, length: int, index: int, tokenizer) -> TextQuestion:
-        """The same as text: at most `length` tokens of `tokenizer`, the answer included. Raises InputError."""
+        """The same as text: at most `length` tokens of `tokenizer`, the answer included.
+
+        Raises UsageError for too short a length, InputError where no document comes near it.
+        """
         question, _ = self._sized(task, length, index, tokenizer)
         text, answer = as_text(question)
         spare = len(tokenizer(answer, add_special_tokens=False).input_ids) + SPARE_TOKENS
@@ -137,18 +141,35 @@ class Plan:
         return TextQuestion(task, length, question.depth, text, question.outputs, "all", spare, lead)
 
     def document(self, task: str, length: int, index: int, tokenizer) -> list[int]:
-        """Tokens of `tokenizer` of the document, its question and its answer. Raises InputError."""
+        """Tokens of `tokenizer` of the document, its question and its answer. Errors as in `write`."""
         if is_bundled(tokenizer):
             return self.draw(task, length, index).batch.tokens[0].tolist()
         return self._sized(task, length, index, tokenizer)[1]
 
+    def _shortest(self, length: int, tokenizer) -> int:
+        """The next length that all of this plan's questions fit into; those are drawn anew for each length."""
+        least = length
+        while True:
+            plan = replace(self, lengths=(least,))
+            sizes = [len(_encoded(plan.draw(*place, tasks.SHORTEST), tokenizer)) for place in plan.places()]
+            if max(sizes) <= least:
+                return least
+            least = max(sizes)
+
     def _sized(self, task: str, length: int, index: int, tokenizer) -> tuple[TokenQuestion, list[int]]:
         tokens = int(length * _density(task, tokenizer))
         for _ in range(TRIES):
-            question = self.draw(task, length, index, max(tokens, tasks.SHORTEST))
-            found = tokenizer(" ".join(as_text(question)), verbose=False).input_ids
+            tokens = max(tokens, tasks.SHORTEST)
+            question = self.draw(task, length, index, tokens)
+            found = _encoded(question, tokenizer)
             if SHORTEST_SHARE * length <= len(found) <= length:
                 return question, found
+            if tokens == tasks.SHORTEST and len(found) > length:
+                works = self._shortest(length, tokenizer)
+                raise UsageError(
+                    f"{task} does not fit into {length} tokens of this model's tokenizer; the shortest length that "
+                    f"works is {works}"
+                )
             tokens = int(tokens * (0.99 * length / len(found)))
         raise InputError(
             f"{task}: no document of {length} tokens of this model's tokenizer was found; the nearest has {len(found)}"
@@ -180,4 +201,9 @@ def _tokenizer():
 def _density(task: str, tokenizer) -> float:
     """Tokens of the bundled vocabulary for one of `tokenizer`."""
     probe = Plan((task,), (1024,), 1).draw(task, 1024, 0)
-    return 1024 / len(tokenizer(" ".join(as_text(probe))).input_ids)
+    return 1024 / len(_encoded(probe, tokenizer))
+
+
+def _encoded(question: TokenQuestion, tokenizer) -> list[int]:
+    """The whole document, its answer included, in tokens of `tokenizer`."""
+    return tokenizer(" ".join(as_text(question)), verbose=False).input_ids

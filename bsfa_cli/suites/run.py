@@ -20,6 +20,7 @@ import torch
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
 
+from ..prefill_tiles import Attending
 from ..verification.logits import Head
 from .questions import TextQuestion, TokenQuestion
 
@@ -36,7 +37,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Answer:
-    """A contender's score, and the tiles that it kept of those that it might have dropped (0 of 0: not counted)."""
+    """A contender's score, and the tiles that the whole model kept of those that gates might have dropped (0 of 0: not
+    counted).
+    """
 
     question: TokenQuestion | TextQuestion
     score: Score
@@ -106,19 +109,13 @@ def examine(
 ) -> dict[str, list[Answer]]:
     """Every question to every contender {name: {module path: handler}} in turn; `step` is called after each answer.
 
-    Handlers with `counts`, as `SparseAttention` with count=True, have them read and set back to None.
+    Handlers with `counts`, as `SparseAttention` with count=True, have them read and reset.
     """
     answers: dict[str, list[Answer]] = {name: [] for name in contenders}
     for question in questions:
         for name, handlers in contenders.items():
-            with attach(examiner.model, handlers):
+            with attach(examiner.model, handlers), Attending(examiner.model) as attending:
                 score = examiner.ask(question)
-            counting = [handler for handler in handlers.values() if getattr(handler, "counts", None) is not None]
-            kept, candidates = (
-                sum(int(getattr(handler.counts, key).sum()) for handler in counting) for key in ("kept", "candidates")
-            )
-            for handler in counting:
-                handler.counts = None
-            answers[name].append(Answer(question, score, kept, candidates))
+            answers[name].append(Answer(question, score, *attending.read_counts(handlers)))
             step()
     return answers

@@ -90,8 +90,10 @@ class Task:
         return sum(map(document.length_of, self.sentences))
 
     def groups(self, length: int) -> int:
-        """How many groups a document of `length` tokens has, distractors included."""
-        return max(1, min(self.most, int(self.share * length) // self.group_length))
+        """How many groups a document of `length` tokens has, distractors included: no more than fit into it."""
+        around = 2 + document.length_of(self.header) + document.length_of(self.question)  # BOS and a word of filler
+        fitting = (length - around) // self.group_length
+        return max(1, min(self.most, int(self.share * length) // self.group_length, fitting))
 
 
 def _pad(*columns: torch.Tensor) -> torch.Tensor:

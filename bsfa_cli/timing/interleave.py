@@ -85,22 +85,35 @@ def first_call(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[
     return None, reason
 
 
+# Told of the number of steps and what they are, gives what is called after each, with how many (1).
+Begin = Callable[[int, str], Callable[[int], None]]
+
+
+def unseen(total: int, what: str) -> Callable[[int], None]:
+    """The Begin that shows nothing."""
+    return lambda count=1: None
+
+
 def measure(
-    contenders: list[Contender], device: torch.device, *, seconds: float, at_least: int = 5, at_most: int = 100, seed=0
-) -> dict[str, Timing]:
+    contenders: list[Contender], device: torch.device, *, seconds: float, at_least: int = 5, at_most: int = 100, seed=0,
+    begin: Begin = unseen,
+) -> dict[str, Timing]:  # fmt: skip
     """{contender name: Timing}; as many rounds as fit into `seconds` of device time, within the two limits."""
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
     order, leads = list(contenders), {contender.name: Lead() for contender in contenders}
     shuffle = random.Random(seed).shuffle
+    step = begin(len(order), "warm-up")
     for _ in range(WARM_UP):
-        spent = sum(_round(order, leads, device, flush).values())
+        spent = sum(_round(order, leads, device, flush, step).values())
         if spent > LONG_MS:
             break
+        step = unseen(0, "")
     rounds = min(at_most, max(at_least, int(seconds * 1e3 / max(spent, 1e-3))))
     samples = {contender.name: [] for contender in contenders}
+    step = begin(rounds * len(order), "timing")
     for _ in range(rounds):
         shuffle(order)
-        for name, ms in _round(order, leads, device, flush).items():
+        for name, ms in _round(order, leads, device, flush, step).items():
             samples[name].append(ms)
     return {name: Timing(values) for name, values in samples.items()}
 
@@ -111,8 +124,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def _round(
-    order: list[Contender], leads: dict[str, Lead], device: torch.device, flush: torch.Tensor | None
-) -> dict[str, float]:
+    order: list[Contender], leads: dict[str, Lead], device: torch.device, flush: torch.Tensor | None,
+    step: Callable[[int], None],
+) -> dict[str, float]:  # fmt: skip
     if flush is None:
         times = {}
         for contender in order:
@@ -121,6 +135,7 @@ def _round(
             start = time.perf_counter()
             contender.call()
             times[contender.name] = (time.perf_counter() - start) * 1e3
+            step(1)
         return times
     events = {}
     for contender in order:
@@ -140,4 +155,5 @@ def _round(
         end.record()
         events[contender.name] = (start, end)
     torch.cuda.synchronize(device)
+    step(len(order))
     return {name: start.elapsed_time(end) for name, (start, end) in events.items()}

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from ..calibration.data import default_data, load_texts
+from ..calibration.data import load_texts
 from ..errors import InputError
+from ..prefill_tiles import Attending
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
-from .interleave import Contender, first_call, measure
+from .interleave import Begin, Contender, first_call, measure, unseen
+
+if TYPE_CHECKING:
+    from bsfa_kernels.thresholds import Thresholds
 
 OTHER_TEXTS = 1_000_000
 
 
 class Prefill:
-    """One model, with the handlers of one operating point (thresholds None: every tile is kept)."""
+    """One model, with the handlers of one operating point (no artifact: every tile is kept)."""
 
-    def __init__(self, model_name: str | None, thresholds: Path | None, point: str | None, device, dtype: str):
-        """Raises InputError for a model, ThresholdsError for thresholds that cannot be used or are for another."""
+    def __init__(
+        self, model_name: str | None, artifact: Thresholds | None, point: str | None, device, dtype: str,
+        check_config: Callable = lambda config: None,
+    ):  # fmt: skip
+        """`check_config` as `load_model`. Raises InputError for a model that cannot be used, ThresholdsError for
+        thresholds of another.
+        """
         from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
-        from bsfa_kernels.thresholds import Thresholds
 
         from ..models.load import load_model
 
-        artifact = None if thresholds is None else Thresholds.read(thresholds)
-        self.loaded = load_model(model_name, device=device, dtype=dtype)
+        self.loaded = load_model(model_name, device=device, dtype=dtype, check_config=check_config)
         self.model, self.device, self.point = self.loaded.model, device, point
         self.handlers = self.counting = None
         if artifact is not None:
@@ -39,13 +47,12 @@ class Prefill:
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
 
-    def time(self, data: str | None, length: int, seed: int, seconds: float) -> dict:
+    def time(self, data: str, length: int, seed: int, seconds: float, begin: Begin = unseen) -> dict:
         """One prompt of `length` tokens of `data`, timed every way that runs here.
 
-        `skip` is the share of candidate tiles that was dropped on that very prompt. Milliseconds as in `Timing`.
-        Raises InputError for data that cannot be used or holds no prompt that long.
+        `skip` is the share of all the model's candidate tiles that was dropped on that very prompt. Milliseconds as in
+        `Timing`. Raises InputError for data that cannot be used or holds no prompt that long.
         """
-        data = data or default_data(self.loaded.tokenizer)
         ids = torch.tensor([self._prompt(data, length, seed)], device=self.device)
 
         @torch.inference_mode()
@@ -74,7 +81,7 @@ class Prefill:
         if self.handlers is not None:
             skip = self._skip(forward)
             enter("bsfa", "bsfa", forward, lambda: self._use("bsfa", self.handlers), skip)
-        timings = measure(contenders, self.device, seconds=seconds, seed=seed)
+        timings = measure(contenders, self.device, seconds=seconds, seed=seed, begin=begin)
         self._use("bsfa")
         fastest = min((timings[row["name"]].median for row in rows if row["kind"] == "dense"), default=None)
         for row in rows:
@@ -98,7 +105,7 @@ class Prefill:
 
         from bsfa_kernels.integrations.transformers import notes
 
-        return dict(Counter(note.reason for note in notes(self.model)))
+        return dict(Counter(note.reason for note in notes(self.model) if not note.expected))
 
     def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
         # Generated text is another one than calibration with the same seed saw.
@@ -124,14 +131,11 @@ class Prefill:
             self._attached = attach(self.model, handlers)
 
     def _skip(self, forward) -> float | None:
-        """Share of candidate tiles dropped on the prompt of `forward`; None when nothing could be dropped."""
+        """Share of all the model's candidate tiles dropped on the prompt of `forward`; None without a candidate."""
         for handler in self.counting.values():
-            handler.counts = None
+            handler.reset()
         self._use("bsfa", self.counting)
-        _, reason = first_call(forward, self.device)
-        counts = [handler.counts for handler in self.counting.values() if handler.counts is not None]
-        if reason or not counts:
-            return None
-        kept = sum(int(count.kept.sum()) for count in counts)
-        candidates = sum(int(count.candidates.sum()) for count in counts)
-        return 1 - kept / candidates if candidates else None
+        with Attending(self.model) as attending:
+            _, reason = first_call(forward, self.device)
+        kept, candidates = attending.read_counts(self.counting)
+        return None if reason or not candidates else 1 - kept / candidates

@@ -10,7 +10,7 @@ import torch
 from .. import environment
 from . import sweep
 from .compare import FORMAT
-from .interleave import FLUSH_BYTES
+from .interleave import FLUSH_BYTES, Begin, unseen
 from .plan import Plan
 
 
@@ -34,12 +34,13 @@ def empty(plan: Plan, device: torch.device) -> dict:
 
 
 def sweep_cells(
-    plan: Plan, device: torch.device, result: dict, seconds: float, after_cell: Callable[[dict], None]
-) -> None:
+    plan: Plan, device: torch.device, result: dict, seconds: float, after_cell: Callable[[dict], None],
+    begin: Begin = unseen,
+) -> None:  # fmt: skip
     """Fill in `result`'s ceiling and cells; `after_cell` sees every cell as soon as it is measured."""
     result["ceiling"] = sweep.ceiling(device, min(seconds, 1.0))
     for shape, length in plan.cells():
-        cell = sweep.cell(plan, shape, length, device, seconds)
+        cell = sweep.cell(plan, shape, length, device, seconds, begin)
         result["cells"].append(cell)
         gc.collect()
         if device.type == "cuda":

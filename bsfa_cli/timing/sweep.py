@@ -14,7 +14,7 @@ from .. import structured
 from ..distance import relative, squares
 from ..errors import UsageError
 from . import baselines, thresholds
-from .interleave import Contender, Timing, first_call, measure
+from .interleave import Begin, Contender, Timing, first_call, measure, unseen
 from .plan import Plan, Shape
 
 NOT_FOR_GPU = ("torch", "reference")
@@ -43,7 +43,7 @@ def ceiling(device: torch.device, seconds: float) -> dict:
     return {"size": size, "dtype": str(dtype).removeprefix("torch."), "tflops": tflops, **timing.as_dict()}
 
 
-def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: float) -> dict:
+def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: float, begin: Begin = unseen) -> dict:
     """Measure one (shape, length); `seconds` bounds the timed part. The keys are described in profiles/README.md."""
     dtype, tile = resolve_dtype(plan.dtype, device), TileShape(*map(int, plan.tile.split("x")))
     data = plan.data_of(shape)
@@ -87,7 +87,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         if name == ZERO and dense_out is not None:
             error = relative(*squares(out, dense_out))
         del out
-    timings = measure(contenders, device, seconds=seconds, seed=plan.seed) if contenders else {}
+    timings = measure(contenders, device, seconds=seconds, seed=plan.seed, begin=begin) if contenders else {}
     flops = dense_flops(shape, length)
     result = {
         "shape": shape.describe(),

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bsfa_kernels.files import write_together
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..suites.questions import HELD_OUT
 from . import curriculum
@@ -138,18 +139,20 @@ class Trainer:
     def save(self) -> None:
         """Weights, moments and position, each under 16 MiB, to out/checkpoint."""
         folder = self.out / "checkpoint"
-        folder.mkdir(parents=True, exist_ok=True)
         named = dict(self.model.named_parameters())
         metadata = {"chunk": str(self.position.chunk), "seconds": repr(self.position.seconds)}
         contents = {"weights": {name: parameter.detach() for name, parameter in named.items()}}
         for moment in MOMENTS if self.position.chunk else ():
             contents[moment] = {name: self.optimizer.state[parameter][moment] for name, parameter in named.items()}
-        for name, tensors in contents.items():
-            save_file(
-                {key: value.cpu().contiguous() for key, value in tensors.items()}, folder / f"{name}.part", metadata
-            )
-        for name in contents:
-            (folder / f"{name}.part").replace(folder / f"{name}.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_together(
+            {
+                folder / f"{name}.safetensors": save(
+                    {key: x.cpu().contiguous() for key, x in tensors.items()}, metadata
+                )
+                for name, tensors in contents.items()
+            }
+        )
 
     def load(self) -> None:
         """Go on from out/checkpoint."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from ..files import write_whole
 from ..models.random_weights import LABEL_KEY
 from ..suites import tasks
 from ..suites.questions import HELD_OUT
@@ -34,9 +35,8 @@ def build(shape: dict[str, int], seed: int):
 
 def export(model, folder: Path) -> None:
     """The model in bfloat16 as a Hugging Face checkpoint: four files."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().to("cpu", torch.bfloat16) for name, parameter in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
     config = type(model.config).from_dict({**model.config.to_dict(), "dtype": "bfloat16"})
     config.architectures = [type(model).__name__]
     config.update({LABEL_KEY: LABEL})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UsageError
+from ..suites import statistics
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class Gates:
     min_top1: float | None = None  # share of positions, 0 .. 1
     max_perplexity_increase: float | None = None  # relative: 0.01 is one percent
     max_dropped_mass: float | None = None  # 99th percentile over rows, 0 .. 1
-    min_skip: float | None = None  # share of candidate tiles, 0 .. 1
-    min_retention: float | None = None  # of the dense model's right answers, 0 .. 1
+    min_skip: float | None = None  # share of the whole model's candidate tiles, 0 .. 1
+    min_retention: float | None = None  # lower end of the interval for sparse over dense accuracy, 0 .. 1
 
     def __post_init__(self):
         for name in ("min_top1", "max_dropped_mass", "min_skip", "min_retention"):
@@ -73,9 +74,31 @@ class Gates:
             return []
         if result["retention"] is None:
             return ["the dense model answers nothing, so there is nothing to retain (--min-retention)"]
-        if result["retention"] >= self.min_retention:
+        asked, least = f"(--min-retention {self.min_retention:g})", result["retention_interval"][0]
+        if result["retention"] < self.min_retention:
+            return [f"retention of dense accuracy is {result['retention']:.4g} {asked}"]
+        if least >= self.min_retention:
             return []
-        return [f"retention of dense accuracy is {result['retention']:.4g} (--min-retention {self.min_retention:g})"]
+        both = round(result["dense"] * result["questions"]) - result["lost"]
+        others = result["questions"] - both - result["gained"] - result["lost"]
+        pairs = statistics.Pairs(both, result["gained"], result["lost"], others)
+        enough = statistics.enough_questions(pairs, self.min_retention)
+        return [
+            f"retention of dense accuracy is {result['retention']:.4g}, of which {result['questions']} questions show "
+            f"only that it is at least {least:.4g} {asked}"
+            + (f"; about {enough} such questions would show more" if enough else "")
+        ]
+
+    def check_questions(self, count: int) -> None:
+        """Raise UsageError where `count` questions cannot show `--min-retention`, whatever the answers."""
+        least = None if self.min_retention is None else statistics.least_answers(self.min_retention)
+        if self.min_retention == 1:
+            raise UsageError("--min-retention 1 is more than any number of questions can show; give less")
+        if least is not None and count < least:
+            raise UsageError(
+                f"--min-retention {self.min_retention:g} needs at least {least} questions that the dense model answers "
+                f"right, and {count} would be asked; raise --questions"
+            )
 
     def task_failures(self, result: dict) -> list[str]:
         """Everything that fails a point's answers: its limits, and no skipping."""

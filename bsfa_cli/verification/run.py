@@ -17,6 +17,7 @@ from bsfa_kernels.integrations.transformers import (
 from bsfa_kernels.thresholds import Thresholds
 
 from ..errors import InputError
+from ..prefill_tiles import Attending
 from .layers import DroppedMass, MeasuringAttention, skip_rate
 from .logits import Head, Predictions
 
@@ -32,9 +33,11 @@ def verify_points(
 
     Dense is PyTorch's scaled_dot_product_attention in the same modules; no kernel of ours has a part in it.
 
-    Keys: name, kept, candidates, skip, dropped_mass {mean, p99, worst}, logits (see `Predictions.summary`), modules
-    (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples` have `tokens`; `step` is
-    called after every forward pass, (1 + points) times a sample. The model must run attn_implementation="bsfa".
+    Keys: name, kept, candidates, skip, all three of the whole model, calibrated (the same three of the modules that ran
+    with thresholds), uncalibrated {path of another one: its tiles}, dropped_mass {mean, p99, worst}, logits (see
+    `Predictions.summary`), modules (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples`
+    have `tokens`; `step` is called after every forward pass, (1 + points) times a sample. The model must run
+    attn_implementation="bsfa".
     """
     modules = attention_modules(model)
     reachable = [path for path in modules if modules[path].dense_reason is None]
@@ -46,21 +49,24 @@ def verify_points(
         for point in points
     }
     predictions = {point: Predictions() for point in points}
+    attending = {point: Attending(model) for point in points}
     for sample in samples:
         tokens = torch.tensor(sample.tokens, device=model.device)
         with attach(model, dict.fromkeys(reachable, dense.attention)):
             exact = head.hidden(tokens)
         step()
         for point in points:
-            with attach(model, measured[point]):
+            with attach(model, measured[point]), attending[point]:
                 predictions[point].add(head, exact, head.hidden(tokens), tokens)
             step()
-    return [_result(point, measured[point], predictions[point]) for point in points]
+    return [_result(point, measured[point], predictions[point], attending[point]) for point in points]
 
 
-def negative_control(model, thresholds: Thresholds, point: str, samples: list, backend: str) -> dict:
-    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample."""
-    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, lambda: None)[0]
+def negative_control(
+    model, thresholds: Thresholds, point: str, samples: list, backend: str, step: Callable[[], None]
+) -> dict:
+    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample; 2 steps."""
+    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, step)[0]
 
 
 def absurd(thresholds: Thresholds, point: str) -> Thresholds:
@@ -74,26 +80,34 @@ def absurd(thresholds: Thresholds, point: str) -> Thresholds:
 
 def dense_notes(model) -> list[dict[str, str]]:
     """Modules that ran dense whatever the thresholds say, and why."""
-    return [note._asdict() for note in notes(model)]
+    return [note._asdict() for note in notes(model) if not note.expected]
 
 
-def _result(point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions) -> dict:
+def _result(
+    point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions, attending: Attending
+) -> dict:
     ran = [handler for handler in handlers.values() if handler.ran]
     if not ran:
         raise InputError("none of the modules that the thresholds hold attends sparsely in this model; see its notes")
     modules = [handler.summary() for handler in ran]
     kept, candidates = (sum(module[key] for module in modules) for key in ("kept", "candidates"))
+    unjudged = attending.unjudged({module["path"]: module["candidates"] // len(module["heads"]) for module in modules})
+    rest = sum(unjudged.values())
     return _finite({
         "name": point,
-        "kept": kept,
-        "candidates": candidates,
-        "skip": skip_rate(kept, candidates),
+        **_skipped(kept + rest, candidates + rest),
+        "calibrated": _skipped(kept, candidates),
+        "uncalibrated": unjudged,
         "dropped_mass": DroppedMass.overall([handler.dropped for handler in ran]),
         "logits": predictions.summary(),
         "modules": modules,
         "kernel": [handler.kernel.to_json() for handler in ran if handler.kernel],
         "finite": predictions.finite and all(module["finite"] for module in modules),
     })  # fmt: skip
+
+
+def _skipped(kept: int, candidates: int) -> dict:
+    return {"kept": kept, "candidates": candidates, "skip": skip_rate(kept, candidates)}
 
 
 def _finite(value):

@@ -34,10 +34,11 @@ def verify_tasks(
 
 
 def negative_control(
-    loaded: LoadedModel, thresholds: Thresholds, point: str, questions: Sequence, backend: str
-) -> dict:
-    """The summary of `verify_tasks` for thresholds that drop every candidate tile."""
-    return verify_tasks(loaded, absurd(thresholds, point), [point], questions, backend, lambda: None)[1][0]
+    loaded: LoadedModel, thresholds: Thresholds, point: str, questions: Sequence, backend: str,
+    step: Callable[[], None],
+) -> dict:  # fmt: skip
+    """The summary of `verify_tasks` for thresholds that drop every candidate tile; 2 steps a question."""
+    return verify_tasks(loaded, absurd(thresholds, point), [point], questions, backend, step)[1][0]
 
 
 def to_json(answers: dict[str, list[Answer]]) -> list[dict]:

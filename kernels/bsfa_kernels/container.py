@@ -7,6 +7,7 @@ a reader refuses repeated names, gaps and overlaps, unknown fields, and anything
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 
@@ -23,6 +24,9 @@ _DTYPES = {
 }
 
 
+ABSENT = object()  # a key that one of two objects lacks
+
+
 class Malformed(ValueError):
     """The bytes are not what they should be; the message is one clear sentence."""
 
@@ -32,7 +36,10 @@ class Pickled(Malformed):
 
 
 def pack(key: str, metadata: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The file: `metadata` as JSON under `key`, then the tensors (a type in _DTYPES) in order of their names."""
+    """The file: `metadata` as JSON under `key`, then the tensors (a type in _DTYPES) in order of their names.
+
+    Raises Malformed for metadata that JSON cannot hold or that `unpack` would refuse for its size.
+    """
     names = {dtype: name for name, (_, dtype) in _DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {key: canonical_json(dict(metadata))}}
     content, offset = [], 0
@@ -44,6 +51,8 @@ def pack(key: str, metadata: Mapping[str, object], tensors: Mapping[str, torch.T
         offset += len(raw)
     head = canonical_json(header).encode()
     head += b" " * (-len(head) % 8)
+    if len(head) > MAX_HEADER_BYTES:
+        raise Malformed(f"the header would take {len(head):,} bytes, more than the {MAX_HEADER_BYTES:,} that are read")
     return b"".join([struct.pack("<Q", len(head)), head, *content])
 
 
@@ -102,9 +111,38 @@ def integer(what: str, value, low: int, high: int) -> int:
 
 
 def short(value) -> str:
-    """`value` as a message can quote it."""
+    """`value` as a message can quote it: on one line, at most 80 characters."""
     text = value if isinstance(value, str) else repr(value)
+    text = one_line(text[:81])
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def one_line(text: str) -> str:
+    """`text` with whatever does not print (line ends, control characters, half surrogate pairs) escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def difference(name: str, ours, theirs) -> str | None:
+    """What sets two JSON values apart, as "a.b is 1 there and 2 here" (ours there), or None where they are equal.
+
+    Names the first key, in order, of objects that differ in several.
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted({*ours, *theirs}):
+            found = difference(f"{name}.{key}", ours.get(key, ABSENT), theirs.get(key, ABSENT))
+            if found:
+                return found
+        return None
+    if ours is not ABSENT and theirs is not ABSENT and canonical_json(ours) == canonical_json(theirs):
+        return None
+    return f"{short(name)} is {_brief(ours)} there and {_brief(theirs)} here"
+
+
+def _brief(value) -> str:
+    """As `short`, and of a sha256 its first digits."""
+    if value is ABSENT:
+        return "absent"
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else short(value)
 
 
 def _tensors(header: dict, body: bytes) -> dict[str, torch.Tensor]:
@@ -116,9 +154,12 @@ def _tensors(header: dict, body: bytes) -> dict[str, torch.Tensor]:
         shape = sequence(f"{short(path)} shape", entry["shape"], 0, 8)
         offsets = sequence(f"{short(path)} data_offsets", entry["data_offsets"], 2, 2)
         begin, end = (integer(f"{short(path)} data_offsets", n, 0, 1 << 48) for n in offsets)
-        elements = 1
+        elements = spanned = 1
         for n in shape:
             elements *= integer(f"{short(path)} shape", n, 0, 1 << 31)
+            spanned *= max(n, 1)  # what strides must reach, also where an axis of none leaves no element
+        if spanned > 1 << 48:
+            raise Malformed(f"{short(path)} has shape {shape}, which no tensor can have")
         if end - begin != elements * int(_DTYPES[entry["dtype"]][0][2]):
             raise Malformed(f"{short(path)} has shape {shape} of {entry['dtype']}, but {end - begin} bytes")
         entries.append((begin, end, path, shape, entry["dtype"]))
@@ -143,7 +184,7 @@ def _loads(what: str, text: str | bytes) -> dict:
         if len(result) != len(pairs):
             seen: set[str] = set()
             repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise Malformed(f"{what} has the key {short(repeated)!r} twice")
+            raise Malformed(f"{what} has the key '{short(repeated)}' twice")
         return result
 
     def no_constant(name):

@@ -10,6 +10,7 @@ equality keeps. Past the last query tile the last column repeats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,24 +19,42 @@ import torch
 
 @dataclass(frozen=True)
 class Gate:
-    """Thresholds of one attention module, each float32 [Hq, query tiles] in natural units, or None for no such gate.
+    """Thresholds of one attention module in natural units, or None for no such gate.
 
-    Column i belongs to the query tile at absolute positions i * rows .. (i + 1) * rows. Values are run-time data:
-    changing them never recompiles a kernel, and no backend reads them on the host.
+    Each is a number for all heads, or a float32 tensor: [Hq], one value a head, or [Hq, query tiles], whose column i
+    belongs to the query tile at absolute positions i * rows .. (i + 1) * rows. Kernels see the last of these, by
+    `expanded`. Values are run-time data: changing them never recompiles a kernel, and no backend reads them on the
+    host.
+
+    Raises TypeError for what is neither number nor tensor, ValueError for a NaN and for tensors of another dtype or
+    shape.
     """
 
-    absolute: torch.Tensor | None = None
-    gap: torch.Tensor | None = None
+    absolute: torch.Tensor | float | None = None
+    gap: torch.Tensor | float | None = None
 
     def __post_init__(self):
         for name, value in (("absolute", self.absolute), ("gap", self.gap)):
             if value is None:
                 continue
-            if value.dtype != torch.float32 or value.dim() != 2 or value.shape[1] < 1:
-                raise ValueError(
-                    f"gate '{name}' must be a float32 tensor [query heads, query tiles], "
-                    f"got {value.dtype} {list(value.shape)}"
-                )
+            wanted = f"gate '{name}' must be a number or a float32 tensor [query heads] or [query heads, query tiles]"
+            if isinstance(value, torch.Tensor):
+                if value.dtype != torch.float32 or value.dim() not in (1, 2) or min(value.shape) < 1:
+                    raise ValueError(f"{wanted}, got {value.dtype} {list(value.shape)}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{wanted}, got {type(value).__name__}")
+            elif math.isnan(value):
+                raise ValueError(f"{wanted}, got {value}")
+
+    def expanded(self, heads: int, device: torch.device | str) -> Gate:
+        """The same gate as kernels see it: float32 tensors [heads, query tiles], numbers filled in on `device`."""
+
+        def expand(value: torch.Tensor | float) -> torch.Tensor:
+            if not isinstance(value, torch.Tensor):
+                return torch.full((heads, 1), value, dtype=torch.float32, device=device)
+            return value if value.dim() == 2 else value[:, None]
+
+        return Gate(*(None if value is None else expand(value) for value in (self.absolute, self.gap)))
 
     @property
     def open(self) -> bool:
@@ -46,8 +65,10 @@ class Gate:
         return self.map(lambda thresholds: thresholds.to(device))
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gate:
-        """The gate with `change` applied to the thresholds it has."""
-        return Gate(*(None if thresholds is None else change(thresholds) for thresholds in (self.absolute, self.gap)))
+        """The gate with `change` applied to the tensors it has; numbers stay."""
+        return Gate(
+            *(change(value) if isinstance(value, torch.Tensor) else value for value in (self.absolute, self.gap))
+        )
 
 
 def column(thresholds: torch.Tensor, query_tile: int) -> torch.Tensor:

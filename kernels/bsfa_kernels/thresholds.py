@@ -17,23 +17,24 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from . import container
-from .container import canonical_json, exact_keys, integer, sequence, short
+from .container import exact_keys, integer, sequence, short
+from .files import write_whole
 from .gates import Gate
 from .tiles import TileShape
 
-SCHEMA = 1
+SCHEMA = 2  # 1 lacks the model's `config`: of a configuration it tells that it differs, by config_hash, but not where
 MAX_FILE_BYTES = 256 << 20
 MAX_POINTS, MAX_HEADS, MAX_KNOTS, MAX_POSITION, MAX_TILE = 64, 1024, 1 << 16, 1 << 31, 4096
 GATES = ("gap", "absolute")
 METADATA_KEYS = frozenset({"schema", "model", "tile", "keep_sink", "knots", "points", "provenance"})
 # Compared by check_model in this order, so that the most telling difference is the one that is named.
 MODEL_CHECKED = (
-    "architecture", "layers", "query_heads", "key_value_heads", "head_dim", "scale", "rope", "config_hash", "weights",
+    "architecture", "layers", "query_heads", "key_value_heads", "head_dim", "scale", "rope", "config", "config_hash",
+    "weights",
 )  # fmt: skip
 MODEL_KEYS = ("id", "revision", *MODEL_CHECKED)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -55,7 +56,7 @@ class Reached:
         for name in ("skip", "dropped_mass", "dropped_mass_bound"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < float("inf"):
-                raise ThresholdsError(f"{name} must be a finite number >= 0, got {value!r}")
+                raise ThresholdsError(f"{name} must be a finite number >= 0, got {short(value)}")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Point:
         if not isinstance(self.gate, str) or self.gate not in GATES:
             raise ThresholdsError(f"point {self.name}: gate must be one of {', '.join(GATES)}, got {short(self.gate)}")
         if not isinstance(self.recipe, str) or not _NAME.fullmatch(self.recipe):
-            raise ThresholdsError(f"point {self.name}: recipe {self.recipe!r} is not a name")
+            raise ThresholdsError(f"point {self.name}: recipe {short(self.recipe)} is not a name")
         if not _is_number(self.argument):
-            raise ThresholdsError(f"point {self.name}: argument must be a finite number, got {self.argument!r}")
+            raise ThresholdsError(f"point {self.name}: argument must be a finite number, got {short(self.argument)}")
         if self.quantile is not None and not (_is_number(self.quantile) and 0 < self.quantile <= 1):
-            raise ThresholdsError(f"point {self.name}: quantile must lie in (0, 1], got {self.quantile!r}")
+            raise ThresholdsError(f"point {self.name}: quantile must lie in (0, 1], got {short(self.quantile)}")
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,17 @@ class Thresholds:
         if not isinstance(self.model["id"], str):
             raise ThresholdsError(f"the model's id must be text, got {short(self.model['id'])}")
         if not isinstance(self.keep_sink, bool):
-            raise ThresholdsError(f"keep_sink must be true or false, got {self.keep_sink!r}")
+            raise ThresholdsError(f"keep_sink must be true or false, got {short(self.keep_sink)}")
         if max(self.tile.rows, self.tile.keys) > MAX_TILE:
             raise ThresholdsError(f"tile {self.tile} is larger than {MAX_TILE}")
         _check_knots(self.knots)
         names = [point.name for point in self.points]
         if not 1 <= len(names) <= MAX_POINTS or len(set(names)) != len(names):
-            raise ThresholdsError(f"there must be 1 to {MAX_POINTS} points of different names, got {names}")
+            raise ThresholdsError(f"there must be 1 to {MAX_POINTS} points of different names, got {short(names)}")
         if not self.tensors:
             raise ThresholdsError("there is no module")
-        for path, tensor in self.tensors.items():
-            shape = tuple(tensor.shape)
+        for name, tensor in self.tensors.items():
+            path, shape = short(name), tuple(tensor.shape)
             if tensor.dtype != torch.float32 or len(shape) != 3:
                 raise ThresholdsError(f"{path} must be float32 [points, heads, knots], got {tensor.dtype} {shape}")
             if (shape[0], shape[2]) != (len(names), len(self.knots)) or not 1 <= shape[1] <= MAX_HEADS:
@@ -146,7 +147,7 @@ class Thresholds:
         """
         row = self.index(point)
         if module_path not in self.tensors:
-            raise ThresholdsError(f"the thresholds hold no module {module_path!r}")
+            raise ThresholdsError(f"the thresholds hold no module '{short(module_path)}'")
         values = interpolate(self.tensors[module_path][row], self.knots, tile_positions(query_tiles, self.tile))
         return Gate(**{self.points[row].gate: values.to(device)})
 
@@ -156,19 +157,16 @@ class Thresholds:
         `identity` has keys among MODEL_KEYS; id and revision are labels and may differ. `modules` maps the model's
         attention module paths to their number of query heads.
         """
-        for key in MODEL_CHECKED:
-            ours, theirs = self.model[key], identity.get(key)
-            if ours is not None and theirs is not None and canonical_json(ours) != canonical_json(theirs):
-                raise ThresholdsError(
-                    f"the thresholds were made for another model ({self.model['id']}): "
-                    f"{key} is {_brief(ours)} there and {_brief(theirs)} here"
-                )
+        found = model_difference(self.model, identity)
+        if found:
+            raise ThresholdsError(f"the thresholds were made for another model ({short(self.model['id'])}): {found}")
         for path, tensor in self.tensors.items() if modules is not None else ():
             if path not in modules:
-                raise ThresholdsError(f"the thresholds hold module {path!r}, which this model does not have")
+                raise ThresholdsError(f"the thresholds hold module '{short(path)}', which this model does not have")
             if modules[path] != tensor.shape[1]:
                 raise ThresholdsError(
-                    f"{path}: query_heads is {tensor.shape[1]} in the thresholds and {modules[path]} in this model"
+                    f"{short(path)}: query_heads is {tensor.shape[1]} in the thresholds and {modules[path]} in this "
+                    "model"
                 )
 
     def check_tile(self, tile: TileShape) -> None:
@@ -190,13 +188,8 @@ class Thresholds:
         return container.pack("bsfa", metadata, self.tensors)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Write the file whole: beside its place first, then renamed."""
-        part = Path(f"{os.fspath(path)}.part")
-        try:
-            part.write_bytes(self.to_bytes())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        """Write the file whole or not at all; errors as `files.write_whole`."""
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Thresholds:
@@ -224,11 +217,28 @@ class Thresholds:
             points = tuple(_point_from_json(point) for point in sequence("points", metadata["points"], 1, MAX_POINTS))
             if not isinstance(metadata["provenance"], dict):
                 raise ThresholdsError("provenance must be a JSON object")
-            return cls(metadata["model"], tile, metadata["keep_sink"], knots, points, tensors, metadata["provenance"])
+            model = metadata["model"]
+            if metadata["schema"] == 1:
+                exact_keys("model", model, set(MODEL_KEYS) - {"config"})
+                model = {**model, "config": None}
+            return cls(model, tile, metadata["keep_sink"], knots, points, tensors, metadata["provenance"])
         except container.Pickled as error:
             raise ThresholdsError(f"{error}; `bsfa export --from-official` converts the authors' file") from None
         except container.Malformed as error:
             raise ThresholdsError(str(error)) from None
+
+
+def model_difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:
+    """What sets two model identities apart, as "head_dim is 64 there and 128 here" (ours there), or None.
+
+    Compares MODEL_CHECKED; a value that is None or missing on either side is unknown and sets nothing apart.
+    """
+    for key in MODEL_CHECKED:
+        if ours.get(key) is not None and theirs.get(key) is not None:
+            found = container.difference(key, ours[key], theirs[key])
+            if found:
+                return found
+    return None
 
 
 def tile_positions(query_tiles: int, tile: TileShape) -> torch.Tensor:
@@ -246,11 +256,6 @@ def interpolate(values: torch.Tensor, knots: tuple[int, ...], positions: torch.T
     low, high = values[..., left].double(), values[..., right].double()
     mixed = torch.where((low == -torch.inf) | (high == -torch.inf), -torch.inf, low + weight * (high - low))
     return torch.where(weight == 0, low, torch.where(weight == 1, high, mixed)).float().contiguous()
-
-
-def _brief(value) -> str:
-    """As `short`, and of a sha256 its first digits."""
-    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else short(value)
 
 
 def _check_schema(bsfa: dict) -> None:

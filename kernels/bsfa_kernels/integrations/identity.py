@@ -11,6 +11,7 @@ from torch import nn
 from .modules import attention_modules
 
 SIGNS_PER_WEIGHT = 256
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that hold a weight as it is
 # Where the weights lie, how they are loaded, trained or sampled from: not what they compute.
 VOLATILE = frozenset({
     "_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype",
@@ -24,12 +25,12 @@ def model_identity(model: nn.Module) -> dict[str, object]:
     """Keys as in `thresholds.MODEL_CHECKED`, values as JSON knows them; None where unknown.
 
     Heads, head dim and scale are those of the modules with a layer index (all modules where none has one): one value
-    where all agree, else one for each module.
+    where all agree, else one for each module. `config` is what the configuration changes of its class's defaults.
     """
     modules = list(attention_modules(model).values())
     decoder = [module for module in modules if module.layer is not None] or modules
-    config = model.config
-    text = config.get_text_config()
+    text = model.config.get_text_config()
+    config = json.dumps(_plain(model.config.to_diff_dict()), sort_keys=True)
     return {
         "architecture": type(model).__name__,
         "layers": len(decoder),
@@ -38,7 +39,8 @@ def model_identity(model: nn.Module) -> dict[str, object]:
         "head_dim": _shared(module.head_dim for module in decoder),
         "scale": _shared(module.scale for module in decoder),
         "rope": _plain(getattr(text, "rope_parameters", None)),
-        "config_hash": hashlib.sha256(json.dumps(_plain(config.to_diff_dict()), sort_keys=True).encode()).hexdigest(),
+        "config": json.loads(config, parse_constant=str),  # NaN and infinities as text: JSON has none
+        "config_hash": hashlib.sha256(config.encode()).hexdigest(),
         "weights": fingerprint(model),
     }
 
@@ -46,13 +48,16 @@ def model_identity(model: nn.Module) -> dict[str, object]:
 def fingerprint(model: nn.Module) -> str | None:
     """sha256 over the name, shape and the signs of SIGNS_PER_WEIGHT evenly spaced values of every parameter.
 
-    A sign survives rounding to any floating-point dtype, so the dtype a checkpoint is loaded in does not matter.
-    Weights trained apart differ in about half of the signs; a change that flips none of them is not seen. None where
-    some parameter is no plain tensor that holds its values: on the meta device, sharded or quantised.
+    A sign survives rounding to any floating-point dtype of 16 bits or more, so the dtype a checkpoint is loaded in does
+    not matter. Weights trained apart differ in about half of the signs; a change that flips none of them is not seen.
+    None where some weight is no plain tensor that holds its values: on the meta device, sharded, or quantised, as a
+    parameter or as a buffer.
     """
+    if any(map(_quantised, model.buffers())):
+        return None
     digest, signs = hashlib.sha256(), []
     for name, parameter in sorted(model.named_parameters()):
-        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
+        if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.dtype not in PLAIN:
             return None
         digest.update(f"{name} {list(parameter.shape)}\n".encode())
         values = parameter.detach().reshape(-1)
@@ -62,6 +67,11 @@ def fingerprint(model: nn.Module) -> str | None:
     for sign in signs:
         digest.update(sign.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _quantised(buffer: torch.Tensor) -> bool:
+    """Whether a buffer can only be a matrix of quantised weights. Masks are bool, positions and indices int64."""
+    return buffer.dim() > 1 and buffer.dtype not in (*PLAIN, torch.bool, torch.int64)
 
 
 def _plain(value):

@@ -60,8 +60,13 @@ def select(
 ) -> torch.Tensor:
     """bool [B, Hq, query tiles, key tiles] of the named method with its published settings, or `knobs` in their place.
 
-    Arguments and errors as in `Selector.select`; also ValueError for an unknown method or setting.
+    Arguments and errors as in `Selector.select`; also ValueError for an unknown method or setting, and for PBS-Attn,
+    whose choice is no mask over positions.
     """
+    if method == PBS.name:
+        raise ValueError(
+            "pbs permutes keys, so its choice is no mask over positions; use PBS(...).arrange(q, k, v, ...)"
+        )
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     settings = [field.name for field in fields(METHODS[method])]
