@@ -1,7 +1,7 @@
 """block_sparse_attention() and tile_statistics(): validate, dispatch, return.
 
     from bsfa_kernels import Gate, block_sparse_attention
-    result = block_sparse_attention(q, k, v, Gate(gap=log_lambda), causal=True, return_counts=True)
+    result = block_sparse_attention(q, k, v, Gate(gap=-4.0), causal=True, return_counts=True)
     result.out, result.kept.sum() / result.candidates.sum()
 
 Semantics: reference.py. Registered with torch.library as bsfa::attention and bsfa::tile_statistics, so torch.compile
@@ -84,7 +84,9 @@ def block_sparse_attention(
 
     Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
     """
-    _check(q, k, v, gate, scale, q_offset, spans)
+    _check(q, k, v, scale, q_offset, spans)
+    gate = gate.expanded(q.shape[1], q.device)
+    _check_gate(q, gate)
     _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks)
     if blocks is not None:
         _check_blocks(blocks, q, q_offset, spans, tile)
@@ -119,7 +121,7 @@ def tile_statistics(
     the four results; scores are streamed. Other arguments and errors as in `block_sparse_attention`; attention sinks
     count by way of `lse`.
     """
-    _check(q, k, k, OPEN, scale, q_offset, spans)
+    _check(q, k, k, scale, q_offset, spans)
     _check_scoring(q, k, causal, q_offset, spans, window, softcap, None)
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
@@ -145,6 +147,7 @@ def tile_statistics(
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
     """(backend that "auto" takes for this call, {faster backend: why it cannot})."""
     tile, spans = options.get("tile", TileShape()), options.get("spans")
+    gate = gate.expanded(q.shape[1], q.device)
     request = Request(
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
         options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
@@ -158,7 +161,7 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _check(q, k, v, gate, scale, q_offset, spans):
+def _check(q, k, v, scale, q_offset, spans):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
@@ -188,6 +191,9 @@ def _check(q, k, v, gate, scale, q_offset, spans):
                 f"spans must be int32 [{q.shape[0]}, 4] on {q.device}, "
                 f"got {spans.dtype} {list(spans.shape)} on {spans.device}"
             )
+
+
+def _check_gate(q, gate):
     for name, thresholds in (("absolute", gate.absolute), ("gap", gate.gap)):
         if thresholds is None:
             continue
