@@ -1,5 +1,6 @@
 # make demo        install, then calibrate -> export -> verify -> profile on the bundled model (no GPU, no network)
 # make test        install, then every test that needs no GPU
+# make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
 # make readme      README.md's table and the plots, again from profiles/results/*.json
 # make gpu-baselines  fetch fa3-fwd (NAMES="..." for others) for a GPU machine without network, into .baselines/
@@ -14,6 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= profiles/results
 DEMO := demo
+SWEEP ?= all
 ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.85 --json
 PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
 PROFILE_FLAGS ?=
@@ -27,7 +29,7 @@ PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyya
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench
+.PHONY: install demo test sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench
 
 install: $(STAMP)
 
@@ -61,6 +63,11 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest -n 2
+
+sweep: export OMP_NUM_THREADS = 1
+sweep: export SWEEP := $(SWEEP)
+sweep: $(STAMP)
+	$(BIN)/python -m pytest -n 2 tests/test_architectures.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
+from typer.models import CommandInfo
 
 from .errors import BsfaError, UsageError
 from .streams import open_closed_streams, write
@@ -58,11 +59,14 @@ class Command(TyperCommand):
 
 def _check_environment(ctx: typer.Context) -> None:
     """Raise UsageError for a BSFA_ variable that no command reads: a gate that is misspelt would never be judged."""
-    commands = {ctx.info_name: ctx.command} | (getattr(ctx.parent.command, "commands", {}) if ctx.parent else {})
-    known = {TRACEBACK, "BSFA_VERSION"}
-    known |= {f"BSFA_{name}_{each.name}".upper() for name, command in commands.items() for each in command.params}
-    for name in sorted(os.environ):
-        if name.startswith("BSFA_") and name not in known:
+    known = {TRACEBACK, "BSFA_VERSION"} | _variables(ctx.info_name, ctx.command)
+    unknown = sorted(name for name in os.environ if name.startswith("BSFA_") and name not in known)
+    if not unknown:
+        return
+    for name, command in typer.main.get_command(app).commands.items():
+        known |= _variables(name, command)
+    for name in unknown:
+        if name not in known:
             from difflib import get_close_matches
 
             nearest = get_close_matches(name, sorted(known), 1)
@@ -72,7 +76,11 @@ def _check_environment(ctx: typer.Context) -> None:
             )
 
 
-app = typer.Typer(
+def _variables(name: str, command: TyperCommand) -> set[str]:
+    return {f"BSFA_{name}_{parameter.name}".upper() for parameter in command.params}
+
+
+SETTINGS = dict(
     name="bsfa",
     help="Block-Sparse FlashAttention: calibrate, export, verify and profile training-free sparse attention.",
     epilog=EPILOG,
@@ -82,6 +90,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"auto_envvar_prefix": "BSFA", "help_option_names": ["-h", "--help"]},
 )
+app = typer.Typer(**SETTINGS)
 
 
 def _version(wanted: bool) -> None:
@@ -109,11 +118,29 @@ for _name in COMMANDS:
     app.command(_name, cls=Command)(getattr(_module, _name))
 
 
+def _needed(arguments: list[str]) -> typer.Typer:
+    """The app with the options of only the command that is run: to read all signatures takes longer than to start."""
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    slim = typer.Typer(**SETTINGS)
+    slim.registered_callback = app.registered_callback
+    for command in app.registered_commands:
+
+        def named():
+            pass
+
+        named.__doc__ = command.callback.__doc__
+        name = command.name or command.callback.__name__
+        slim.registered_commands.append(
+            command if name == wanted else CommandInfo(name=name, cls=Command, callback=named)
+        )
+    return slim
+
+
 def run() -> int:
     """Run the command line in sys.argv; returns the exit code. An error is one sentence on stderr."""
     open_closed_streams()
     try:
-        app(prog_name="bsfa")
+        _needed(sys.argv[1:])(prog_name="bsfa")
     except SystemExit as done:
         if isinstance(done.__context__, BrokenPipeError):  # in Typer's own output, as of --help
             return _stopped(done.__context__)

@@ -70,3 +70,15 @@ def one_sentence():
             assert word in lines[0]
 
     return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of `make sweep`: which architectures agree, and what the others do."""
+    if "SWEEP" not in os.environ:
+        return
+    rows = {}
+    for report in terminalreporter.getreports("passed"):
+        for case, found, reason in dict(report.user_properties).values():
+            rows.setdefault((found, reason), []).append(case)
+    for (found, reason), cases in sorted(rows.items()):
+        terminalreporter.write_line(f"{found:10} {len(cases):4}  {reason}{reason and ': '}{', '.join(sorted(cases))}")

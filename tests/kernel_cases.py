@@ -32,6 +32,9 @@ class Case:
     keep_sink: bool = True
     dtype: torch.dtype = torch.float32
     blocks: str = ""  # "", "ordered" (from a mask) or "shuffled" (any order, repeats, useless entries)
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
     def __str__(self):
         parts = [
@@ -42,6 +45,8 @@ class Case:
         ]
         parts += [f"off{self.q_offset}"] * bool(self.q_offset) + ["padded"] * self.padded
         parts += ["nosink"] * (not self.keep_sink) + [str(self.dtype).split(".")[1]] + [self.blocks] * bool(self.blocks)
+        parts += [f"window{self.window}"] * bool(self.window) + [f"cap{self.softcap}"] * bool(self.softcap)
+        parts += ["sinks"] * self.sinks
         return "-".join(parts)
 
     def inputs(self, device, seed=0):
@@ -75,7 +80,9 @@ class Case:
 
     def options(self, device):
         """Keyword arguments of the call. Padded batches mix left padding, right padding and a cached prefix."""
-        options = dict(causal=self.causal, tile=self.tile, keep_sink=self.keep_sink)
+        options = dict(
+            causal=self.causal, tile=self.tile, keep_sink=self.keep_sink, window=self.window, softcap=self.softcap
+        )
         if not self.padded:
             return options | dict(q_offset=self.q_offset)
         cached = self.k_rows - self.q_rows
@@ -84,6 +91,11 @@ class Case:
         return options | dict(
             spans=make_spans(self.batch, cached - left, -left, self.k_rows - left - right, device=device)
         )
+
+
+def attention_sinks(case: Case, device) -> dict:
+    """Keyword arguments: logits that weigh little in some heads and nearly all in others."""
+    return dict(sinks=torch.linspace(-4, 6, case.heads, device=device)) if case.sinks else {}
 
 
 def thresholds(case: Case, statistics) -> Gate:
@@ -118,11 +130,13 @@ def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float
     """Run `case` on `backend` against the float64 reference (on the CPU). Returns the share of candidates dropped."""
     q, k, v = case.inputs("cpu", seed)
     options = case.options("cpu")
-    exact = block_sparse_attention(q, k, v, return_lse=True, backend="reference", **options)
+    exact = block_sparse_attention(
+        q, k, v, return_lse=True, backend="reference", **options, **attention_sinks(case, "cpu")
+    )
     gate = thresholds(case, tile_statistics(q, k, exact.lse, backend="reference", **options))
     expected = block_sparse_attention(
         q.double(), k.double(), v.double(), gate, blocks=case.block_lists("cpu", seed), return_lse=True,
-        return_counts=True, backend="reference", **options,
+        return_counts=True, backend="reference", **options, **attention_sinks(case, "cpu"),
     )  # fmt: skip
     result = on_device(case, q, k, v, gate, backend, device, seed)
 
@@ -144,7 +158,7 @@ def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: 
     poison(q)
     result = block_sparse_attention(
         q, k, v, gate.to(device), blocks=case.block_lists(device, seed), return_lse=True, return_counts=True,
-        backend=backend, **options,
+        backend=backend, **options, **attention_sinks(case, device),
     )  # fmt: skip
     return type(result)(*(x.cpu() for x in result))
 
@@ -157,7 +171,7 @@ def rounded_attention(case: Case, q, k, v, gate: Gate, seed: int = 0) -> torch.T
     with rounded:
         result = block_sparse_attention(
             q.double(), k.double(), v.double(), gate, blocks=case.block_lists("cpu", seed), backend="reference",
-            **case.options("cpu"),
+            **case.options("cpu"), **attention_sinks(case, "cpu"),
         )  # fmt: skip
     return result.out.to(case.dtype).double()
 
@@ -176,7 +190,7 @@ class ReferenceRounding:
         self.patch.undo()
 
     def _weights(self, s: torch.Tensor) -> torch.Tensor:
-        p = (s - s.amax(-1, keepdim=True)).exp()
+        p = (s - s.amax(-1, keepdim=True).nan_to_num(neginf=0)).exp()
         return p.to(self.dtype).to(s.dtype) / p.sum(-1, keepdim=True)
 
 

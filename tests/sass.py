@@ -20,7 +20,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 RUNTIME = dict(
     lse_ptr="*fp32", kept_ptr="*i32", candidates_ptr="*i32", absolute_ptr="*fp32", gap_ptr="*fp32", spans_ptr="*i32",
-    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", scale="fp32", q_offset="i32",
+    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", sinks_ptr="*fp32", scale="fp32", softcap="fp32",
+    window="i32", q_offset="i32",
     q_rows="i32", k_rows="i32", tiles="i32",
     absolute_tiles="i32", gap_tiles="i32", room="i32",
 )  # fmt: skip
@@ -86,12 +87,21 @@ def compile_kernel(kernel, signature: dict, constants: dict, capability: int, fo
 
 
 def hopper(
-    folder: Path, dtype: torch.dtype, head_dim: int, causal: bool, gate: str, spans: bool, lists: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    gate: str,
+    spans: bool,
+    lists: bool = False,
+    scoring: str = "",
 ) -> MachineCode:
-    """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither."""
+    """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither, and
+    `scoring` a w (window), a c (softcap), an s (attention sinks).
+    """
     from bsfa_kernels import hopper as module
 
-    name, block_d = NAMES[dtype], module.HEAD_DIMS[head_dim]
+    name, block_d = NAMES[dtype], module.columns(head_dim)
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
 
     def descriptor(rows):
@@ -104,23 +114,35 @@ def hopper(
     constants = dict(
         SECTION=8, HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, K_STAGES=k_stages, V_STAGES=v_stages, CAUSAL=causal,
         KEEP_SINK=True, ABSOLUTE="a" in gate, GAP="g" in gate, SPANS=spans, LISTS=lists,
+        WINDOWED="w" in scoring, CAPPED="c" in scoring, SINKS="s" in scoring,
     )  # fmt: skip
     return compile_kernel(module._forward, signature, constants, 90, folder, num_warps=4, maxnreg=128)
 
 
 def portable(
-    folder: Path, dtype: torch.dtype, head_dim: int, rows: int, keys: int, capability: int, lists: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    keys: int,
+    capability: int,
+    lists: bool = False,
+    scoring: str = "",
 ) -> MachineCode:
-    """The triton backend's kernel as it is launched: causal, gap gate, no spans; with `lists`, block lists."""
+    """The triton backend's kernel as it is launched: causal, gap gate, no spans; with `lists`, block lists; `scoring`
+    as in `hopper`.
+    """
     from bsfa_kernels import portable as module
 
-    name, block_d = NAMES[dtype], triton.next_power_of_2(head_dim)
+    name, block_d = NAMES[dtype], module.columns(head_dim)
     q, kv = (f"tensordesc<{name}[1, 1, {n}, {block_d}]>" for n in (rows, keys))
     signature = RUNTIME | dict(q_desc=q, k_desc=kv, v_desc=kv, out_ptr=f"*{name}")
     constants = dict(
         absolute_ptr=None, spans_ptr=None, HEADS=32, GROUP=4, D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
-        CAUSAL=True, KEEP_SINK=True,
+        CAUSAL=True, KEEP_SINK=True, WINDOWED="w" in scoring, CAPPED="c" in scoring,
     )  # fmt: skip
+    if "s" not in scoring:
+        constants |= dict(sinks_ptr=None)
     if not lists:
         constants |= dict(entries_ptr=None, lengths_ptr=None)
     launch = module.launch_shape(dtype, head_dim, rows)
@@ -133,7 +155,7 @@ def schedule(folder: Path, width: int, forced: bool, causal: bool) -> MachineCod
 
     signature = RUNTIME | dict(indices_ptr="*i32", counts_ptr="*i32", listed_ptr="*i8", key_tiles="i32", capacity="i32")
     constants = dict(
-        spans_ptr=None, HEADS=32, ROWS=64, KEYS=128, CAUSAL=causal, KEEP_SINK=True, WIDTH=width, FORCED=forced,
-        BLOCK=module.BLOCK,
+        spans_ptr=None, HEADS=32, ROWS=64, KEYS=128, CAUSAL=causal, KEEP_SINK=True, WINDOWED=False, WIDTH=width,
+        FORCED=forced, BLOCK=module.BLOCK,
     )  # fmt: skip
     return compile_kernel(module._schedule, signature, constants, 90, folder)

@@ -20,6 +20,12 @@ def grid():
         yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap")
     yield Case(1, 2, 1, 500, 500, 64, gate="gap", skip=0.8)
     yield Case(1, 2, 1, 500, 500, 64, TileShape(128, 64), gate="absolute", skip=0.8)
+    for tile, window, gate in itertools.product(TILES, (1, 16, 40, 100), ("gap", "both")):
+        yield Case(2, 4, 2, 173, 173, 16, tile, True, gate, window=window)
+        yield Case(3, 2, 1, 90, 120, 16, tile, True, gate, padded=True, window=window, sinks=True)
+    for tile, causal in itertools.product(TILES, (True, False)):
+        yield Case(1, 4, 2, 173, 173, 16, tile, causal, "both", softcap=1.5)
+        yield Case(1, 4, 2, 173, 173, 16, tile, causal, "gap", sinks=True)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         yield Case(1, 4, 1, 200, 200, 40, TILES[0], dtype=dtype)
 
@@ -39,7 +45,7 @@ def listed():
 @pytest.mark.parametrize("case", list(grid()), ids=str)
 def test_attention(case):
     skipped = check(case, "torch")
-    if case.gate and case.k_rows >= 170 and not case.padded:
+    if case.gate and case.k_rows >= 170 and not case.padded and not case.window:
         assert skipped > 0.1
 
 
@@ -52,4 +58,6 @@ def test_block_lists(case):
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_statistics(tile, causal, padded):
+    if causal:
+        check_statistics(Case(2, 2, 1, 100, 130, 16, tile, padded=padded, window=40, softcap=2.0), "torch")
     check_statistics(Case(2, 2, 1, 100, 130, 16, tile, causal, q_offset=0 if padded else 30, padded=padded), "torch")

@@ -44,6 +44,10 @@ LISTS = [(BF16, 128, True, "", False), (BF16, 128, True, "g", True), (FP16, 128,
          (BF16, 64, False, "g", True), (FP16, 96, True, "a", False)]  # fmt: skip
 
 
+# A window, softcap and sinks, as the models that have them do: gpt-oss, Mistral, Gemma 2, and all at once.
+SCORING = [("ws", BF16, 64), ("s", BF16, 64), ("w", BF16, 128), ("c", BF16, 128), ("wc", FP16, 128), ("wcs", BF16, 96)]
+
+
 def hopper_label(variant) -> str:
     *rest, spans = variant
     return "-".join([label(rest[0]), str(rest[1]), *map(label, rest[2:]), *["spans"] * spans])
@@ -67,6 +71,15 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, t
     # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); with every mask and gate, one
     # value is read there.
     assert code.spilled_in_loops <= (2 if variant == (FP16, 96, False, "ag", False) else 0)
+    assert code.shared <= HOPPER_SHARED
+
+
+@pytest.mark.parametrize("gate", ["", "g"], ids=label)
+@pytest.mark.parametrize("scoring, dtype, head_dim", SCORING, ids=label)
+def test_windows_softcap_and_sinks_cost_no_spills_in_loops(scoring, dtype, head_dim, gate, tmp_path):
+    code = sass.hopper(tmp_path, dtype, head_dim, True, gate, False, scoring=scoring)
+    assert not code.serialized, code.notes
+    assert code.spilled_in_loops == 0 and code.spilled <= 2 * HOPPER_SPILLS[head_dim]
     assert code.shared <= HOPPER_SHARED
 
 

@@ -1,7 +1,7 @@
 """block_sparse_attention() and tile_statistics(): validate, dispatch, return.
 
     from bsfa_kernels import Gate, block_sparse_attention
-    result = block_sparse_attention(q, k, v, Gate(gap=log_lambda), causal=True, return_counts=True)
+    result = block_sparse_attention(q, k, v, Gate(gap=-4.0), causal=True, return_counts=True)
     result.out, result.kept.sum() / result.candidates.sum()
 
 Semantics: reference.py. Registered with torch.library as bsfa::attention and bsfa::tile_statistics, so torch.compile
@@ -56,6 +56,9 @@ def block_sparse_attention(
     spans: torch.Tensor | None = None,
     tile: TileShape = TileShape(),  # noqa: B008 - frozen
     keep_sink: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     return_counts: bool = False,
     backend: str = "auto",
@@ -71,20 +74,26 @@ def block_sparse_attention(
     `keep_sink` exempts key tile 0 from the gate. `blocks` restricts each query tile to the key tiles on its list, and
     `gate` then judges only those; forced tiles (diagonal, sink) are visited whether listed or not. It holds one list
     per batch, query head and query tile: ceil((q_offset + Tq) / rows) - q_offset // rows tiles, with `spans`
-    ceil(Tq / rows) + 1. `backend`: "auto" takes the fastest that can serve the call, a name demands that one.
+    ceil(Tq / rows) + 1. `window`: a query sees its last `window` keys, its own included (causal only; tiles before it
+    are not visited). `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: attention sinks, one more logit a
+    head in the softmax, of value 0. `backend`: "auto" takes the fastest that can serve the call, a name demands that
+    one.
 
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
 
     Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
     """
-    _check(q, k, v, gate, scale, q_offset, spans)
+    _check(q, k, v, scale, q_offset, spans)
+    gate = gate.expanded(q.shape[1], q.device)
+    _check_gate(q, gate)
+    _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks)
     if blocks is not None:
         _check_blocks(blocks, q, q_offset, spans, tile)
     indices, counts = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     out, lse, kept, candidates = torch.ops.bsfa.attention(
-        q, k, v, gate.absolute, gate.gap, spans, indices, counts, q_offset, _scale(q, scale), causal, tile.rows,
-        tile.keys, keep_sink, return_lse, return_counts, backend,
+        q, k, v, gate.absolute, gate.gap, spans, indices, counts, _sinks(sinks), q_offset, _scale(q, scale), window,
+        softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, backend,
     )  # fmt: skip
     return Attention(
         out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
@@ -102,19 +111,35 @@ def tile_statistics(
     spans: torch.Tensor | None = None,
     tile: TileShape = TileShape(),  # noqa: B008 - frozen
     keep_sink: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> TileStatistics:
     """What each tile of the dense attention holds: all a threshold is ever chosen from.
 
     `lse` float32 [B, Hq, Tq] comes from `block_sparse_attention(..., return_lse=True)` with an open gate. Memory is
-    the four results; scores are streamed. Other arguments and errors as in `block_sparse_attention`.
+    the four results; scores are streamed. Other arguments and errors as in `block_sparse_attention`; attention sinks
+    count by way of `lse`.
     """
-    _check(q, k, k, OPEN, scale, q_offset, spans)
+    _check(q, k, k, scale, q_offset, spans)
+    _check_scoring(q, k, causal, q_offset, spans, window, softcap, None)
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
     return TileStatistics(
         *torch.ops.bsfa.tile_statistics(
-            q, k, lse, spans, q_offset, _scale(q, scale), causal, tile.rows, tile.keys, keep_sink, backend
+            q,
+            k,
+            lse,
+            spans,
+            q_offset,
+            _scale(q, scale),
+            window,
+            softcap,
+            causal,
+            tile.rows,
+            tile.keys,
+            keep_sink,
+            backend,
         )
     )
 
@@ -122,10 +147,11 @@ def tile_statistics(
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
     """(backend that "auto" takes for this call, {faster backend: why it cannot})."""
     tile, spans = options.get("tile", TileShape()), options.get("spans")
+    gate = gate.expanded(q.shape[1], q.device)
     request = Request(
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
         options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
-        options.get("blocks"),
+        options.get("blocks"), options.get("window"), options.get("softcap"), options.get("sinks"),
     )  # fmt: skip
     name, _, passed_over = backends.choose(request)
     return name, passed_over
@@ -135,7 +161,7 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _check(q, k, v, gate, scale, q_offset, spans):
+def _check(q, k, v, scale, q_offset, spans):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
@@ -165,6 +191,9 @@ def _check(q, k, v, gate, scale, q_offset, spans):
                 f"spans must be int32 [{q.shape[0]}, 4] on {q.device}, "
                 f"got {spans.dtype} {list(spans.shape)} on {spans.device}"
             )
+
+
+def _check_gate(q, gate):
     for name, thresholds in (("absolute", gate.absolute), ("gap", gate.gap)):
         if thresholds is None:
             continue
@@ -172,6 +201,27 @@ def _check(q, k, v, gate, scale, q_offset, spans):
             raise ValueError(f"gate '{name}' has {thresholds.shape[0]} heads, but q has {q.shape[1]}")
         if thresholds.device != q.device:
             raise ValueError(f"gate '{name}' is on {thresholds.device}, but q is on {q.device}")
+
+
+def _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks):
+    if window is not None:
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be a positive number of keys, got {window!r}")
+        if not causal:
+            raise ValueError("window needs causal=True: a query sees its last keys")
+        if spans is None and q_offset + q.shape[2] > k.shape[2]:
+            raise ValueError(
+                f"with a window queries may not pass the keys: they end at position {q_offset + q.shape[2]}, the keys "
+                f"at {k.shape[2]}"
+            )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
+        raise ValueError(f"sinks must be [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
+
+
+def _sinks(sinks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if sinks is None else sinks.detach().float().contiguous()
 
 
 def _check_blocks(blocks, q, q_offset, spans, tile):
@@ -195,8 +245,11 @@ def _attention(
     spans: torch.Tensor | None,
     block_indices: torch.Tensor | None,
     block_counts: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     q_offset: int,
     scale: float,
+    window: int | None,
+    softcap: float | None,
     causal: bool,
     tile_rows: int,
     tile_keys: int,
@@ -207,7 +260,8 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     request = Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
-        want_lse, want_counts, None if block_indices is None else BlockLists(block_indices, block_counts),
+        want_lse, want_counts, None if block_indices is None else BlockLists(block_indices, block_counts), window,
+        softcap, sinks,
     )  # fmt: skip
     _, module, _ = backends.choose(request, backend)
     out, lse, kept, candidates = module.attention(request)
@@ -219,8 +273,8 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, absolute, gap, spans, block_indices, block_counts, q_offset, scale, causal, tile_rows, tile_keys,
-      keep_sink, want_lse, want_counts, backend):  # fmt: skip
+def _(q, k, v, absolute, gap, spans, block_indices, block_counts, sinks, q_offset, scale, window, softcap, causal,
+      tile_rows, tile_keys, keep_sink, want_lse, want_counts, backend):  # fmt: skip
     request = Request(
         q, k, v, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, want_lse, want_counts
     )
@@ -237,6 +291,8 @@ def _tile_statistics(
     spans: torch.Tensor | None,
     q_offset: int,
     scale: float,
+    window: int | None,
+    softcap: float | None,
     causal: bool,
     tile_rows: int,
     tile_keys: int,
@@ -244,15 +300,16 @@ def _tile_statistics(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     request = Request(
-        q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False
-    )
+        q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False,
+        window=window, softcap=softcap,
+    )  # fmt: skip
     _, module, _ = backends.choose(request, backend, backends.STATISTICS)
     maximum, gap, mass_mean, mass_worst = module.tile_statistics(request, lse)
     return maximum.float(), gap.float(), mass_mean.float(), mass_worst.float()
 
 
 @_tile_statistics.register_fake
-def _(q, k, lse, spans, q_offset, scale, causal, tile_rows, tile_keys, keep_sink, backend):
+def _(q, k, lse, spans, q_offset, scale, window, softcap, causal, tile_rows, tile_keys, keep_sink, backend):
     request = Request(
         q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False
     )

@@ -28,9 +28,9 @@ def attention(request: Request):
     kept = torch.zeros(batch, heads, request.query_tiles, dtype=torch.int32, device=q.device)
     candidates = torch.zeros_like(kept)
     for b, span in enumerate(request.host_spans()):
-        k_b, v_b = k[b].to(compute), v[b].to(compute)
+        span, k_b, v_b = _from_zero(span, k[b].to(compute), v[b].to(compute))
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):
-            plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
+            plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile, request.window)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
             passed = listed = _listed(request, plan, b, t)
             if span.whole(query_tile, q_rows, request.tile):
@@ -44,7 +44,10 @@ def attention(request: Request):
                 s = scores[h] if columns is None else scores[h, :, columns]
                 value = values[h * k.shape[1] // heads]
                 row_lse = s.logsumexp(-1)
-                p = s.sub_(row_lse[:, None]).exp_()
+                if request.sinks is not None:
+                    row_lse = torch.logaddexp(row_lse, request.sinks[h].to(compute))
+                # A row that sees nothing weighs nothing.
+                p = s.sub_(row_lse.masked_fill(row_lse == -torch.inf, 0)[:, None]).exp_()
                 out[b, h, rows] = (p @ (value if columns is None else value[columns])).to(q.dtype)
                 lse[b, h, rows] = row_lse.float()
     return out, lse, kept, candidates
@@ -58,9 +61,9 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
     for b, span in enumerate(request.host_spans()):
-        k_b = k[b].to(compute)
+        span, k_b = _from_zero(span, k[b].to(compute))
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):
-            plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile)
+            plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile, request.window)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
             tiles = _by_tile(scores, request.tile.keys)
             row_max = tiles.amax(-1)
@@ -73,8 +76,19 @@ def tile_statistics(request: Request, lse: torch.Tensor):
             gap[b, :, t, order] = (row_max[..., order] - before).amax(1).float()
             judged = span.whole(query_tile, q.shape[2], request.tile)
             gap[b, :, t, plan.forced() if judged else order] = torch.inf
+            gap[b, :, t, : plan.first_keys] = -torch.inf
             mass_mean[b, :, t, :end], mass_worst[b, :, t, :end] = mass.mean(1).float(), mass.amax(1).float()
     return maximum, gap, mass_mean, mass_worst
+
+
+def _from_zero(span: Span, *tensors):
+    """The span and [Hkv, Tk, D] tensors with rows for the positions that a sliding cache no longer holds: no window
+    reaches them.
+    """
+    missing = max(span.k_offset, 0)
+    if missing:
+        tensors = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in tensors]
+    return (span._replace(k_offset=span.k_offset - missing), *tensors)
 
 
 def _visible_scores(request: Request, q_b, k_b, span: Span, query_tile: int, plan: Visit):
@@ -87,11 +101,16 @@ def _visible_scores(request: Request, q_b, k_b, span: Span, query_tile: int, pla
     grouped = q_b[:, rows].to(compute).reshape(kv_heads, -1, head_dim)  # a KV head's query heads share one matmul
     scores = (grouped @ k_b[:, visible].transpose(1, 2)).view(-1, count, visible.stop - visible.start)
     scores *= request.scale
+    if request.softcap is not None:
+        scores.div_(request.softcap).tanh_().mul_(request.softcap)
     if request.causal:
-        first_key = plan.first_diagonal * tile.keys
-        q_position = torch.arange(rows.start, rows.stop, device=q_b.device) + span.q_offset
+        first_key = 0 if request.window is not None else plan.first_diagonal * tile.keys
+        q_position = (torch.arange(rows.start, rows.stop, device=q_b.device) + span.q_offset)[:, None]
         k_position = torch.arange(first_key, scores.shape[-1], device=q_b.device)
-        scores[..., first_key:].masked_fill_(k_position > q_position[:, None], -torch.inf)
+        hidden = k_position > q_position
+        if request.window is not None:
+            hidden |= k_position <= q_position - request.window
+        scores[..., first_key:].masked_fill_(hidden, -torch.inf)
     return scores, rows
 
 

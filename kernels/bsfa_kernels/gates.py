@@ -54,7 +54,10 @@ class Gate:
                 return torch.full((heads, 1), value, dtype=torch.float32, device=device)
             return value if value.dim() == 2 else value[:, None]
 
-        return Gate(*(None if value is None else expand(value) for value in (self.absolute, self.gap)))
+        values = (self.absolute, self.gap)
+        if all(value is None or (isinstance(value, torch.Tensor) and value.dim() == 2) for value in values):
+            return self
+        return Gate(*(None if value is None else expand(value) for value in values))
 
     @property
     def open(self) -> bool:

@@ -40,15 +40,23 @@ def query_rows(t, q_first, length, q_length, q_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def visited(query_tile, length, ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr):
-    """(first and end diagonal key tile, 1 if key tile 0 is forced besides, end of the key tiles); see tiles.visit."""
+def visited(
+    query_tile, length, window,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """(first and end diagonal key tile, 1 if key tile 0 is forced besides, first and end of the key tiles); see
+    tiles.visit.
+    """
     last = (length - 1) // KEYS
     first_diagonal = tl.minimum(query_tile * ROWS // KEYS, last)
     end_diagonal = tl.minimum(((query_tile + 1) * ROWS - 1) // KEYS, last) + 1
+    first_tile = 0
+    if WINDOWED:
+        first_tile = tl.minimum(tl.maximum(query_tile * ROWS - window + 1, 0) // KEYS, first_diagonal)
     sink = 0
     if KEEP_SINK:
-        sink = tl.where(first_diagonal > 0, 1, 0)
-    return first_diagonal, end_diagonal, sink, end_diagonal if CAUSAL else last + 1
+        sink = tl.where((first_diagonal > 0) & (first_tile == 0), 1, 0)
+    return first_diagonal, end_diagonal, sink, first_tile, end_diagonal if CAUSAL else last + 1
 
 
 @triton.jit

@@ -42,7 +42,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 UNCOUNTED = gl.constexpr(-(2**30))  # below any number of tiles
 PROPAGATE_NAN = gl.constexpr(triton.language.PropagateNan.ALL)
 UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
-HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128}  # head dim: columns of its tiles; TMA fills the rest with zeros
+MAX_HEAD_DIM = 128
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
@@ -60,8 +60,8 @@ def unsupported(request: Request) -> str | None:
         return "Gluon kernels do not run in Triton's interpreter (TRITON_INTERPRET=1)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype} is neither float16 nor bfloat16"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[3]} is not a multiple of 8 up to {MAX_HEAD_DIM}"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
     axes = (triton.cdiv(request.query_tiles, CONSUMERS.value), sections(q, request.k))
@@ -73,7 +73,7 @@ def unsupported(request: Request) -> str | None:
 def attention(request: Request):
     q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
     batch, heads, q_rows, head_dim = q.shape
-    tiles, block_d = request.query_tiles, HEAD_DIMS[head_dim]
+    tiles, block_d = request.query_tiles, columns(head_dim)
     gate = request.gate.map(torch.Tensor.contiguous)
     optional = (gate.absolute, gate.gap, request.spans)
     out, lse, kept, candidates = request.new_outputs()
@@ -91,15 +91,20 @@ def attention(request: Request):
         lists = (entries, lengths, order)
         _forward[(section, triton.cdiv(tiles, CONSUMERS.value), count)](
             *(descriptor(x, n.value) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
-            out, lse, kept, candidates, *(lse if x is None else x for x in (*optional, *lists)),
-            request.scale, request.q_offset, q_rows, k.shape[2], tiles,
+            out, lse, kept, candidates, *(lse if x is None else x for x in (*optional, *lists, request.sinks)),
+            request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q_rows, k.shape[2], tiles,
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
             section, heads, heads // k.shape[1], head_dim, block_d, *STAGES[block_d], request.causal, request.keep_sink,
-            *(x is not None for x in (*optional, entries)),
+            *(x is not None for x in (request.window, request.softcap, *optional, entries, request.sinks)),
             num_warps=4, maxnreg=128,
         )  # fmt: skip
     return out, lse, kept, candidates
+
+
+def columns(head_dim: int) -> int:
+    """Of a tile of Q, K or V in shared memory; TMA fills what is more than the head dim with zeros."""
+    return 64 if head_dim <= 64 else 128
 
 
 @cache
@@ -224,14 +229,26 @@ def vote(largest, valid, running_max, scale, absolute, gap, ballot, ABSOLUTE: gl
 
 
 @gluon.jit
-def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, D: gl.constexpr):
+def cap_scores(s, scale, softcap):
+    """softcap * tanh(scale * s / softcap), in natural units; what is masked stays so."""
+    x = gl.exp2(s * (scale / softcap * (-2 * LOG2E)))
+    return gl.where(s == -float("inf"), s, softcap * (2 / (1 + x) - 1))
+
+
+@gluon.jit
+def accumulate(
+    s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, D: gl.constexpr, WINDOWED: gl.constexpr
+):
     """One tile joins the softmax; maxima in log2 units, sums per thread."""
     o_layout: gl.constexpr = acc.type.layout
     s_rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     partial: gl.constexpr = largest.type.layout
     new_max = larger(running_max, gl.reduce(largest, 1, larger) * scale_log2)
-    p = gl.exp2(s * scale_log2 - gl.convert_layout(new_max, s_rows, assert_trivial=True)[:, None])
-    alpha = gl.exp2(running_max - new_max)
+    shift = new_max
+    if WINDOWED:  # a row whose window begins behind this tile may have seen nothing yet, and has nothing to subtract
+        shift = gl.where(new_max == -float("inf"), 0.0, new_max)
+    p = gl.exp2(s * scale_log2 - gl.convert_layout(shift, s_rows, assert_trivial=True)[:, None])
+    alpha = gl.exp2(running_max - shift)
     row_sum = row_sum * alpha[:, None] + per_thread(p, partial, True)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
     p = gl.convert_layout(p.to(v_bufs.dtype), gl.DotOperandLayout(0, o_layout, 2))
@@ -243,13 +260,14 @@ def accumulate(s, largest, acc, running_max, row_sum, v_bufs, slot, scale_log2, 
 @gluon.jit
 def consumer(
     WG: gl.constexpr, shared, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
-    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, LISTS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, LISTS: gl.constexpr, WINDOWED: gl.constexpr, CAPPED: gl.constexpr,
+    SINKS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
-        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr,
         sequence_head, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
-        entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
+        softcap, window, entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
     ) = shared  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -270,10 +288,17 @@ def consumer(
     row = gl.arange(0, ROWS, layout=rows)
     valid = (row >= first_valid) & (row < end_valid)
     own = gl.minimum(query_tile * ROWS // KEYS, (length - 1) // KEYS)  # this consumer's diagonal key tile
+    own_first = 0  # the first key tile in its window
+    end_candidate = stream
+    edge_at = stream  # from here on tiles reach over the left edge of the window
+    if WINDOWED:
+        own_first = gl.minimum(gl.maximum(query_tile * ROWS - window + 1, 0) // KEYS, own)
+        end_candidate = end_tiles - own_first + sink
+        edge_at = end_tiles - 1 + sink - gl.maximum((query_tile + 1) * ROWS - 1 - window, 0) // KEYS
     # Positions in the stream: own_at and sink_at are forced, from first_candidate on the gates decide (but not again).
     if CAUSAL:
         own_at = end_tiles - 1 - own + sink
-        sink_at = sink - 1
+        sink_at = gl.where(own_first == 0, sink - 1, -1) if WINDOWED else sink - 1
         first_candidate = own_at + 1
         again = -1
         if (sink == 1) & (own == 0):
@@ -323,6 +348,11 @@ def consumer(
             candidate = (i >= first_candidate) & (i != again)
             # A causal consumer masks all up to its diagonal tile: before it come the sink and what is not its own.
             masked = i <= own_at
+            if WINDOWED:
+                candidate = candidate & (i < end_candidate)
+                masked = masked | (i >= edge_at)
+        if LISTS and WINDOWED:
+            masked = masked | (tile * KEYS <= (query_tile + 1) * ROWS - 1 - window)
         if not CAUSAL:
             masked = (tile + 1) * KEYS > length
         mbarrier.wait(k_full.index(slot), i // K_STAGES & 1)
@@ -335,13 +365,23 @@ def consumer(
                 last = length - 1
                 if CAUSAL:
                     last = gl.minimum(query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows), last)[:, None]
-                s = gl.where(key[None, :] <= last, s, -float("inf"))
+                visible = key[None, :] <= last
+                if WINDOWED:
+                    before = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows) - window
+                    visible = visible & (key[None, :] > before[:, None])
+                s = gl.where(visible, s, -float("inf"))
             largest = per_thread(s, partial, False)
-            passes = vote(largest, valid, running_max, scale, absolute, gap, ballots.index(WG), ABSOLUTE, GAP)
+            unit = scale
+            if CAPPED:
+                largest = cap_scores(largest, scale, softcap)
+                unit = 1.0
+            passes = vote(largest, valid, running_max, unit, absolute, gap, ballots.index(WG), ABSOLUTE, GAP)
             mbarrier.wait(v_full.index(v_slot), v_parity)
             if forced | (candidate & passes):
+                if CAPPED:
+                    s = cap_scores(s, scale, softcap)
                 acc, running_max, row_sum = accumulate(
-                    s, largest, acc, running_max, row_sum, v_bufs, v_slot, scale * LOG2E, D
+                    s, largest, acc, running_max, row_sum, v_bufs, v_slot, unit * LOG2E, D, WINDOWED
                 )
                 kept += 1
         else:
@@ -354,8 +394,17 @@ def consumer(
         # By way of Q's buffer, so that a thread stores 16 bytes at a time. Not by TMA: a store whose tile starts before
         # the tensor (an unaligned chunk) is an illegal instruction.
         total = gl.sum(row_sum, 1)
-        inverse = gl.convert_layout(1.0 / total, o_rows)
-        q.store((acc * inverse[:, None]).to(dtype))
+        inverse = 1.0 / total
+        if WINDOWED:
+            inverse = gl.where(total > 0, inverse, 0.0)
+        if SINKS:
+            logit = gl.load(sinks_ptr + head) * LOG2E
+            new_max = gl.maximum(running_max, logit)
+            alpha = gl.exp2(running_max - new_max)
+            total = total * alpha + gl.exp2(logit - new_max)
+            inverse = alpha / total
+            running_max = new_max
+        q.store((acc * gl.convert_layout(inverse, o_rows)[:, None]).to(dtype))
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
         column = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
@@ -367,25 +416,25 @@ def consumer(
         row = gl.arange(0, ROWS, layout=rows)
         valid = (row >= first_valid) & (row < end_valid)
         gl.store(lse_ptr + first_row + row, (running_max + gl.log2(total)) / LOG2E, mask=valid)
-        forced_tiles = gl.where((sink == 1) & (own > 0), 2, 1)
+        forced_tiles = gl.where((sink == 1) & (own > 0) & (own_first == 0), 2, 1)
         counted = kept >= 0
         gl.store(kept_ptr + plane * tiles + t + WG, gl.where(counted, kept - forced_tiles, 0))
         if not LISTS:
-            visible_tiles = own + 1
+            visible_tiles = own + 1 - own_first
             if not CAUSAL:
                 visible_tiles = end_tiles
             gl.store(candidates_ptr + plane * tiles + t + WG, gl.where(counted, visible_tiles - forced_tiles, 0))
 
 
-@gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room"])
+@gluon.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room", "window"])
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, order_ptr,
-    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
+    entries_ptr, lengths_ptr, order_ptr, sinks_ptr,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
     SECTION: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr, ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr,
-    LISTS: gl.constexpr,
+    CAUSAL: gl.constexpr, KEEP_SINK: gl.constexpr, WINDOWED: gl.constexpr, CAPPED: gl.constexpr,
+    ABSOLUTE: gl.constexpr, GAP: gl.constexpr, SPANS: gl.constexpr, LISTS: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     # Of every section, longest first.
     blocks = gl.num_programs(1)
@@ -424,10 +473,13 @@ def _forward(
     if not CAUSAL:
         end_tiles = last + 1
         diagonals = end_diagonal - first_diagonal
+    first_tile = 0
+    if WINDOWED:
+        first_tile = gl.minimum(gl.maximum(block_tile * ROWS - window + 1, 0) // KEYS, first_diagonal)
     sink = 0
     if KEEP_SINK:
-        sink = gl.where(end_tiles > 1, 1, 0)
-    stream = end_tiles + diagonals
+        sink = gl.where((end_tiles > 1) & (first_tile == 0), 1, 0)
+    stream = end_tiles - first_tile + diagonals
     if (length <= 0) | (gl.maximum(block_tile * ROWS, q_first) >= end_row):
         stream = 0
     elif LISTS:
@@ -452,15 +504,24 @@ def _forward(
     fence_async_shared()
     shared = (
         q_bufs, k_bufs, v_bufs, ballots, q_full, k_full, v_full, empty,
-        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr,
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr,
         sequence_head, block_tile, t, q_first, length, q_length, q_rows, tiles, absolute_tiles, gap_tiles, scale,
-        entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
+        softcap, window, entries_ptr, stream, diagonals, sink, end_diagonal, end_tiles,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (consumer, (0, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
-            (consumer, (1, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
-            (consumer, (2, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, K_STAGES, V_STAGES)),
+            (consumer, (
+                0, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, WINDOWED, CAPPED, SINKS, K_STAGES,
+                V_STAGES,
+            )),
+            (consumer, (
+                1, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, WINDOWED, CAPPED, SINKS, K_STAGES,
+                V_STAGES,
+            )),
+            (consumer, (
+                2, shared, HEADS, HEAD_DIM, D, CAUSAL, ABSOLUTE, GAP, LISTS, WINDOWED, CAPPED, SINKS, K_STAGES,
+                V_STAGES,
+            )),
             (producer, (
                 q_desc, k_desc, v_desc, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, empty,
                 b, head, kv_head, block_tile * ROWS - q_first, k_offset, entries_ptr, stream, diagonals, sink,

@@ -24,7 +24,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
 FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+MAX_HEAD_DIM = 256
 TILE_SIZES = (16, 32, 64, 128)
 MAX_GRID_Y = 65_535  # CUDA's limit, of the z axis too
 WIDE_BYTES = 112 * 1024  # shared memory of 64x128 tiles at head dim 256; sm_86 and sm_89 give a program 99 KB
@@ -45,8 +45,8 @@ def unsupported(request: Request) -> str | None:
         return f"tensors are on {q.device.type}; the Triton kernel needs a CUDA device"
     if q.dtype not in dtypes:
         return f"{q.dtype} is not one of {', '.join(str(d) for d in dtypes)}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[3]} is not a multiple of 8 up to {MAX_HEAD_DIM}"
     if request.tile.rows not in TILE_SIZES or request.tile.keys not in TILE_SIZES:
         return f"tile {request.tile}: both sides must be one of {', '.join(map(str, TILE_SIZES))}"
     if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
@@ -67,7 +67,7 @@ def attention(request: Request):
     batch, heads, q_rows, head_dim = q.shape
     tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = columns(head_dim)
     rows, keys = request.tile.rows, request.tile.keys
     with device_guard(q):
         entries = lengths = None
@@ -78,13 +78,20 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
             out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths,
-            request.scale, request.q_offset, q_rows, k.shape[2], tiles,
+            request.sinks, request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q_rows,
+            k.shape[2], tiles,
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
-            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, **launch_shape(q.dtype, head_dim, rows),
+            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
+            CAPPED=request.softcap is not None, **launch_shape(q.dtype, head_dim, rows),
         )  # fmt: skip
     return out, lse, kept, candidates
+
+
+def columns(head_dim: int) -> int:
+    """Of a tile of Q, K or V; descriptors fill what is more than the head dim with zeros."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -157,21 +164,35 @@ def tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D: tl.constexpr, KEYS:
 
 
 @triton.jit
-def mask_tile(s, q_position, first_key, length, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
+def mask_tile(
+    s, q_position, first_key, length, window, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+):
     """-inf (a large finite number would not survive the fused multiply-add) where a row may not look."""
     key = first_key + tl.arange(0, KEYS)
     last = length - 1
     if CAUSAL:
         last = tl.minimum(q_position, last)[:, None]
-    return tl.where(key[None, :] <= last, s, float("-inf"))
+    visible = key[None, :] <= last
+    if WINDOWED:
+        visible = visible & (key[None, :] > (q_position - window)[:, None])
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def cap_scores(s, scale, softcap):
+    """softcap * tanh(scale * s / softcap), in natural units; what is masked stays so."""
+    x = tl.exp2(s * (scale / softcap * (-2 * LOG2E)))
+    return tl.where(s == float("-inf"), s, softcap * (2 / (1 + x) - 1))
 
 
 @triton.jit
 def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
     """One tile joins the softmax; maxima in log2 units."""
     new_max = larger(running_max, row_max * scale_log2)
-    p = tl.exp2(s * scale_log2 - new_max[:, None])
-    alpha = tl.exp2(running_max - new_max)
+    # A row that has seen nothing yet, as the edge of a window leaves some, has no maximum to subtract.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    alpha = tl.exp2(running_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=FLOAT32_DOT)
     return new_max, row_sum, acc
@@ -179,42 +200,55 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
 
 @triton.jit
 def visit_candidate(
-    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
+    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, softcap, window, absolute, gap,
     running_max, row_sum, acc, kept,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
     row = j * KEYS - k_offset
-    scale_log2 = scale * LOG2E
     s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
-    if not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
-        s = mask_tile(s, q_position, j * KEYS, length, KEYS, False)
+    if WINDOWED:  # the left edge
+        s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, True)
+    elif not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
+        s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, False, False)
     row_max = largest(s, 1)
+    unit = scale
+    if CAPPED:
+        row_max = cap_scores(row_max, scale, softcap)
+        unit = 1.0
+    keep = True
     if (absolute is not None) or (gap is not None):
         vote = tl.where(valid, row_max, float("-inf"))
-        keep = True
         if absolute is not None:
-            keep = not (largest(vote, 0) * scale < absolute)
+            keep = not (largest(vote, 0) * unit < absolute)
         if gap is not None:
-            keep = keep & (not (largest(vote * scale_log2 - running_max, 0) < gap))
+            keep = keep & (not (largest(vote * (unit * LOG2E) - running_max, 0) < gap))
         if keep:
             v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
-            running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+            if CAPPED:
+                s = cap_scores(s, scale, softcap)
+            running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, unit * LOG2E)
             kept += 1
     else:
         v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
-        running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+        if CAPPED:
+            s = cap_scores(s, scale, softcap)
+        running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, unit * LOG2E)
         kept += 1
     return running_max, row_sum, acc, kept
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room"])
+@triton.jit(
+    do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room", "window"]
+)
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr,
-    scale, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
+    entries_ptr, lengths_ptr, sinks_ptr,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -227,23 +261,29 @@ def _forward(
     if not inhabited:
         return
 
-    scale_log2 = scale * LOG2E
+    unit = scale
+    if CAPPED:
+        unit = 1.0
     q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
 
     # Ascending, so that the first tile already shows every row a key and no maximum stays at -inf.
-    first_diagonal, end_diagonal, sink, end_tiles = visited(query_tile, length, ROWS, KEYS, CAUSAL, KEEP_SINK)
+    first_diagonal, end_diagonal, sink, first_tile, end_tiles = visited(
+        query_tile, length, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
+    )
     diagonals = end_diagonal - first_diagonal
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         row = j * KEYS - k_offset
         s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
         v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, spans_ptr is not None)
-        s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
+        s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
+        if CAPPED:
+            s = cap_scores(s, scale, softcap)
         row_max = largest(s, 1)
-        running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2)
+        running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, unit * LOG2E)
 
     absolute = None
     if absolute_ptr is not None:
@@ -254,13 +294,13 @@ def _forward(
     plane = tl.program_id(0).to(tl.int64)
     kept = 0
     if entries_ptr is None:
-        candidates = end_tiles - diagonals - sink
+        candidates = end_tiles - first_tile - diagonals - sink
         tl.store(candidates_ptr + plane * tiles + t, tl.where(whole, candidates, 0))
         for i in tl.range(0, candidates):
             j = candidate(i, end_tiles, first_diagonal, end_diagonal)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
-                running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None,
+                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, softcap, window, absolute,
+                gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None, WINDOWED, CAPPED,
             )  # fmt: skip
     else:
         entries_ptr += (plane * tiles + t) * room
@@ -271,11 +311,18 @@ def _forward(
             # Read one ahead, so that no product waits for its own index.
             following = tl.load(entries_ptr + i + 1, mask=i + 1 < count, other=0)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, absolute, gap,
-                running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None,
+                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, softcap, window, absolute,
+                gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None, WINDOWED, CAPPED,
             )  # fmt: skip
 
-    acc = acc * (1.0 / row_sum)[:, None]
+    if sinks_ptr is not None:
+        sink_logit = tl.load(sinks_ptr + head) * LOG2E
+        new_max = tl.maximum(running_max, sink_logit)
+        alpha = tl.exp2(running_max - new_max)
+        row_sum = row_sum * alpha + tl.exp2(sink_logit - new_max)
+        acc = acc * alpha[:, None]
+        running_max = new_max
+    acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
     row_in_plane = plane * q_rows + rows
     columns = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (columns < D)[None, :]

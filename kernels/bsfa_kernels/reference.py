@@ -5,17 +5,21 @@ time, nothing fused. For each sequence b, query head h (reading key/value head h
 
     running_max = -inf per row
     for key_tile in diagonal tiles, sink, then the candidates:
-        s = scale * q_tile @ k_tile^T                 masked entries (causal, padding) -> -inf
+        s = softcap(scale * q_tile @ k_tile^T)        masked entries (causal, window, padding) -> -inf
         if key_tile is a candidate and the call holds query_tile whole:
             keep = not max(s over valid rows) < absolute                        absolute gate, if set
                and not all(row_max(s) - running_max < gap over valid rows)      gap gate, if set
         if kept: running_max = max(running_max, row_max(s)); s joins the row's softmax, numerator and denominator
-    out = softmax(kept s) @ v;  lse = logsumexp(kept s)
+    out = softmax(kept s, attention sink) @ (v, 0);  lse = logsumexp(kept s, attention sink)
 
-Diagonal tiles and (with keep_sink) the sink are forced: always visited, once. Candidates are all other key tiles that
-hold a key visible to the query tile, from right to left. Block lists narrow them to the listed ones; a list is a set,
-whatever its order and repeats, and listed tiles that are forced, invisible or nonexistent are passed over. Comparisons
-keep on equality, and where a score is NaN: what cannot be judged is not hidden.
+Diagonal tiles and (with keep_sink) the sink, key tile 0, are forced: always visited, once. Candidates are all other key
+tiles that hold a key visible to the query tile, from right to left; a sliding window leaves out those before it, be it
+the sink. An attention sink is something else: one logit a head that joins the softmax as a key of value 0, after the
+gates. Softcap c makes scores c * tanh(score / c), before them.
+
+Block lists narrow the candidates to the listed ones; a list is a set, whatever its order and repeats, and listed tiles
+that are forced, invisible or nonexistent are passed over. Comparisons keep on equality, and where a score is NaN: what
+cannot be judged is not hidden.
 
 A query tile is held whole when the call has all of its rows, up to where the sequence is known to end (q_length), and
 a tile's worth of rows at all. Thresholds were calibrated on the vote of all those rows. Of any other query tile every
@@ -87,7 +91,16 @@ class ReferenceStatistics(NamedTuple):
     mass_worst: torch.Tensor  # the same, largest over the rows
 
 
-def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scale: float, causal: bool, tile: TileShape):
+class Scoring(NamedTuple):
+    """How scores come from queries and keys, and who sees whom."""
+
+    scale: float
+    causal: bool
+    window: int | None = None  # a query sees its last `window` keys, its own included; causal only
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+
+
+def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scoring: Scoring, tile: TileShape):
     """Scores [..., rows, keys] of one tile with masked entries at -inf, and the slices they were read from.
 
     q [..., Tq, D], k [..., Tk, D]. Rows of the tile that are padding are left out, so every row has a vote.
@@ -97,11 +110,16 @@ def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scale: float, 
         max(key_tile * tile.keys, span.k_offset, 0) - span.k_offset,
         min((key_tile + 1) * tile.keys, span.length) - span.k_offset,
     )
-    s = scale * (q[..., rows, :] @ k[..., keys, :].transpose(-1, -2))
-    if causal:
-        q_position = torch.arange(rows.start, rows.stop, device=q.device) + span.q_offset
+    s = scoring.scale * (q[..., rows, :] @ k[..., keys, :].transpose(-1, -2))
+    if scoring.softcap is not None:
+        s = scoring.softcap * (s / scoring.softcap).tanh()
+    if scoring.causal:
+        q_position = (torch.arange(rows.start, rows.stop, device=q.device) + span.q_offset)[:, None]
         k_position = torch.arange(keys.start, keys.stop, device=q.device) + span.k_offset
-        s = s.masked_fill(k_position > q_position[:, None], -torch.inf)
+        hidden = k_position > q_position
+        if scoring.window is not None:
+            hidden |= k_position <= q_position - scoring.window
+        s = s.masked_fill(hidden, -torch.inf)
     return s, rows, keys
 
 
@@ -111,13 +129,13 @@ def attention(
     v: torch.Tensor,
     gate: Gate,
     *,
-    scale: float,
-    causal: bool,
+    scoring: Scoring,
     spans: list[Span],
     tile: TileShape,
     keep_sink: bool,
     query_tiles: int,
     blocks: BlockLists | None = None,
+    sinks: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> ReferenceOutput:
     """The module docstring, literally. q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; computed in `dtype`."""
@@ -130,11 +148,12 @@ def attention(
     candidates = torch.zeros_like(kept)
     for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
         span, kb, vb = spans[b], k[b, h // group], v[b, h // group]
-        plan, whole = visit(query_tile, span.length, causal, keep_sink, tile), span.whole(query_tile, q_rows, tile)
+        plan = visit(query_tile, span.length, scoring.causal, keep_sink, tile, scoring.window)
+        whole = span.whole(query_tile, q_rows, tile)
         allowed = plan.candidates() if blocks is None else _listed(blocks, b, h, t, plan)
         running_max, scores, values = None, [], []
         for key_tile in plan.forced() + allowed:
-            s, rows, keys = tile_scores(q[b, h], kb, span, query_tile, key_tile, scale, causal, tile)
+            s, rows, keys = tile_scores(q[b, h], kb, span, query_tile, key_tile, scoring, tile)
             row_max = s.amax(-1)
             if whole and key_tile not in plan.forced():
                 candidates[b, h, t] += 1
@@ -145,7 +164,11 @@ def attention(
             scores.append(s)
             values.append(vb[keys])
         s = torch.cat(scores, -1)
-        out[b, h, rows] = weights(s) @ torch.cat(values, 0)
+        if sinks is not None:  # one more key, of no value
+            s = torch.cat([s, sinks[h].to(dtype).expand(len(s), 1)], -1)
+            values.append(torch.zeros_like(values[0][:1]))
+        seen = s.amax(-1) > -torch.inf
+        out[b, h, rows] = torch.where(seen[:, None], weights(s) @ torch.cat(values, 0), 0)
         lse[b, h, rows] = s.logsumexp(-1)
     return ReferenceOutput(out, lse, kept, candidates)
 
@@ -155,7 +178,7 @@ def weights(s: torch.Tensor) -> torch.Tensor:
     return s.softmax(-1)
 
 
-def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_tiles, dtype=torch.float64):
+def statistics(q, k, *, scoring, spans, tile, keep_sink, query_tiles, key_tiles, sinks=None, dtype=torch.float64):
     """What every tile holds, with nothing dropped: see ReferenceStatistics. Shapes as in `attention`."""
     batch, heads, q_rows, _ = q.shape
     group = heads // k.shape[1]
@@ -165,10 +188,13 @@ def statistics(q, k, *, scale, causal, spans, tile, keep_sink, query_tiles, key_
     mass_mean, mass_worst = q.new_zeros(shape), q.new_zeros(shape)
     for b, h, t, query_tile in _query_tiles(spans, heads, q_rows, tile):
         span = spans[b]
-        plan, whole = visit(query_tile, span.length, causal, keep_sink, tile), span.whole(query_tile, q_rows, tile)
+        plan = visit(query_tile, span.length, scoring.causal, keep_sink, tile, scoring.window)
+        whole = span.whole(query_tile, q_rows, tile)
         order = plan.forced() + plan.candidates()
-        tiles = {j: tile_scores(q[b, h], k[b, h // group], span, query_tile, j, scale, causal, tile)[0] for j in order}
+        tiles = {j: tile_scores(q[b, h], k[b, h // group], span, query_tile, j, scoring, tile)[0] for j in order}
         lse = torch.cat([tiles[j] for j in order], -1).logsumexp(-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks[h].to(dtype))
         running_max = torch.full_like(lse, -torch.inf)
         for j in order:
             row_max = tiles[j].amax(-1)

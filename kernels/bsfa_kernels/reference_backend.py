@@ -18,13 +18,13 @@ def attention(request: Request):
         request.k,
         request.v,
         request.gate,
-        scale=request.scale,
-        causal=request.causal,
+        scoring=request.scoring,
         spans=request.host_spans(),
         tile=request.tile,
         keep_sink=request.keep_sink,
         query_tiles=request.query_tiles,
         blocks=request.blocks,
+        sinks=request.sinks,
         dtype=torch.float64,
     )
     return result.out.to(request.q.dtype), result.lse.float(), result.kept, result.candidates
@@ -34,11 +34,11 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     return reference.statistics(
         request.q,
         request.k,
-        scale=request.scale,
-        causal=request.causal,
+        scoring=request.scoring,
         spans=request.host_spans(),
         tile=request.tile,
         keep_sink=request.keep_sink,
         query_tiles=request.query_tiles,
         key_tiles=request.key_tiles,
+        sinks=request.sinks,
     )

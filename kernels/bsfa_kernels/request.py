@@ -8,7 +8,7 @@ import torch
 
 from .blocks import BlockLists
 from .gates import Gate
-from .reference import Span
+from .reference import Scoring, Span
 from .tiles import TileShape, query_tile_count
 
 UNBOUNDED = 2**31 - 1
@@ -16,7 +16,9 @@ UNBOUNDED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences."""
+    """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
+    `sinks` float32 [Hq].
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -31,6 +33,13 @@ class Request:
     want_lse: bool
     want_counts: bool
     blocks: BlockLists | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.scale, self.causal, self.window, self.softcap)
 
     @property
     def query_tiles(self) -> int:
@@ -69,19 +78,21 @@ def make_spans(
     batch: int,
     q_offset: int | torch.Tensor = 0,
     k_offset: int | torch.Tensor = 0,
-    lengths: torch.Tensor | None = None,
+    lengths: int | torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Spans int32 [B, 4] for `block_sparse_attention`, one row (q_offset, k_offset, key length, query length) each.
 
-    Query row i of a sequence stands at position q_offset + i, key row j at k_offset + j (k_offset <= 0: a negative
-    offset says how many leading rows are left padding). Sequences end at `lengths`: positions from there on are
-    padding, and a query tile that ends there is whole. Without `lengths` keys end with their tensor, and sequences may
-    go on.
+    Query row i of a sequence stands at position q_offset + i, key row j at k_offset + j: a negative k_offset says how
+    many leading rows are left padding, a positive one, with a window, how many keys a cache no longer holds. Sequences
+    end at `lengths`: positions from there on are padding, and a query tile that ends there is whole. Without `lengths`
+    keys end with their tensor, and sequences may go on.
     """
 
     def full(value):
-        return torch.as_tensor(value, dtype=torch.int32, device=device).expand(batch)
+        if not isinstance(value, torch.Tensor):  # no copy from the host: it would not go into a CUDA graph
+            return torch.full((batch,), value, dtype=torch.int32, device=device)
+        return value.to(device, torch.int32).expand(batch)
 
     limit = UNBOUNDED if lengths is None else lengths
     return torch.stack([full(q_offset), full(k_offset), full(limit), full(limit)], dim=1).contiguous()

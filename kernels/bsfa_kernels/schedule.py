@@ -46,26 +46,28 @@ def schedule(request: Request, width: int, forced: bool) -> Schedule:
     _schedule[(planes, streams)](
         indices, counts, request.spans, listed, entries, lengths, candidates,
         request.q_offset, request.q.shape[2], request.k.shape[2], tiles, keys, capacity, entries.shape[2],
-        HEADS=heads, ROWS=request.tile.rows, KEYS=request.tile.keys, CAUSAL=request.causal,
-        KEEP_SINK=request.keep_sink, WIDTH=width, FORCED=forced, BLOCK=BLOCK,
+        request.window or 0, HEADS=heads, ROWS=request.tile.rows, KEYS=request.tile.keys, CAUSAL=request.causal,
+        KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None, WIDTH=width, FORCED=forced, BLOCK=BLOCK,
     )  # fmt: skip
     return Schedule(entries, lengths, candidates)
 
 
 @triton.jit
 def _query_tile(
-    t, tiles, q_first, length, q_length, q_rows,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
+    t, tiles, q_first, length, q_length, q_rows, window,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Whether the t-th query tile computes anything, whether gates judge it, and what geometry.visited says of it."""
     query_tile, _, _, _, _, inhabited, whole = query_rows(t, q_first, length, q_length, q_rows, ROWS)
-    first_diagonal, end_diagonal, sink, end_tiles = visited(query_tile, length, ROWS, KEYS, CAUSAL, KEEP_SINK)
-    return inhabited & (t < tiles), whole, first_diagonal, end_diagonal, sink, end_tiles
+    first_diagonal, end_diagonal, sink, first_tile, end_tiles = visited(
+        query_tile, length, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
+    )
+    return inhabited & (t < tiles), whole, first_diagonal, end_diagonal, sink, first_tile, end_tiles
 
 
 @triton.jit
 def _mark(
-    indices_ptr, counts_ptr, listed_ptr, key_tiles, capacity, first_diagonal, end_diagonal, sink, end_tiles,
+    indices_ptr, counts_ptr, listed_ptr, key_tiles, capacity, first_diagonal, end_diagonal, first, end_tiles,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set the listed candidates of one query tile."""
@@ -73,7 +75,7 @@ def _mark(
     for start in range(0, count, BLOCK):
         step = start + tl.arange(0, BLOCK)
         j = tl.load(indices_ptr + step, mask=step < count, other=-1)
-        wanted = (j >= sink) & (j < end_tiles) & ((j < first_diagonal) | (j >= end_diagonal))
+        wanted = (j >= first) & (j < end_tiles) & ((j < first_diagonal) | (j >= end_diagonal))
         tl.store(listed_ptr + j, tl.full([BLOCK], 1, tl.int8), mask=wanted)
 
 
@@ -84,12 +86,12 @@ def _append(entries_ptr, length, value, wanted):
     return length + tl.where(wanted, 1, 0)
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles", "capacity", "room"])
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles", "capacity", "room", "window"])
 def _schedule(
     indices_ptr, counts_ptr, spans_ptr, listed_ptr, entries_ptr, lengths_ptr, candidates_ptr,
-    q_offset, q_rows, k_rows, tiles, key_tiles, capacity, room,
+    q_offset, q_rows, k_rows, tiles, key_tiles, capacity, room, window,
     HEADS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
-    WIDTH: tl.constexpr, FORCED: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOWED: tl.constexpr, WIDTH: tl.constexpr, FORCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     plane, stream = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_first, k_offset, length, q_length = load_span(spans_ptr, tl.program_id(0) // HEADS, q_offset, k_rows)
@@ -98,13 +100,13 @@ def _schedule(
     listed_ptr += own_row * key_tiles
     most, least, top, any_sink = 0, key_tiles, 0, 0  # end and start of all diagonals, end of visible tiles
     for w in tl.static_range(WIDTH):
-        alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
-            first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
+        alive, whole, first_diagonal, end_diagonal, sink, first_tile, end_tiles = _query_tile(
+            first + w, tiles, q_first, length, q_length, q_rows, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
         )
         if alive:
             _mark(
                 indices_ptr + (own_row + w) * capacity, counts_ptr + own_row + w, listed_ptr + w * key_tiles,
-                key_tiles, capacity, first_diagonal, end_diagonal, sink, end_tiles, BLOCK,
+                key_tiles, capacity, first_diagonal, end_diagonal, tl.maximum(sink, first_tile), end_tiles, BLOCK,
             )  # fmt: skip
             most, least = tl.maximum(most, end_diagonal), tl.minimum(least, first_diagonal)
             top, any_sink = tl.maximum(top, end_tiles), tl.maximum(any_sink, sink)
@@ -117,15 +119,15 @@ def _schedule(
         for i in range(0, 0 if CAUSAL else tl.maximum(most - least, 0)):
             bits = 0
             for w in tl.static_range(WIDTH):
-                alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
-                    first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
+                alive, whole, first_diagonal, end_diagonal, sink, first_tile, end_tiles = _query_tile(
+                    first + w, tiles, q_first, length, q_length, q_rows, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
                 )
                 bits |= tl.where(alive & (first_diagonal == most - 1 - i), 1 << w, 0)
             count = _append(entries_ptr, count, (most - 1 - i << 2 * WIDTH) | (bits << WIDTH), bits != 0)
         bits = 0
         for w in tl.static_range(WIDTH):
-            alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
-                first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
+            alive, whole, first_diagonal, end_diagonal, sink, first_tile, end_tiles = _query_tile(
+                first + w, tiles, q_first, length, q_length, q_rows, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
             )
             bits |= tl.where(alive & ((sink == 1) | (CAUSAL & (first_diagonal == 0))), 1 << w, 0)
         count = _append(entries_ptr, count, bits << WIDTH, any_sink == 1)
@@ -134,8 +136,8 @@ def _schedule(
         j = top - 1 - start - tl.arange(0, BLOCK)
         wanting = tl.zeros([BLOCK], tl.int32)
         for w in tl.static_range(WIDTH):
-            alive, whole, first_diagonal, end_diagonal, sink, end_tiles = _query_tile(
-                first + w, tiles, q_first, length, q_length, q_rows, ROWS, KEYS, CAUSAL, KEEP_SINK
+            alive, whole, first_diagonal, end_diagonal, sink, first_tile, end_tiles = _query_tile(
+                first + w, tiles, q_first, length, q_length, q_rows, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
             )
             marked = tl.load(listed_ptr + w * key_tiles + j, mask=alive & (j >= 0), other=0).to(tl.int32)
             wanting |= marked << w

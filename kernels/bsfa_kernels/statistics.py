@@ -8,7 +8,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import candidate, load_span, query_rows, visited
-from .portable import LOG2E, aligned, device_guard, larger, largest, mask_tile, tile_scores, unsupported
+from .portable import (
+    LOG2E,
+    aligned,
+    cap_scores,
+    columns,
+    device_guard,
+    larger,
+    largest,
+    mask_tile,
+    tile_scores,
+    unsupported,
+)
 from .request import Request
 
 __all__ = ["tile_statistics", "unsupported"]
@@ -22,30 +33,38 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     shape = (batch, heads, request.query_tiles, request.key_tiles)
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = columns(head_dim)
     stages = 3 if q.element_size() * block_d <= 256 else 1
     with device_guard(q):
         _statistics[(batch * heads, request.query_tiles)](
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             lse.contiguous(), maximum, gap, mass_mean, mass_worst, request.spans,
-            request.scale, request.q_offset, q_rows, k.shape[2], request.query_tiles, request.key_tiles,
+            request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q_rows, k.shape[2],
+            request.query_tiles, request.key_tiles,
             HEADS=heads, GROUP=heads // k.shape[1], BLOCK_D=block_d, ROWS=rows, KEYS=keys,
-            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, num_warps=8 if rows >= 128 else 4, num_stages=stages,
+            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
+            CAPPED=request.softcap is not None, num_warps=8 if rows >= 128 else 4, num_stages=stages,
         )  # fmt: skip
     return maximum, gap, mass_mean, mass_worst
 
 
 @triton.jit
 def _visit(
-    q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max, scale_log2,
-    maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr,
+    q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max, scale,
+    softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr,
     FORCED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Write one tile's four numbers; returns the running maximum in log2 units."""
     s = tile_scores(q, k_desc, b, kv_head, j * KEYS - k_offset, BLOCK_D, KEYS)
     if MASKED:
-        s = mask_tile(s, q_position, j * KEYS, length, KEYS, CAUSAL)
+        s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
+    unit = scale
+    if CAPPED:
+        s = cap_scores(s, scale, softcap)
+        unit = 1.0
+    scale_log2 = unit * LOG2E
     row_max = largest(s, 1) * scale_log2
     vote = tl.where(valid, row_max, float("-inf"))
     mass = tl.sum(tl.exp2(s * scale_log2 - lse_log2[:, None]), 1)
@@ -59,12 +78,12 @@ def _visit(
     return larger(running_max, row_max)
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles"])
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles", "window"])
 def _statistics(
     q_desc, k_desc, lse_ptr, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, spans_ptr,
-    scale, q_offset, q_rows, k_rows, tiles, key_tiles,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, key_tiles,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr,
+    CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -78,7 +97,6 @@ def _statistics(
         return
 
     row_count = tl.sum(valid.to(tl.float32), 0)
-    scale_log2 = scale * LOG2E
     plane = tl.program_id(0).to(tl.int64)
     # +inf leaves padding rows without mass
     lse_log2 = tl.load(lse_ptr + plane * q_rows + rows, mask=valid, other=float("inf")) * LOG2E
@@ -90,17 +108,21 @@ def _statistics(
     mass_mean_ptr += first_tile
     mass_worst_ptr += first_tile
 
-    first_diagonal, end_diagonal, sink, end_tiles = visited(query_tile, length, ROWS, KEYS, CAUSAL, KEEP_SINK)
+    first_diagonal, end_diagonal, sink, first_tile, end_tiles = visited(
+        query_tile, length, window, ROWS, KEYS, CAUSAL, KEEP_SINK, WINDOWED
+    )
     diagonals = end_diagonal - first_diagonal
     for i in range(0, diagonals + sink):
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         running_max = _visit(
             q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max,
-            scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL,
+            scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS,
+            CAUSAL, WINDOWED, CAPPED,
         )  # fmt: skip
-    for i in tl.range(0, end_tiles - diagonals - sink):
+    for i in tl.range(0, end_tiles - first_tile - diagonals - sink):
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)
         running_max = _visit(
             q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max,
-            scale_log2, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, False, not CAUSAL, BLOCK_D, KEYS, False,
+            scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, False, WINDOWED or not CAUSAL,
+            BLOCK_D, KEYS, CAUSAL and WINDOWED, WINDOWED, CAPPED,
         )  # fmt: skip

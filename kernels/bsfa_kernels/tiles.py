@@ -37,13 +37,14 @@ class Visit(NamedTuple):
     end_diagonal: int
     sink: bool  # key tile 0 is forced and lies outside the diagonal range
     end_keys: int  # key tiles at or past this one hold nothing this query tile may see
+    first_keys: int = 0  # nor do those before this one
 
     def forced(self) -> list[int]:
         return list(range(self.first_diagonal, self.end_diagonal)) + ([0] if self.sink else [])
 
     def candidates(self) -> list[int]:
         """Key tiles a gate may drop, in visiting order (right to left)."""
-        first = 1 if self.sink else 0
+        first = 1 if self.sink else self.first_keys
         right = range(self.end_keys - 1, self.end_diagonal - 1, -1)
         left = range(self.first_diagonal - 1, first - 1, -1)
         return [*right, *left]
@@ -60,17 +61,19 @@ def query_tile_count(q_offset: int, q_rows: int, tile: TileShape) -> tuple[int, 
     return first // tile.rows, -(-end // tile.rows) - first // tile.rows
 
 
-def visit(query_tile: int, length: int, causal: bool, sink: bool, tile: TileShape) -> Visit:
+def visit(query_tile: int, length: int, causal: bool, sink: bool, tile: TileShape, window: int | None = None) -> Visit:
     """What query tile `query_tile` visits when the sequence holds `length` >= 1 valid key positions.
 
     The diagonal of a query tile is every key tile that holds one of its positions; where the keys end before its
-    first position, the last key tile stands in, so that at least one tile is always kept.
+    first position, the last key tile stands in, so that at least one tile is always kept. Tiles that lie before the
+    `window` of its first position are not visited, the sink among them.
     """
     last_tile = (length - 1) // tile.keys
     first_diagonal = min(query_tile * tile.rows // tile.keys, last_tile)
     end_diagonal = min(((query_tile + 1) * tile.rows - 1) // tile.keys, last_tile) + 1
     end_keys = end_diagonal if causal else last_tile + 1
-    return Visit(first_diagonal, end_diagonal, sink and first_diagonal > 0, end_keys)
+    first_keys = 0 if window is None else min(max(query_tile * tile.rows - window + 1, 0) // tile.keys, first_diagonal)
+    return Visit(first_diagonal, end_diagonal, sink and first_diagonal > 0 and first_keys == 0, end_keys, first_keys)
 
 
 def tile_counts(length: int, causal: bool, sink: bool, tile: TileShape) -> tuple[int, int]:

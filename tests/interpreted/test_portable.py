@@ -20,6 +20,14 @@ def grid():
         yield Case(1, 2, 1, 80, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False)
         yield Case(1, 2, 2, 120, 50, 16, tile, causal, "absolute", keep_sink=False)
         yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap")
+    for tile in (WIDE, TALL):
+        yield Case(1, 2, 1, 173, 173, 16, tile, True, "both", window=40, sinks=True)
+        yield Case(3, 2, 1, 60, 90, 16, tile, True, "gap", padded=True, window=20, softcap=2.0)
+        yield Case(1, 2, 1, 100, 100, 16, tile, False, "gap", softcap=1.5, sinks=True)
+    for head_dim in (8, 40, 72):
+        yield Case(1, 2, 1, 90, 90, head_dim, WIDE)
+    yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "gap", window=1)
+    yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "", window=33, blocks="shuffled")
     yield Case(1, 2, 1, 200, 200, 96, WIDE, dtype=torch.float16)
     yield Case(1, 2, 1, 200, 200, 64, TALL, gate="absolute", dtype=torch.float16)
     yield Case(1, 1, 1, 700, 700, 64, TileShape(64, 128), gate="both", skip=0.7)
@@ -42,7 +50,7 @@ def listed():
 @pytest.mark.parametrize("case", list(grid()), ids=str)
 def test_attention(case):
     skipped = check(case, "triton")
-    if case.gate and case.k_rows >= 170 and not case.padded:
+    if case.gate and case.k_rows >= 170 and not case.padded and not case.window:
         assert skipped > 0.1
 
 

@@ -8,7 +8,7 @@ import json
 import torch
 from torch import nn
 
-from .modules import attention_modules
+from .modules import WRAPPED, attention_modules, unwrapped
 
 SIGNS_PER_WEIGHT = 256
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that hold a weight as it is
@@ -27,6 +27,7 @@ def model_identity(model: nn.Module) -> dict[str, object]:
     Heads, head dim and scale are those of the modules with a layer index (all modules where none has one): one value
     where all agree, else one for each module. `config` is what the configuration changes of its class's defaults.
     """
+    model = unwrapped(model)
     modules = list(attention_modules(model).values())
     decoder = [module for module in modules if module.layer is not None] or modules
     text = model.config.get_text_config()
@@ -56,7 +57,8 @@ def fingerprint(model: nn.Module) -> str | None:
     if any(map(_quantised, model.buffers())):
         return None
     digest, signs = hashlib.sha256(), []
-    for name, parameter in sorted(model.named_parameters()):
+    named = ((name.replace(f"{WRAPPED}.", ""), parameter) for name, parameter in model.named_parameters())
+    for name, parameter in sorted(named, key=lambda pair: pair[0]):
         if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.dtype not in PLAIN:
             return None
         digest.update(f"{name} {list(parameter.shape)}\n".encode())

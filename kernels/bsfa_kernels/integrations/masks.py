@@ -54,7 +54,7 @@ class SpanMask(torch.Tensor):
         if name in _CARRIED:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {})).as_subclass(cls)
-        if name in _READ:
+        if name in _READ or name.startswith("is_") or (name[0] == "_" and name[1] != "_"):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         raise ValueError(  # a TypeError would become "unsupported operand"
@@ -64,10 +64,10 @@ class SpanMask(torch.Tensor):
 
 
 _CARRIED = frozenset({"to", "cuda", "cpu", "clone", "detach", "contiguous"})
+# Besides what begins with `is_` or `_`: torch.compile asks those of whatever goes into a graph.
 _READ = frozenset({
-    "__get__", "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "is_floating_point",
-    "is_contiguous", "get_device", "as_subclass", "__repr__", "__len__", "__hash__", "data_ptr", "storage_offset",
-    "untyped_storage", "is_complex", "__format__", "__reduce_ex__",
+    "__get__", "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "get_device", "as_subclass",
+    "__repr__", "__len__", "__hash__", "data_ptr", "storage_offset", "untyped_storage", "__format__", "__reduce_ex__",
 })  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def mask_function(
     """Registered with transformers' AttentionMaskInterface; its signature and calls are transformers'.
 
     `attention_mask` bool [B, keys seen so far] or None. A padding mask is read once here, on the host, to refuse
-    holes; under torch.compile it is asserted on the device instead.
+    holes; under torch.compile and in a CUDA graph it is asserted on the device instead.
     """
     pattern = _pattern(mask_function)
     # A model that allows no skip takes the mask apart.
@@ -167,10 +167,7 @@ def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention
         return None
     padded = attention_mask is not None
     if not padded:
-        lengths = torch.as_tensor(
-            q_offset + q_length if pattern.causal else kv_length + kv_offset, dtype=torch.int32, device=device
-        )
-        left = torch.zeros((), dtype=torch.int32, device=device)
+        lengths, left = q_offset + q_length if pattern.causal else kv_length + kv_offset, 0
     else:
         if attention_mask.dim() != 2:
             return None
@@ -182,14 +179,14 @@ def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention
         if not pattern.causal:
             # Whether these queries are padded like the keys is not known here (cross-attention), so none is.
             contiguous = contiguous & (left == 0).all()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (valid.is_cuda and torch.cuda.is_current_stream_capturing()):
             torch._assert_async(contiguous, "bsfa under torch.compile needs an attention_mask without holes")
         else:
             expressible, full = torch.stack([contiguous, valid.all()]).tolist()  # one wait for the device
             if not expressible:
                 return None
             padded = not full or valid.shape[-1] != kv_length
-    spans = make_spans(batch, q_offset - left, kv_offset - left, lengths.expand(batch), device)
+    spans = make_spans(batch, q_offset - left, kv_offset - left, lengths, device)
     if not pattern.causal:
         spans[:, 0] = 0
     # A sequence ends in this call where rows behind its end are padding; at the call's last row it may go on.

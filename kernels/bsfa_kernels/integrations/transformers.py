@@ -56,9 +56,11 @@ NAME = "bsfa"
 # besides, and what only other implementations read.
 IGNORED = frozenset({
     "sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
-    "return_dict", "logits_to_keep", "num_items_in_batch", "deterministic", "encoder_hidden_states",
+    "return_dict", "logits_to_keep", "labels", "num_items_in_batch", "deterministic", "encoder_hidden_states",
 })  # fmt: skip
 SELECTIONS = frozenset({"indices", "block_indices"})
+# Where packed sequences begin: nothing new beside a mask that keeps them apart, as position_ids make one.
+PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
 class Handler(Protocol):
@@ -77,7 +79,8 @@ class Handler(Protocol):
         spans: torch.Tensor | None,
     ) -> torch.Tensor:
         """q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], spans as in `block_sparse_attention` (None: both start at
-        position 0, no padding); returns [B, Hq, Tq, D] in the dtype of q.
+        position 0, no padding); returns [B, Hq, Tq, D] in the dtype of q. A handler that says `knows_scoring` is given
+        `window`, `softcap` and `sinks` besides where a module has them, as in `block_sparse_attention`.
         """
         ...
 
@@ -114,7 +117,8 @@ def attention(
     [B, 1 or Hq, Tq, Tk], bool or additive. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for
     training, dropout, position biases, output_attentions, other masks and every keyword that is not known.
     """
-    _refuse(module, dropout, kwargs)
+    masked = attention_mask is not None and not isinstance(attention_mask, SpanMask)
+    _refuse(module, dropout, {k: v for k, v in kwargs.items() if not (masked and k in PACKED)})
     if module.training and query.requires_grad:
         raise ValueError("attn_implementation='bsfa' has no backward pass: train with 'sdpa', or call model.eval()")
     query, key, value = _autocast(query, key, value)
@@ -124,7 +128,7 @@ def attention(
     if isinstance(attention_mask, SpanMask):
         spans, (causal, window) = decode(attention_mask)
         spans = None if spans is None else spans.to(query.device).contiguous()
-    elif attention_mask is not None:
+    elif masked:
         mask = visible(attention_mask)
         causal = False
     elif query.shape[2] == 1:
@@ -141,7 +145,8 @@ def attention(
     if step.route in (Route.GATED, Route.KEPT):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         run = handler if step.route is Route.GATED else keep_every_tile
-        out = run(query, key, value, scale=scale, causal=causal, spans=spans)
+        scoring = {k: v for k, v in (("window", window), ("softcap", softcap), ("sinks", s_aux)) if v is not None}
+        out = run(query, key, value, scale=scale, causal=causal, spans=spans, **scoring)
     elif step.route is Route.LIBRARY:
         out = dense.library(query, key, value, scale=scale, causal=causal)
     else:
@@ -152,9 +157,9 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def keep_every_tile(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-    """Exact attention on our own kernel: the only one that knows where each sequence stands."""
-    return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans).out
+def keep_every_tile(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
+    """Exact attention on our own kernel: the only one that knows where each sequence stands, and sinks and softcap."""
+    return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring).out
 
 
 def _refuse(module: nn.Module, dropout: float, keywords: dict) -> None:
