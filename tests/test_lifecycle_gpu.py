@@ -29,7 +29,7 @@ def applied(model):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_graph_of_a_model_replays_and_counts(masked):
-    model, ids = applied(on("cuda"))
+    model, ids = applied(on("cuda", max_position_embeddings=4 * LENGTH))
     ids = ids.cuda()
     # Without mask and cache transformers takes a captured prompt for packed sequences.
     mask = torch.ones_like(ids) if masked else None
