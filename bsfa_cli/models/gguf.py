@@ -81,7 +81,7 @@ def weights_hash(model) -> str:
 
 
 def stretch(folder: Path, longer: Path, factor: int) -> None:
-    """A copy of the checkpoint in `folder` with YaRN for `factor` times the positions; weights are linked if they can be.
+    """A copy of the checkpoint in `folder` with YaRN for `factor` times the positions; its weights are linked.
 
     Raises UsageError for a folder that is there.
     """

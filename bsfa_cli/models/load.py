@@ -77,7 +77,7 @@ def load_model(
     attn_implementation: str | dict[str, str] = "bsfa",
     check_config: Callable[[Any], None] = lambda config: None,
 ) -> LoadedModel:
-    """The model of a directory, a GGUF file or a Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
+    """The model of a directory, GGUF file or Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
 
     `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. `check_config` may
     refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
@@ -224,8 +224,8 @@ def _read_weights(source: str, config, dtype, attn_implementation):
     place, options = _pretrained(source)
     try:
         model, info = _auto_class(config).from_pretrained(
-            place, **options, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            place, **options, config=config, dtype=dtype, attn_implementation=attn_implementation,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise
