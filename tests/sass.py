@@ -101,7 +101,7 @@ def hopper(
     """
     from bsfa_kernels import hopper as module
 
-    name, block_d = NAMES[dtype], module.HEAD_DIMS[head_dim]
+    name, block_d = NAMES[dtype], module.columns(head_dim)
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
 
     def descriptor(rows):
@@ -134,7 +134,7 @@ def portable(
     """
     from bsfa_kernels import portable as module
 
-    name, block_d = NAMES[dtype], triton.next_power_of_2(head_dim)
+    name, block_d = NAMES[dtype], module.columns(head_dim)
     q, kv = (f"tensordesc<{name}[1, 1, {n}, {block_d}]>" for n in (rows, keys))
     signature = RUNTIME | dict(q_desc=q, k_desc=kv, v_desc=kv, out_ptr=f"*{name}")
     constants = dict(

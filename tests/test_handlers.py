@@ -9,12 +9,13 @@ import bsfa_kernels.integrations.transformers as bsfa
 import pytest
 import torch
 import transformers
-from bsfa_kernels import Gate, TileShape, block_sparse_attention
+from bsfa_kernels import TileShape, block_sparse_attention
+from bsfa_kernels.integrations.plan import NO_THRESHOLDS
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds, ThresholdsError
 from tiny_models import ALTERNATE, MODELS, SHAPE, WINDOW, assert_close, batch, build, chunk, logits
 from transformers import DynamicCache
 
-DENSE_REASONS = {
+SCORING = {
     "llama": [None, None],
     "qwen2": [None, None],
     "qwen2-sliding": [None, f"sliding window of {WINDOW} tokens"],
@@ -27,19 +28,19 @@ DENSE_REASONS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_modules_say_where_and_why_nothing_is_skipped(name):
+def test_modules_say_how_they_score(name):
     model = build(name)
     model.set_attn_implementation("bsfa")
     modules = bsfa.attention_modules(model)
     assert list(modules) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert [module.dense_reason for module in modules.values()] == DENSE_REASONS[name]
+    assert [module.scoring for module in modules.values()] == SCORING[name]
+    assert all(module.dense_reason is None for module in modules.values())
     for layer, module in enumerate(modules.values()):
         assert (module.layer, module.query_heads, module.kv_heads, module.head_dim) == (layer, 4, 2, 64)
         assert module.causal and module.scale == 0.125
     ids, mask = batch(100, (0, 9))
     logits(model, "bsfa", ids, mask)
-    ran_dense = {note.path: note.reason for note in bsfa.notes(model)}
-    assert [ran_dense.get(path) for path in modules] == DENSE_REASONS[name]
+    assert {(note.reason, note.expected) for note in bsfa.notes(model)} == {(NO_THRESHOLDS, True)}
 
 
 def test_what_cannot_be_done_is_refused():
@@ -77,14 +78,14 @@ def test_handlers_see_prefills_until_detached():
     path = "model.layers.1.self_attn"
     with bsfa.attach(model, {path: outer}):
         with bsfa.attach(model, {path: inner}):
-            assert torch.equal(logits(model, "bsfa", ids, mask), expected)
+            assert_close(logits(model, "bsfa", ids, mask)[mask.bool()], expected[mask.bool()])
         logits(model, "bsfa", ids, mask)
         logits(model, "bsfa", ids[:, :1], mask[:, :1])
     logits(model, "bsfa", ids, mask)
     assert len(inner.calls) == len(outer.calls) == 1
     q, k, scale, causal, spans = outer.calls[0]
     assert (q, k, scale, causal) == ((2, 4, 64, 64), (2, 2, 64, 64), 0.125, True)
-    assert spans.tolist() == [[0, 0, 64, 64], [-6, -6, 58, 58]]
+    assert spans.tolist() == [[0, 0, 64, 2**31 - 1], [-6, -6, 58, 2**31 - 1]]
     with pytest.raises(ValueError, match="no attention module 'model.layers.7.self_attn'"):
         bsfa.attach(model, {"model.layers.7.self_attn": outer})
     model.set_attn_implementation("sdpa")
@@ -108,11 +109,11 @@ def test_apply_runs_an_artifact_and_counts(tmp_path):
     with bsfa.apply(model, tmp_path / "open.safetensors", count=True):
         assert model.config._attn_implementation == "bsfa"
         assert_close(logits(model, "bsfa", ids, mask)[mask.bool()], expected[mask.bool()])
-        counts = model.model.layers[0].self_attn.bsfa_handler.counts
+        counts = bsfa.active(model.model.layers[0].self_attn).counts
         assert torch.equal(counts.kept, counts.candidates) and (counts.kept > 0).all()
     with bsfa.apply(model, thresholds(model, 1e9), "only", count=True):
         closed = logits(model, "bsfa", ids, mask)
-        counts = model.model.layers[0].self_attn.bsfa_handler.counts
+        counts = bsfa.active(model.model.layers[0].self_attn).counts
         assert (counts.kept == 0).all() and (counts.candidates > 0).all()
     assert (closed - expected)[mask.bool()].abs().max() > 0.01
     assert_close(logits(model, "bsfa", ids, mask)[mask.bool()], expected[mask.bool()])
@@ -127,7 +128,7 @@ def test_a_chunked_prefill_drops_the_tiles_that_a_whole_one_drops():
             cache = DynamicCache(config=model.config)
             # Chunk ends on the tile borders of both sequences are impossible; of the first one they suffice.
             parts = [chunk(model, ids, mask, start, end, cache) for start, end in ((0, 96), (96, 160), (160, 200))]
-            assert 0 < model.model.layers[0].self_attn.bsfa_handler.counts.kept.sum()
+            assert 0 < bsfa.active(model.model.layers[0].self_attn).counts.kept.sum()
         assert_close(torch.cat(parts, 1)[0], whole[0])
 
 
@@ -139,7 +140,7 @@ def test_apply_names_what_differs_in_another_model(changes, named):
     model = build("llama")
     with pytest.raises(ThresholdsError, match=named):
         bsfa.apply(model, thresholds(model, 0.0, **changes))
-    assert "bsfa_handler" not in vars(model.model.layers[0].self_attn)
+    assert "bsfa_handlers" not in vars(model.model.layers[0].self_attn)
 
 
 def test_apply_refuses_modules_the_model_does_not_have():
@@ -209,10 +210,36 @@ def test_bsfa_and_the_kernels_package_live_side_by_side():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_gate_of_a_handler_grows_with_the_sequence_only():
-    model = build("llama")
-    handler = bsfa.SparseAttention(thresholds(model, 0.25), None, "model.layers.0.self_attn")
-    gate = handler.gate(100, torch.device("cpu"))
-    assert isinstance(gate, Gate) and gate.gap.shape[1] >= 7 and (gate.gap == 0.25).all()
-    assert handler.gate(64 * 16, torch.device("cpu")) is gate
-    assert handler.gate(64 * 16 + 1, torch.device("cpu")).gap.shape[1] >= 65
+@pytest.mark.parametrize("padding", [(0, 0), (0, 41), (0, -41)], ids=["whole", "left", "right"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt-oss"])
+def test_windows_softcap_and_sinks_are_gated_by_the_specification(name, padding):
+    """With thresholds that keep every tile a model is what it is densely; with others layers are the reference's."""
+    model = build(name)
+    ids, mask = batch(200, padding)
+    expected = logits(model, "eager", ids, mask)
+    with bsfa.apply(model, thresholds(model, -torch.inf), count=True):
+        assert_close(logits(model, "bsfa", ids, mask)[mask.bool()], expected[mask.bool()])
+        assert bsfa.skip_rate(model) == 0
+        assert bsfa.notes(model) == []
+    with bsfa.apply(model, thresholds(model, 1.0), count=True):
+        sparse = logits(model, "bsfa", ids, mask)
+        rate = bsfa.skip_rate(model)
+    handlers = {
+        path: bsfa.SparseAttention(thresholds(model, 1.0), None, path, backend="reference")
+        for path in bsfa.attention_modules(model)
+    }
+    model.set_attn_implementation("bsfa")
+    with bsfa.attach(model, handlers):
+        assert_close(sparse[mask.bool()], logits(model, "bsfa", ids, mask)[mask.bool()])
+    assert rate > 0.02
+
+
+def test_a_windowed_layer_in_chunks_reads_what_its_cache_still_holds():
+    model = build("mistral")
+    ids, mask = batch(200, (0, 33))
+    expected = logits(model, "eager", ids, mask)
+    with bsfa.apply(model, thresholds(model, -torch.inf)):
+        cache = DynamicCache(config=model.config)
+        parts = [chunk(model, ids, mask, start, end, cache) for start, end in ((0, 90), (90, 130), (130, 200))]
+    assert_close(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()])
+    assert cache.layers[0].keys.shape[2] < WINDOW

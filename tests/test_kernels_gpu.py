@@ -28,7 +28,9 @@ def draw(rng: random.Random, backend: str) -> Case:
         k_rows = q_rows + rng.choice((0, 0, 65, 200))
     dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (backend == "triton")
     dtype = rng.choice(dtypes)
-    head_dims = (64, 96, 128) if backend == "hopper" or dtype == torch.float32 else (64, 96, 128, 256)
+    narrow = (8, 40, 64, 72, 80, 96, 112, 128)
+    head_dims = narrow if backend == "hopper" or dtype == torch.float32 else (*narrow, 160, 192, 224, 256)
+    causal = rng.random() < 0.7
     return Case(
         batch=3 if padded else rng.choice((1, 2)),
         heads=kv_heads * rng.choice((1, 2, 3)),
@@ -37,13 +39,16 @@ def draw(rng: random.Random, backend: str) -> Case:
         k_rows=k_rows,
         head_dim=rng.choice(head_dims),
         tile=TILES[0] if backend == "hopper" else rng.choice(TILES),
-        causal=rng.random() < 0.7,
+        causal=causal,
         gate=rng.choice(("", "absolute", "gap", "gap", "both")),
         skip=rng.choice((0.2, 0.5, 0.9)),
-        q_offset=0 if padded else rng.choice((0, 0, 64, 100, 333)),
+        q_offset=0 if padded else min(rng.choice((0, 0, 64, 100, 333)), abs(k_rows - q_rows)),
         padded=padded,
         keep_sink=rng.random() < 0.8,
         dtype=dtype,
+        window=rng.choice((1, 50, 128, 200, 400)) if causal and rng.random() < 0.25 and q_rows <= k_rows else None,
+        softcap=2.0 if rng.random() < 0.15 else None,
+        sinks=rng.random() < 0.2,
     )
 
 

@@ -35,12 +35,15 @@ def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
 
 
 def operator_arguments(
-    q, k, v, absolute=None, gap=None, spans=None, blocks=None, q_offset=0, scale=0.25, causal=True, sink=True, lse=True,
-    counts=True, backend="auto",
+    q, k, v, absolute=None, gap=None, spans=None, blocks=None, sinks=None, q_offset=0, scale=0.25, window=None,
+    softcap=None, causal=True, sink=True, lse=True, counts=True, backend="auto",
 ):  # fmt: skip
     lists = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     tile = (TILE.rows, TILE.keys)
-    return q, k, v, absolute, gap, spans, *lists, q_offset, scale, causal, *tile, sink, lse, counts, backend
+    return (
+        q, k, v, absolute, gap, spans, *lists, sinks, q_offset, scale, window, softcap, causal, *tile, sink, lse,
+        counts, backend,
+    )  # fmt: skip
 
 
 def lists(tiles=3, batch=2, heads=4) -> BlockLists:
@@ -57,6 +60,9 @@ ATTENTION = {
     ),
     "spans-with-lengths": lambda: operator_arguments(
         *tensors(), spans=make_spans(2, lengths=torch.tensor([40, 17])), sink=False, backend="reference"
+    ),
+    "window-softcap-sinks": lambda: operator_arguments(
+        *tensors(), gap=thresholds(-1.0), window=20, softcap=2.0, sinks=torch.zeros(4)
     ),
     "chunk": lambda: operator_arguments(*tensors(rows=16, keys=56), q_offset=40, gap=thresholds(0.0)),
     "block-lists": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), blocks=lists()),
@@ -80,7 +86,7 @@ def test_tile_statistics_is_a_sound_operator(causal, spans):
     q, k, v = tensors()
     spans = spans and make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
     lse = block_sparse_attention(q, k, v, causal=causal, spans=spans, return_lse=True, tile=TILE).lse
-    arguments = (q, k, lse, spans, 0, 0.25, causal, TILE.rows, TILE.keys, True, "auto")
+    arguments = (q, k, lse, spans, 0, 0.25, None, None, causal, TILE.rows, TILE.keys, True, "auto")
     torch.library.opcheck(torch.ops.bsfa.tile_statistics, arguments)
 
 
@@ -111,7 +117,7 @@ def test_a_compiled_function_equals_eager(compiler):
 
     q, k, v = tensors()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
-    spans = make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
+    spans = make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]), torch.tensor([40, 35]))
     mask = torch.ones(2, 4, 4, 3, dtype=torch.bool)
     mask[0] = False
     for gap in (-torch.inf, 1.0):
@@ -142,6 +148,14 @@ REFUSED = [
     (dict(q_offset=3, spans=make_spans(2)), r"give either q_offset or spans, not both"),
     (dict(spans=make_spans(3)), r"spans must be int32 \[2, 4\] on cpu, got torch.int32 \[3, 4\] on cpu"),
     (dict(spans=make_spans(2).long()), r"spans must be int32 \[2, 4\] on cpu, got torch.int64 \[2, 4\] on cpu"),
+    (dict(window=0), r"window must be a positive number of keys, got 0"),
+    (dict(window=5, causal=False), r"window needs causal=True: a query sees its last keys"),
+    (
+        dict(window=5, q_offset=3),
+        r"with a window queries may not pass the keys: they end at position 43, the keys at 40",
+    ),
+    (dict(softcap=-1.0), r"softcap must be positive and finite, got -1.0"),
+    (dict(sinks=torch.zeros(3)), r"sinks must be \[4\] on cpu, got \[3\] on cpu"),
     (dict(gate=Gate(gap=thresholds(0.0, heads=3))), r"gate 'gap' has 3 heads, but q has 4"),
     (dict(gate=Gate(absolute=thresholds(0.0).to("meta"))), r"gate 'absolute' is on meta, but q is on cpu"),
     (

@@ -57,8 +57,9 @@ def roles(lengths: Sequence[int]) -> list[str]:
     return ["heldout" if i in held_out else "fit" for i in range(count)]
 
 
-def chosen_modules(model, layers: str | None) -> tuple[dict[str, AttentionModule], dict[str, str]]:
-    """(modules to calibrate, {path of a dense one: why}). `layers` such as "0-3,8" picks by layer index.
+def chosen_modules(model, layers: str | None, plain: bool = False) -> tuple[dict[str, AttentionModule], dict[str, str]]:
+    """(modules to calibrate, {path of a dense one: why}). `layers` such as "0-3,8" picks by layer index; `plain` leaves
+    out modules with a window, softcap or attention sinks.
 
     Raises UsageError for layers that do not exist, InputError where no module may skip tiles.
     """
@@ -71,8 +72,9 @@ def chosen_modules(model, layers: str | None) -> tuple[dict[str, AttentionModule
                 f"--layers {layers}: the model has no layer {min(wanted - known)}; it has {min(known)} to {max(known)}"
             )
         modules = {path: module for path, module in modules.items() if module.layer in wanted}
-    dense = {path: module.dense_reason for path, module in modules.items() if module.dense_reason}
-    able = {path: module for path, module in modules.items() if not module.dense_reason}
+    reasons = {path: module.dense_reason or (plain and module.scoring) for path, module in modules.items()}
+    dense = {path: reason for path, reason in reasons.items() if reason}
+    able = {path: module for path, module in modules.items() if path not in dense}
     if not able:
         raise InputError(f"no attention module of this model may skip tiles: {'; '.join(sorted(set(dense.values())))}")
     return able, dense

@@ -54,7 +54,7 @@ def capture(
     loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    modules, _ = chosen_modules(loaded.model, layers)
+    modules, _ = chosen_modules(loaded.model, layers, plain=True)
     spec = given or default_data(loaded.tokenizer)
     for remark in remarks(given, spec, 1):
         note(remark)

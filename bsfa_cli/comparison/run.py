@@ -74,7 +74,7 @@ def model_cell(
     from ..suites.run import mode
     from .model import ModelBench, Score
 
-    modules, passed_over = chosen_modules(loaded.model, None)
+    modules, passed_over = chosen_modules(loaded.model, None, plain=True)
     chosen, left_out = methods.chosen(names, calibration, True, settings)
     bench = ModelBench(loaded, modules, chosen, tile, device)
     score, asked = (Score(loaded, questions), mode(questions[0])) if questions else (None, None)

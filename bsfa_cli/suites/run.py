@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from bsfa_kernels.integrations import dense
+from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
 
 from ..prefill_tiles import Attending
@@ -98,7 +98,7 @@ def match(answer: str, question: TextQuestion) -> Score:
 def dense_handlers(model) -> dict[str, Handler]:
     """PyTorch's attention in every module that could skip tiles: what sparse answers are compared with."""
     able = [path for path, module in attention_modules(model).items() if module.dense_reason is None]
-    return dict.fromkeys(able, dense.attention)
+    return dict.fromkeys(able, DenseAttention())
 
 
 def examine(

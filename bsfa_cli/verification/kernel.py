@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from bsfa_kernels import block_sparse_attention, explain, reference
 from bsfa_kernels.integrations.transformers import SparseAttention
-from bsfa_kernels.reference import Span
+from bsfa_kernels.reference import Scoring, Span
 from bsfa_kernels.request import UNBOUNDED
 from bsfa_kernels.tiles import query_tile_count
 
@@ -36,8 +36,9 @@ class KernelCheck:
         return {**asdict(self), "passed": self.passed}
 
 
-def check_kernel(handler: SparseAttention, q, k, v, *, scale: float, causal: bool) -> KernelCheck:
-    """Compare what `handler` runs with reference.py. q [B, Hq, T, D], k and v [B, Hkv, T, D]; sequence 0 is used.
+def check_kernel(handler: SparseAttention, q, k, v, scoring: Scoring, sinks: torch.Tensor | None = None) -> KernelCheck:
+    """Compare what `handler` runs with reference.py. q [B, Hq, T, D], k and v [B, Hkv, T, D], sinks [Hq]; sequence 0 is
+    used.
 
     The backend may err as much as plain attention in the dtype of q does, times two, plus four roundings.
     """
@@ -45,25 +46,24 @@ def check_kernel(handler: SparseAttention, q, k, v, *, scale: float, causal: boo
     group = q.shape[1] // k.shape[1]
     kv_heads = sorted({0, k.shape[1] - 1})
     heads = [kv * group + member for kv in kv_heads for member in range(group)]
-    start = max(0, length - QUERY_TILES * tile.rows)
+    start = max(0, length // tile.rows - QUERY_TILES) * tile.rows  # whole tiles: those that gates judge
     q, k, v = q[:1, heads, start:], k[:1, kv_heads], v[:1, kv_heads]
     gate = handler.gate(length, q.device).map(lambda thresholds: thresholds[heads])
-    options = dict(scale=scale, causal=causal, tile=tile, keep_sink=handler.thresholds.keep_sink)
-    kernel = block_sparse_attention(
-        q, k, v, gate, q_offset=start, return_counts=True, backend=handler.backend, **options
-    )
+    sinks = None if sinks is None else sinks[heads]
+    options = dict(tile=tile, keep_sink=handler.thresholds.keep_sink, sinks=sinks)
+    call = dict(q_offset=start, **scoring._asdict(), **options)
+    kernel = block_sparse_attention(q, k, v, gate, return_counts=True, backend=handler.backend, **call)
     backend = handler.backend
     if backend == "auto":
-        backend, _ = explain(q, k, v, gate, q_offset=start, **options)
-    spans = [Span(start, 0, k.shape[2], UNBOUNDED)]
+        backend, _ = explain(q, k, v, gate, **call)
     exact = reference.attention(
-        q, k, v, gate, spans=spans, query_tiles=query_tile_count(start, q.shape[2], tile)[1], **options
-    )
+        q, k, v, gate, scoring=scoring, spans=[Span(start, 0, k.shape[2], UNBOUNDED)],
+        query_tiles=query_tile_count(start, q.shape[2], tile)[1], **options,
+    )  # fmt: skip
     difference = (kernel.kept - exact.kept).abs()
     alike = (difference == 0).repeat_interleave(tile.rows, -1)
-    first_row = start % tile.rows
-    alike = alike[..., first_row : first_row + q.shape[2]]
-    plain_error = _plain_error(q, k, v, scale, causal, start)
+    alike = alike[..., : q.shape[2]]
+    plain_error = _plain_error(q, k, v, scoring, sinks, start)
     return KernelCheck(
         handler.path,
         backend,
@@ -75,13 +75,19 @@ def check_kernel(handler: SparseAttention, q, k, v, *, scale: float, causal: boo
     )
 
 
-def _plain_error(q, k, v, scale: float, causal: bool, start: int) -> float:
+def _plain_error(q, k, v, scoring: Scoring, sinks, start: int) -> float:
     def attend(q, k, v):
-        scores = scale * (q @ k.mT)
-        if causal:
-            rows = torch.arange(q.shape[2], device=q.device)[:, None] + start
-            scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > rows, -torch.inf)
-        return scores.softmax(-1) @ v
+        scores = scoring.scale * (q @ k.mT)
+        if scoring.softcap is not None:
+            scores = scoring.softcap * (scores / scoring.softcap).tanh()
+        if scoring.causal:
+            row = torch.arange(q.shape[2], device=q.device)[:, None] + start
+            key = torch.arange(k.shape[2], device=q.device)
+            hidden = key > row if scoring.window is None else (key > row) | (key <= row - scoring.window)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+        return scores.softmax(-1)[..., : k.shape[2]] @ v
 
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from bsfa_kernels import block_sparse_attention
 from bsfa_kernels.integrations.transformers import SparseAttention
+from bsfa_kernels.reference import Scoring
 
 from .kernel import KernelCheck, check_kernel
 
@@ -65,6 +66,8 @@ class MeasuringAttention:
     Errors are therefore each layer's own, on the inputs it really gets in the sparse model.
     """
 
+    knows_scoring = True
+
     def __init__(self, sparse: SparseAttention, check_kernel: bool):
         self.sparse = sparse
         self.kernel: KernelCheck | None = None
@@ -72,8 +75,8 @@ class MeasuringAttention:
         self._check_kernel = check_kernel
         self._sums = None
 
-    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-        common = dict(scale=scale, causal=causal, spans=spans, return_lse=True)
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
+        common = dict(scale=scale, causal=causal, spans=spans, return_lse=True, **scoring)
         sparse = self.sparse.attend(q, k, v, return_counts=True, **common)
         dense = block_sparse_attention(q, k, v, backend=self.sparse.backend, **common)
         if self._sums is None:
@@ -91,7 +94,10 @@ class MeasuringAttention:
             self._sums[2, head] += (sparse.out[:, head].float() - exact).square().sum(dtype=torch.float64)
             self._sums[3, head] += exact.square().sum(dtype=torch.float64)
         if self._check_kernel and self.kernel is None:
-            self.kernel = check_kernel(self.sparse, q, k, v, scale=scale, causal=causal)
+            self.kernel = check_kernel(
+                self.sparse, q, k, v, Scoring(scale, causal, scoring.get("window"), scoring.get("softcap")),
+                scoring.get("sinks"),
+            )  # fmt: skip
         return sparse.out
 
     @property

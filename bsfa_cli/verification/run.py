@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from bsfa_kernels.integrations import dense
+from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import (
     SparseAttention,
     attach,
@@ -56,7 +56,7 @@ def verify_points(
     attending = {point: Attending(model) for point in points}
     for sample in samples:
         tokens = torch.tensor(sample.tokens, device=model.device)
-        with attach(model, dict.fromkeys(reachable, dense.attention)):
+        with attach(model, dict.fromkeys(reachable, DenseAttention())):
             exact = head.hidden(tokens)
         step()
         with attach(model, whole):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from bsfa_kernels.integrations import dense
+from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import SparseAttention, attach, attention_modules
 
 from ..calibration import fit, points
@@ -99,7 +99,7 @@ class Search:
         self._tokens = [torch.tensor(text.tokens, device=self.model.device) for text in texts]
         able = [path for path, module in self._modules.items() if module.dense_reason is None]
         self._exact = []
-        with attach(self.model, dict.fromkeys(able, dense.attention)):
+        with attach(self.model, dict.fromkeys(able, DenseAttention())):
             for tokens in self._tokens:
                 self._exact.append(self._head.hidden(tokens))
                 step()

@@ -28,7 +28,7 @@ def attention(request: Request):
     kept = torch.zeros(batch, heads, request.query_tiles, dtype=torch.int32, device=q.device)
     candidates = torch.zeros_like(kept)
     for b, span in enumerate(request.host_spans()):
-        k_b, v_b = k[b].to(compute), v[b].to(compute)
+        span, k_b, v_b = _from_zero(span, k[b].to(compute), v[b].to(compute))
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile, request.window)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
@@ -61,7 +61,7 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
     for b, span in enumerate(request.host_spans()):
-        k_b = k[b].to(compute)
+        span, k_b = _from_zero(span, k[b].to(compute))
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):
             plan = visit(query_tile, span.length, request.causal, request.keep_sink, request.tile, request.window)
             scores, rows = _visible_scores(request, q[b], k_b, span, query_tile, plan)
@@ -79,6 +79,16 @@ def tile_statistics(request: Request, lse: torch.Tensor):
             gap[b, :, t, : plan.first_keys] = -torch.inf
             mass_mean[b, :, t, :end], mass_worst[b, :, t, :end] = mass.mean(1).float(), mass.amax(1).float()
     return maximum, gap, mass_mean, mass_worst
+
+
+def _from_zero(span: Span, *tensors):
+    """The span and [Hkv, Tk, D] tensors with rows for the positions that a sliding cache no longer holds: no window
+    reaches them.
+    """
+    missing = max(span.k_offset, 0)
+    if missing:
+        tensors = [torch.nn.functional.pad(x, (0, 0, missing, 0)) for x in tensors]
+    return (span._replace(k_offset=span.k_offset - missing), *tensors)
 
 
 def _visible_scores(request: Request, q_b, k_b, span: Span, query_tile: int, plan: Visit):

@@ -42,7 +42,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 UNCOUNTED = gl.constexpr(-(2**30))  # below any number of tiles
 PROPAGATE_NAN = gl.constexpr(triton.language.PropagateNan.ALL)
 UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
-HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128}  # head dim: columns of its tiles; TMA fills the rest with zeros
+MAX_HEAD_DIM = 128
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(128)
 CONSUMERS = gl.constexpr(3)
@@ -60,8 +60,8 @@ def unsupported(request: Request) -> str | None:
         return "Gluon kernels do not run in Triton's interpreter (TRITON_INTERPRET=1)"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype} is neither float16 nor bfloat16"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[3]} is not a multiple of 8 up to {MAX_HEAD_DIM}"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
     axes = (triton.cdiv(request.query_tiles, CONSUMERS.value), sections(q, request.k))
@@ -73,7 +73,7 @@ def unsupported(request: Request) -> str | None:
 def attention(request: Request):
     q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
     batch, heads, q_rows, head_dim = q.shape
-    tiles, block_d = request.query_tiles, HEAD_DIMS[head_dim]
+    tiles, block_d = request.query_tiles, columns(head_dim)
     gate = request.gate.map(torch.Tensor.contiguous)
     optional = (gate.absolute, gate.gap, request.spans)
     out, lse, kept, candidates = request.new_outputs()
@@ -100,6 +100,11 @@ def attention(request: Request):
             num_warps=4, maxnreg=128,
         )  # fmt: skip
     return out, lse, kept, candidates
+
+
+def columns(head_dim: int) -> int:
+    """Of a tile of Q, K or V in shared memory; TMA fills what is more than the head dim with zeros."""
+    return 64 if head_dim <= 64 else 128
 
 
 @cache

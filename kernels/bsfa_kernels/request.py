@@ -83,10 +83,10 @@ def make_spans(
 ) -> torch.Tensor:
     """Spans int32 [B, 4] for `block_sparse_attention`, one row (q_offset, k_offset, key length, query length) each.
 
-    Query row i of a sequence stands at position q_offset + i, key row j at k_offset + j (k_offset <= 0: a negative
-    offset says how many leading rows are left padding). Sequences end at `lengths`: positions from there on are
-    padding, and a query tile that ends there is whole. Without `lengths` keys end with their tensor, and sequences may
-    go on.
+    Query row i of a sequence stands at position q_offset + i, key row j at k_offset + j: a negative k_offset says how
+    many leading rows are left padding, a positive one, with a window, how many keys a cache no longer holds. Sequences
+    end at `lengths`: positions from there on are padding, and a query tile that ends there is whole. Without `lengths`
+    keys end with their tensor, and sequences may go on.
     """
 
     def full(value):

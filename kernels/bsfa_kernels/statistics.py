@@ -8,7 +8,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import candidate, load_span, query_rows, visited
-from .portable import LOG2E, aligned, cap_scores, device_guard, larger, largest, mask_tile, tile_scores, unsupported
+from .portable import (
+    LOG2E,
+    aligned,
+    cap_scores,
+    columns,
+    device_guard,
+    larger,
+    largest,
+    mask_tile,
+    tile_scores,
+    unsupported,
+)
 from .request import Request
 
 __all__ = ["tile_statistics", "unsupported"]
@@ -22,7 +33,7 @@ def tile_statistics(request: Request, lse: torch.Tensor):
     shape = (batch, heads, request.query_tiles, request.key_tiles)
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = columns(head_dim)
     stages = 3 if q.element_size() * block_d <= 256 else 1
     with device_guard(q):
         _statistics[(batch * heads, request.query_tiles)](

@@ -24,6 +24,8 @@ def grid():
         yield Case(1, 2, 1, 173, 173, 16, tile, True, "both", window=40, sinks=True)
         yield Case(3, 2, 1, 60, 90, 16, tile, True, "gap", padded=True, window=20, softcap=2.0)
         yield Case(1, 2, 1, 100, 100, 16, tile, False, "gap", softcap=1.5, sinks=True)
+    for head_dim in (8, 40, 72):
+        yield Case(1, 2, 1, 90, 90, head_dim, WIDE)
     yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "gap", window=1)
     yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "", window=33, blocks="shuffled")
     yield Case(1, 2, 1, 200, 200, 96, WIDE, dtype=torch.float16)

@@ -66,6 +66,15 @@ def attention(
     return out
 
 
+class DenseAttention:
+    """`attention` as a handler, for `transformers.attach`: exact, and no kernel of ours has a part in it."""
+
+    knows_scoring = True
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
+        return attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring)
+
+
 def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool) -> torch.Tensor:
     """scaled_dot_product_attention without a mask: rows of q and of k start at position 0. Shapes as in `attention`."""
     grouped = k.shape[1] != q.shape[1]

@@ -54,7 +54,7 @@ class SpanMask(torch.Tensor):
         if name in _CARRIED:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {})).as_subclass(cls)
-        if name in _READ:
+        if name in _READ or name.startswith("is_") or (name[0] == "_" and name[1] != "_"):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         raise ValueError(  # a TypeError would become "unsupported operand"
@@ -64,10 +64,10 @@ class SpanMask(torch.Tensor):
 
 
 _CARRIED = frozenset({"to", "cuda", "cpu", "clone", "detach", "contiguous"})
+# Besides what begins with `is_` or `_`: torch.compile asks those of whatever goes into a graph.
 _READ = frozenset({
-    "__get__", "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "is_floating_point",
-    "is_contiguous", "get_device", "as_subclass", "__repr__", "__len__", "__hash__", "data_ptr", "storage_offset",
-    "untyped_storage", "is_complex", "__format__", "__reduce_ex__",
+    "__get__", "dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "get_device", "as_subclass",
+    "__repr__", "__len__", "__hash__", "data_ptr", "storage_offset", "untyped_storage", "__format__", "__reduce_ex__",
 })  # fmt: skip
 
 

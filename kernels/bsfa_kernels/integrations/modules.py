@@ -29,6 +29,7 @@ class AttentionModule:
     scale: float
     causal: bool
     dense_reason: str | None  # why no tile is ever skipped in it, in words; None where tiles may be
+    scoring: str | None = None  # its window, softcap or attention sinks, in words: other methods do not know them
     device: torch.device | str = "cpu"  # of its weights
 
 
@@ -100,7 +101,7 @@ def describe(path: str, module: nn.Module) -> AttentionModule:
     scale = _first(module, "scaling", "scale", "softmax_scale") or head_dim**-0.5
     return AttentionModule(
         path, getattr(module, "layer_idx", None), query_heads, kv_heads, head_dim, float(scale),
-        bool(getattr(module, "is_causal", True)), _dense_reason(module),
+        bool(getattr(module, "is_causal", True)), _dense_reason(module), _scoring(module),
         next((weight.device for weight in module.parameters()), "cpu"),
     )  # fmt: skip
 
@@ -109,14 +110,18 @@ def _dense_reason(module: nn.Module) -> str | None:
     implementation = module.config._attn_implementation
     if implementation != "bsfa":
         return f"attn_implementation is {implementation!r}"
-    if _first(module, "attn_logit_softcapping"):
-        return softcap_reason(module.attn_logit_softcapping)
-    if getattr(module, "sinks", None) is not None:
-        return SINKS
     if getattr(module, "is_cross_attention", False):
         return "cross-attention"
     if _first(module, "v_head_dim") not in (None, _first(module, "qk_head_dim", "head_dim")):
         return HEAD_DIMS
+    return None
+
+
+def _scoring(module: nn.Module) -> str | None:
+    if _first(module, "attn_logit_softcapping"):
+        return softcap_reason(module.attn_logit_softcapping)
+    if getattr(module, "sinks", None) is not None:
+        return SINKS
     window = _window(module)
     return window_reason(window) if window else None
 

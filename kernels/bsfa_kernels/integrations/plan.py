@@ -66,44 +66,44 @@ class Call(NamedTuple):
 
 
 class Gated(Protocol):
-    """What the planner asks of a handler. A handler without these attributes serves every prefill itself."""
+    """What the planner asks of a handler. A handler without these attributes serves every plain prefill itself."""
 
     least_rows: int  # its gate was calibrated on the vote of so many rows: with fewer queries every tile is kept
     fused_tile: TileShape | None  # on a GPU only a fused kernel of this tile serves it; None: it serves itself
+    knows_scoring: bool  # it takes window=, softcap= and sinks= where a call has them
 
 
 def plan(call: Call, handler: Gated | None) -> Step:
     """The step for `call` in a module with `handler`."""
-    unknown = _unknown(call)
-    if unknown is not None:
-        return Step(Route.FALLBACK, unknown, expected=False)
-    rows = call.q.shape[2]
+    rows, scoring = call.q.shape[2], _scoring(call)
+    if call.k.shape[-1] != call.v.shape[-1]:
+        return Step(Route.FALLBACK, HEAD_DIMS, expected=False)
+    if call.masked and rows > 1:
+        return Step(Route.FALLBACK, MASK, expected=False)
     if handler is None:
         reason, expected = NO_THRESHOLDS, True
     elif rows < (least := getattr(handler, "least_rows", 2)):
         reason, expected = f"calls of fewer than {least} queries keep every tile", True
+    elif scoring is not None and not getattr(handler, "knows_scoring", False):
+        reason, expected = scoring, False
     else:
         reason, expected = _no_kernel(call, getattr(handler, "fused_tile", None)), False
         if reason is None:
             return Step(Route.GATED, None, True)
-    if not (call.spans or call.masked) and (not call.causal or rows == call.k.shape[2]):
+    if not (call.spans or call.masked or scoring) and (not call.causal or rows == call.k.shape[2]):
         return Step(Route.LIBRARY, reason, expected)
     if not call.masked and call.q.is_cuda and _no_kernel(call, TileShape()) is None:
         return Step(Route.KEPT, reason, expected)
     return Step(Route.FALLBACK, reason, expected)
 
 
-def _unknown(call: Call) -> str | None:
-    """What the kernels do not know, whatever is attached."""
+def _scoring(call: Call) -> str | None:
+    """What PyTorch's attention does not know of how scores are made, in words."""
     if call.softcap is not None:
         return softcap_reason(call.softcap)
     if call.sinks:
         return SINKS
-    if call.k.shape[-1] != call.v.shape[-1]:
-        return HEAD_DIMS
-    if call.window is not None:
-        return window_reason(call.window)
-    return MASK if call.masked and call.q.shape[2] > 1 else None
+    return None if call.window is None else window_reason(call.window)
 
 
 def _no_kernel(call: Call, tile: TileShape | None) -> str | None:

@@ -34,6 +34,8 @@ class SparseAttention:
     and candidate tiles on the device, without waiting for it, over all threads and streams.
     """
 
+    knows_scoring = True
+
     def __init__(
         self,
         thresholds: Thresholds,
@@ -101,9 +103,9 @@ class SparseAttention:
             tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend, **options,
         )  # fmt: skip
 
-    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
         counting = self._totals is not None
-        result = self.attend(q, k, v, scale=scale, causal=causal, spans=spans, return_counts=counting)
+        result = self.attend(q, k, v, scale=scale, causal=causal, spans=spans, return_counts=counting, **scoring)
         if counting:
             if self._totals.device != q.device:
                 self._totals = self._totals.to(q.device)

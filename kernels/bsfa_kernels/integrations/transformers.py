@@ -79,7 +79,8 @@ class Handler(Protocol):
         spans: torch.Tensor | None,
     ) -> torch.Tensor:
         """q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], spans as in `block_sparse_attention` (None: both start at
-        position 0, no padding); returns [B, Hq, Tq, D] in the dtype of q.
+        position 0, no padding); returns [B, Hq, Tq, D] in the dtype of q. A handler that says `knows_scoring` is given
+        `window`, `softcap` and `sinks` besides where a module has them, as in `block_sparse_attention`.
         """
         ...
 
@@ -144,7 +145,8 @@ def attention(
     if step.route in (Route.GATED, Route.KEPT):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         run = handler if step.route is Route.GATED else keep_every_tile
-        out = run(query, key, value, scale=scale, causal=causal, spans=spans)
+        scoring = {k: v for k, v in (("window", window), ("softcap", softcap), ("sinks", s_aux)) if v is not None}
+        out = run(query, key, value, scale=scale, causal=causal, spans=spans, **scoring)
     elif step.route is Route.LIBRARY:
         out = dense.library(query, key, value, scale=scale, causal=causal)
     else:
@@ -155,9 +157,9 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def keep_every_tile(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
-    """Exact attention on our own kernel: the only one that knows where each sequence stands."""
-    return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans).out
+def keep_every_tile(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
+    """Exact attention on our own kernel: the only one that knows where each sequence stands, and sinks and softcap."""
+    return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring).out
 
 
 def _refuse(module: nn.Module, dropout: float, keywords: dict) -> None:
