@@ -35,6 +35,7 @@ def fetch(
         raise UsageError(f"there is no model {name!r} to fetch; there is {', '.join(models.MODELS)}")
     if output is None:
         raise UsageError("where should the checkpoint go? give -o FOLDER")
+    output = output.resolve()
     longer = output.with_name(f"{output.name}-{stretch}x")
     for folder in (output, longer) if stretch > 1 else (output,):
         if folder.exists():
