@@ -2,7 +2,7 @@
 # make test        install, then every test that needs no GPU
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
-# make readme      README.md's table and the plots, again from profiles/results/*.json
+# make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
 # make gpu-test    every test that needs a GPU
 # make gpu-sanitize   memory and race checks of small calls under compute-sanitizer
@@ -18,7 +18,7 @@ SWEEP ?= all
 ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.85 --json
 PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
-PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \
+PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml matplotlib setuptools \
             pytest pytest-timeout pytest-xdist ruff kernels
 
 export TOKENIZERS_PARALLELISM = false

@@ -49,7 +49,7 @@ def verify(
         ),
     ] = None,
     heat_map: Annotated[
-        Path | None, Option(metavar="FILE.svg", help="With --tasks: draw accuracy by length and depth.")
+        Path | None, Option(metavar="FILE.svg", help="With --tasks: draw accuracy by length and depth; .svg or .png.")
     ] = None,
     save_questions: Annotated[
         Path | None, Option(metavar="FILE.jsonl", help="With --tasks: write the questions as a RULER file.")
@@ -85,10 +85,13 @@ def verify(
     parameter, must be those of the calibrated one. That tells models apart that were trained apart; a change too small
     to flip a sign, such as a weight matrix scaled by 1.01, passes this check, and shows only in what is measured.
     """
+    from ..presentation import figures
     from ..verification.gates import Gates
 
     gates = Gates(min_top1, max_perplexity_increase, max_dropped_mass, min_skip, min_retention)
     _check_options(tasks, gates, negative_control, lengths, heat_map, save_questions)
+    if heat_map is not None:
+        figures.check(heat_map)
 
     from bsfa_kernels.backends import NAMES
     from bsfa_kernels.thresholds import Thresholds
@@ -216,7 +219,7 @@ def _tasks(
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..files import write_whole
     from ..models.load import explain_memory
-    from ..presentation import tasks_table
+    from ..presentation import figures, tasks_table
     from ..presentation.console import note, progress
     from ..presentation.heat_map import heat_map as draw
     from ..suites import ruler
@@ -252,7 +255,7 @@ def _tasks(
     failures += _judge_control(control, job.gates.task_accuracy_failures)
     if heat_map is not None:
         words = f"Exact answers in percent, by tokens and depth: {loaded.identity['id']}, {how}"
-        write_whole(heat_map, draw([dense, *results], words).encode())
+        write_whole(heat_map, figures.content(draw([dense, *results], words), heat_map))
         note(f"written: {heat_map}")
     found = {
         "tasks": {"spec": spec, "mode": how, "seed": job.seed, "questions": tasks.to_json(answers)},
