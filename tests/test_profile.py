@@ -436,7 +436,7 @@ def test_a_gpu_cell_names_its_baselines_and_agrees_with_dense():
 
 @pytest.mark.gpu
 def test_a_shape_without_a_gpu_kernel_is_told_apart_from_a_slow_one():
-    small = plan.Plan("odd", (plan.Shape("odd", 2, 2, 8),), (512,), (0.5,))
+    small = plan.Plan("odd", (plan.Shape("odd", 2, 2, 12),), (512,), (0.5,))
     cell = sweep.cell(small, small.shapes[0], 512, torch.device("cuda"), seconds=0.01)
     assert {row["kind"] for row in cell["contenders"]} == {"dense"}
     assert any("no GPU kernel serves this shape" in absent["reason"] for absent in cell["unavailable"])
@@ -446,6 +446,6 @@ def test_a_shape_without_a_gpu_kernel_is_told_apart_from_a_slow_one():
 def test_a_gpu_prefill_times_every_backend():
     from bsfa_cli.timing.prefill import Prefill
 
-    entry = Prefill(None, None, None, torch.device("cuda"), "auto").time("tasks:all", 1024, 0, 0.1)
+    entry = Prefill(None, None, None, torch.device("cuda"), "auto").time("tasks:all", 2048, 0, 0.1)
     assert {"the backend PyTorch picks", "bsfa, nothing skipped"} <= {row["name"] for row in entry["contenders"]}
     assert all(row["ms_median"] > 0 for row in entry["contenders"])
