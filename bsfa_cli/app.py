@@ -20,7 +20,9 @@ from .errors import BsfaError, UsageError
 from .streams import open_closed_streams, write
 
 TRACEBACK = "BSFA_TRACEBACK"
-COMMANDS = ("calibrate", "export", "verify", "profile", "capture", "compare", "report", "inspect", "env")
+COMMANDS = (
+    "fetch", "calibrate", "export", "verify", "profile", "capture", "compare", "report", "inspect", "env",
+)  # fmt: skip
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 EPILOG = (
     "Every option can also come from --config FILE.yaml or from the environment (BSFA_<COMMAND>_<OPTION>): flags win "

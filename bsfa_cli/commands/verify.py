@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..verification.gates import Gates
 
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
+TEXT_LIMITS = "--min-top1, --max-perplexity-increase, --max-kl-over-floor or --max-dropped-mass"
 
 
 def verify(
@@ -60,6 +61,13 @@ def verify(
     max_perplexity_increase: Annotated[
         float | None, Option(help="Fail above this relative increase of perplexity (0.01 is one percent).")
     ] = None,
+    max_kl_over_floor: Annotated[
+        float | None,
+        Option(
+            help="Fail where the KL divergence from dense predictions is more than this above that with nothing "
+            "skipped, in nats per position."
+        ),
+    ] = None,
     max_dropped_mass: Annotated[
         float | None, Option(help="Fail above this 99th percentile, over rows and heads, of dropped softmax mass.")
     ] = None,
@@ -88,7 +96,9 @@ def verify(
     from ..presentation import figures
     from ..verification.gates import Gates
 
-    gates = Gates(min_top1, max_perplexity_increase, max_dropped_mass, min_skip, min_retention)
+    gates = Gates(
+        min_top1, max_perplexity_increase, max_kl_over_floor, max_dropped_mass, min_skip, min_retention
+    )  # fmt: skip
     _check_options(tasks, gates, negative_control, lengths, heat_map, save_questions)
     if heat_map is not None:
         figures.check(heat_map)
@@ -151,7 +161,7 @@ def verify(
     if gates.judge_accuracy:
         note("passed")
     else:
-        limits = "--min-top1, --max-perplexity-increase or --max-dropped-mass" if tasks is None else "--min-retention"
+        limits = TEXT_LIMITS if tasks is None else "--min-retention"
         note(f"passed, with no accuracy limit asked for: {limits}")
 
 
@@ -189,7 +199,7 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
         task = display.add_task(
-            "dense and sparse passes", total=len(texts) * (1 + len(points)) + 2 * job.negative_control
+            "dense and sparse passes", total=len(texts) * (2 + len(points)) + 3 * job.negative_control
         )
 
         def step():
@@ -204,6 +214,7 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
     for result in results:
         result["failures"] = job.gates.failures(result)
         failures += [f"{result['name']}: {failure}" for failure in result["failures"]]
+        result["drift"] = run.drift(artifact, result)
         verify_table.show(result, result["failures"])
     failures += _judge_control(control, job.gates.accuracy_failures)
     drawn = {
@@ -332,7 +343,7 @@ def _check_options(tasks, gates: Gates, negative_control: bool, lengths, heat_ma
     """Raise UsageError for options that do not go together."""
     text_limits = {
         "--min-top1": gates.min_top1, "--max-perplexity-increase": gates.max_perplexity_increase,
-        "--max-dropped-mass": gates.max_dropped_mass,
+        "--max-kl-over-floor": gates.max_kl_over_floor, "--max-dropped-mass": gates.max_dropped_mass,
     }  # fmt: skip
     task_options = {
         "--min-retention": gates.min_retention, "--lengths": lengths, "--heat-map": heat_map,
@@ -342,7 +353,7 @@ def _check_options(tasks, gates: Gates, negative_control: bool, lengths, heat_ma
         if value is not None:
             raise UsageError(f"{option} needs --tasks" if tasks is None else f"{option} judges texts: drop --tasks")
     if negative_control and not gates.judge_accuracy:
-        limits = "--min-top1, --max-perplexity-increase or --max-dropped-mass" if tasks is None else "--min-retention"
+        limits = TEXT_LIMITS if tasks is None else "--min-retention"
         raise UsageError(f"--negative-control needs an accuracy gate that it can fail: {limits}")
 
 

@@ -11,8 +11,9 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError
+from . import gguf
 from .random_weights import LABEL_KEY
 
 # Made by `python -m bsfa_cli.training`.
@@ -75,7 +77,7 @@ def load_model(
     attn_implementation: str | dict[str, str] = "bsfa",
     check_config: Callable[[Any], None] = lambda config: None,
 ) -> LoadedModel:
-    """The model of a local directory or a Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
+    """The model of a directory, GGUF file or Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
 
     `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. `check_config` may
     refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
@@ -91,16 +93,17 @@ def load_model(
         dtype = torch.float32
     bundled = name_or_path in (None, BUNDLED_ID)
     source = str(BUNDLED) if bundled else _source(os.fspath(name_or_path))
-    with _quiet():
+    with quiet():
         config = _read_config(source)
         check_config(config)
         tokenizer = _read_tokenizer(source)
         with explain_memory("--dtype (bfloat16 halves float32), or take a smaller model"):
             model = _read_weights(source, config, dtype, attn_implementation)
+            if gguf.is_gguf(source) and hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config  # its weights are plain numbers now, as any checkpoint's
             _check_causal(source, model)
             model = model.to(device).eval()
-    name = Path(source).resolve().name if os.path.isdir(source) else source
-    identity = _identity(model, BUNDLED_ID if bundled else name, getattr(config, "_commit_hash", None))
+    identity = _identity(model, BUNDLED_ID if bundled else _name(source), getattr(config, "_commit_hash", None))
     return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None))
 
 
@@ -113,15 +116,14 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
     # The commands say which modules run dense, from `attention_modules` and `notes`.
     warnings.filterwarnings("ignore", category=DenseFallback)
     source = _source(os.fspath(name_or_path))
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         config = _read_config(source)
         try:
             model = _auto_class(config).from_config(config, attn_implementation="bsfa")
         except Exception as error:
             raise _explain(source, "configuration", error) from error
         _check_causal(source, model)
-    name = Path(source).resolve().name if os.path.isdir(source) else source
-    return model, name, getattr(config, "_commit_hash", None)
+    return model, _name(source), getattr(config, "_commit_hash", None)
 
 
 def check_positions(config, length: int, flag: str) -> None:
@@ -140,11 +142,27 @@ def _source(name: str) -> str:
         if not (path / "config.json").is_file():
             raise InputError(f"model directory {path} has no config.json; expected a Hugging Face checkpoint")
         return str(path)
+    if gguf.is_gguf(path) and path.exists():
+        gguf.check(path)
+        return str(path)
     if path.exists():
         raise InputError(f"model {path} is a file; expected a directory with a Hugging Face checkpoint or a Hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
         raise InputError(f"model directory {path} does not exist")
     return name
+
+
+def _name(source: str) -> str:
+    """What a model is called: its folder or file, or its Hub id."""
+    return Path(source).resolve().name if os.path.exists(source) else source
+
+
+def _pretrained(source: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` of transformers takes for `source`."""
+    if not os.path.isfile(source):
+        return source, {}
+    folder, name = os.path.split(source)
+    return folder or ".", {"gguf_file": name}
 
 
 def _read_config(source: str):
@@ -158,7 +176,8 @@ def _read_config(source: str):
         if not isinstance(content, dict):
             raise InputError(f"{source}/config.json must hold a JSON object, got {type(content).__name__}")
     try:
-        config = AutoConfig.from_pretrained(source)
+        place, options = _pretrained(source)
+        config = AutoConfig.from_pretrained(place, **options)
     except Exception as error:
         raise _explain(source, "configuration", error) from error
     architecture = (config.architectures or [None])[0]
@@ -195,16 +214,18 @@ def _read_tokenizer(source: str):
     if os.path.isdir(source) and not any(next(Path(source).glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise InputError(f"model directory {source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        place, options = _pretrained(source)
+        return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise _explain(source, "tokenizer", error) from error
 
 
 def _read_weights(source: str, config, dtype, attn_implementation):
+    place, options = _pretrained(source)
     try:
         model, info = _auto_class(config).from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            place, **options, config=config, dtype=dtype, attn_implementation=attn_implementation,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -268,7 +289,7 @@ def _explain(source: str, part: str, error: Exception) -> BsfaError:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
     names = {type(cause).__name__ for cause in causes}
-    if not os.path.isdir(source):
+    if not os.path.exists(source):
         if names & {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"}:
             return InputError(
                 f"model {source} is neither a directory nor a repository on the Hugging Face Hub that you can read"
@@ -296,7 +317,7 @@ def _identity(model, name: str, revision: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own progress bars and warnings off: what matters of them is raised."""
     from transformers.utils import logging
 
@@ -305,7 +326,8 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # the bar of GGUF files knows no verbosity
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

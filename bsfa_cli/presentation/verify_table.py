@@ -7,7 +7,8 @@ from .console import console, note
 
 def show(point: dict, failures: list[str]) -> None:
     """One operating point: predictions, layers, kernel, verdict. `point` as in verification/run.py."""
-    logits, dropped = point["logits"], point["dropped_mass"]
+    logits, floor, dropped = point["logits"], point["floor"], point["dropped_mass"]
+    spread = logits["intervals"]
     note(f"\noperating point {point['name']}: {percent(point['skip'])} of {point['candidates']:,} tiles skipped")
     if point["uncalibrated"]:
         ran = len(point["modules"])
@@ -16,10 +17,18 @@ def show(point: dict, failures: list[str]) -> None:
             "modules that have thresholds; the others keep every tile"
         )
     note(
-        f"  top-1 agreement {percent(logits['top1'])}, KL {number(logits['kl'])}, perplexity "
-        f"{number(logits['perplexity_dense'])} dense, {number(logits['perplexity_sparse'])} sparse "
-        f"({percent(logits['perplexity_increase'], '+')})"
+        f"  top-1 agreement {percent(logits['top1'])}{between(spread['top1'])}, KL {number(logits['kl'])}"
+        f"{between(spread['kl'], number)}, perplexity {number(logits['perplexity_dense'])} dense, "
+        f"{number(logits['perplexity_sparse'])} sparse ({percent(logits['perplexity_increase'], '+')}"
+        f"{between(spread['perplexity_increase'])})"
     )
+    note(
+        f"  with nothing skipped: top-1 {percent(floor['top1'])}, KL {number(floor['kl'])}, perplexity "
+        f"{percent(floor['perplexity_increase'], '+')}; KL above that {number(logits['kl_over_floor']['value'])}"
+        f"{between(logits['kl_over_floor']['interval'], number)}"
+    )
+    if point["drift"]:
+        note(f"  {point['drift']}")
     note(f"  dropped softmax mass by row: {summary(dropped)}")
     layers = _table("module", "skip", "error", "dropped", "p99", "worst")
     heads = _table("worst head of a module", "skip", "error", "dropped", "p99", "worst")
@@ -58,6 +67,11 @@ def _cells(entry: dict) -> list[str]:
 
 def summary(dropped: dict) -> str:
     return ", ".join(f"{key} {percent(dropped[key])}" for key in ("mean", "p99", "worst"))
+
+
+def between(ends: list | None, show=None) -> str:
+    """A 95 % interval behind a number; nothing where there is none."""
+    return "" if ends is None else " [" + " .. ".join((show or percent)(end) for end in ends) + "]"
 
 
 def percent(share: float | None, sign: str = "") -> str:

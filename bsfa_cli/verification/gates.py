@@ -14,6 +14,7 @@ class Gates:
 
     min_top1: float | None = None  # share of positions, 0 .. 1
     max_perplexity_increase: float | None = None  # relative: 0.01 is one percent
+    max_kl_over_floor: float | None = None  # nats per position, above what the kernel gives with nothing skipped
     max_dropped_mass: float | None = None  # 99th percentile over rows, 0 .. 1
     min_skip: float | None = None  # share of the whole model's candidate tiles, 0 .. 1
     min_retention: float | None = None  # lower end of the interval for sparse over dense accuracy, 0 .. 1
@@ -23,14 +24,14 @@ class Gates:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
-        increase = self.max_perplexity_increase
-        if increase is not None and not 0 <= increase < float("inf"):
-            raise UsageError(f"--max-perplexity-increase must be a number from 0 on, got {increase}")
+        for name in ("max_perplexity_increase", "max_kl_over_floor"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"--{name.replace('_', '-')} must be a number from 0 on, got {value}")
 
     @property
     def judge_accuracy(self) -> bool:
-        limits = (self.min_top1, self.max_perplexity_increase, self.max_dropped_mass, self.min_retention)
-        return any(limit is not None for limit in limits)
+        return any(limit is not None for name, limit in vars(self).items() if name != "min_skip")
 
     def accuracy_failures(self, result: dict) -> list[str]:
         """Sentences for the accuracy limits that `result` (see run.py) misses. A number that is not one misses."""
@@ -39,6 +40,8 @@ class Gates:
             ("--min-top1", "top-1 agreement", logits["top1"], self.min_top1, 1),
             ("--max-perplexity-increase", "perplexity increase", logits["perplexity_increase"],
              self.max_perplexity_increase, -1),
+            ("--max-kl-over-floor", "KL above the noise floor", logits["kl_over_floor"]["value"],
+             self.max_kl_over_floor, -1),
             ("--max-dropped-mass", "p99 dropped mass", dropped, self.max_dropped_mass, -1),
         )  # fmt: skip
         return [

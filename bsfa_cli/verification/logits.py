@@ -9,8 +9,19 @@ from __future__ import annotations
 import torch
 
 from ..errors import InputError
+from .intervals import interval
 
 LOGITS_PER_CHUNK = 2**26
+FIRST_OCTAVE = 512  # positions
+SUMS = ("positions", "predicted", "kl", "agree", "dense", "sparse")
+POSITIONS, PREDICTED, KL, AGREE, DENSE, SPARSE = range(len(SUMS))
+STATISTICS = {  # of sums [..., SUMS]
+    "kl": lambda x: x[..., KL] / x[..., POSITIONS],
+    "top1": lambda x: x[..., AGREE] / x[..., POSITIONS],
+    "perplexity_dense": lambda x: (x[..., DENSE] / x[..., PREDICTED]).exp(),
+    "perplexity_sparse": lambda x: (x[..., SPARSE] / x[..., PREDICTED]).exp(),
+    "perplexity_increase": lambda x: ((x[..., SPARSE] - x[..., DENSE]) / x[..., PREDICTED]).expm1(),
+}
 
 
 class Head:
@@ -46,46 +57,85 @@ class Head:
 
 
 class Predictions:
-    """Dense against sparse predictions, summed over positions and samples."""
+    """Dense against sparse predictions, summed by text and octave of the position."""
 
     def __init__(self):
-        self.positions = self.predicted = 0
-        self._sums = {"kl": 0.0, "agree": 0.0, "dense": 0.0, "sparse": 0.0}
         self.finite = True
+        self._texts: list[torch.Tensor] = []  # float64 [octaves, sums]
 
     def add(self, head: Head, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch.Tensor) -> None:
         """dense, sparse: final hidden states [T, hidden] of `tokens` [T]."""
-        length = len(tokens)
-        self.positions += length
-        self.predicted += length - 1
-        chunk = max(16, LOGITS_PER_CHUNK // head.vocabulary)
-        for start in range(0, length, chunk):
-            rows = slice(start, min(start + chunk, length))
-            expected, actual = (head.logits(hidden[rows]).log_softmax(-1) for hidden in (dense, sparse))
-            self._add_chunk(expected, actual, tokens[rows.start + 1 : rows.stop + 1])
+        found, finite = compare(head, dense, sparse, tokens)
+        self.finite = self.finite and finite
+        self._texts.append(by_octave(found))
 
-    def _add_chunk(self, expected, actual, targets) -> None:
-        self.finite = self.finite and bool(actual.isfinite().all())
-        sums = torch.stack([
-            (expected.exp() * (expected - actual)).sum(dtype=torch.float64),
-            (expected.argmax(-1) == actual.argmax(-1)).sum().double(),
-            *(-x[: len(targets)].gather(1, targets[:, None]).sum(dtype=torch.float64) for x in (expected, actual)),
-        ])  # fmt: skip
-        for name, value in zip(self._sums, sums.tolist(), strict=True):
-            self._sums[name] += value
+    def texts(self) -> torch.Tensor:
+        """float64 [texts, sums], in the order of SUMS."""
+        return torch.stack([text.sum(0) for text in self._texts])
 
-    def summary(self) -> dict[str, float]:
-        """JSON: kl (nats per position), top1 (share of positions), perplexities and their relative increase."""
-        dense, sparse = (self._sums[name] / max(self.predicted, 1) for name in ("dense", "sparse"))
+    def summary(self) -> dict:
+        """JSON: kl (nats per position), top1 (share of positions), perplexities and their relative increase; 95 %
+        `intervals` of these over the `texts` (None for too few), and the losses `by_position`.
+        """
+        texts = self.texts()
+        sums = texts.sum(0)
         return {
-            "positions": self.positions,
-            "kl": self._sums["kl"] / self.positions,
-            "top1": self._sums["agree"] / self.positions,
-            "perplexity_dense": _exp(dense),
-            "perplexity_sparse": _exp(sparse),
-            "perplexity_increase": _exp(sparse - dense) - 1,
+            "positions": int(sums[POSITIONS]),
+            "texts": len(texts),
+            **{name: float(statistic(sums)) for name, statistic in STATISTICS.items()},
+            "intervals": {name: interval(STATISTICS[name], texts) for name in ("kl", "top1", "perplexity_increase")},
+            "by_position": self._by_position(),
         }
 
+    def kl_over(self, floor: Predictions) -> dict:
+        """JSON: by how much the divergence is above that of `floor`, on the same texts, with its interval."""
+        texts = self.texts()
+        texts[:, KL] -= floor.texts()[:, KL]
+        return {"value": float(STATISTICS["kl"](texts.sum(0))), "interval": interval(STATISTICS["kl"], texts)}
 
-def _exp(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).exp())
+    def _by_position(self) -> list[dict]:
+        octaves = max(map(len, self._texts))
+        total = sum(torch.nn.functional.pad(text, (0, 0, 0, octaves - len(text))) for text in self._texts)
+        return [
+            {
+                "from": 0 if i == 0 else FIRST_OCTAVE << (i - 1),
+                "to": FIRST_OCTAVE << i,
+                "positions": int(sums[POSITIONS]),
+                "kl": float(sums[KL] / sums[POSITIONS]),
+                "top1": float(sums[AGREE] / sums[POSITIONS]),
+                "loss_dense": float(sums[DENSE] / sums[PREDICTED]),
+                "loss_sparse": float(sums[SPARSE] / sums[PREDICTED]),
+            }
+            for i, sums in enumerate(total)
+            if sums[PREDICTED]
+        ]
+
+
+def compare(head: Head, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """(float64 [T, sums] in the order of SUMS, whether every sparse prediction is finite), by position.
+
+    The last position predicts a token that is not there: it counts for divergence and agreement only.
+    """
+    length, found, finite = len(tokens), [], True
+    chunk = max(16, LOGITS_PER_CHUNK // head.vocabulary)
+    for start in range(0, length, chunk):
+        rows = slice(start, min(start + chunk, length))
+        expected, actual = (head.logits(hidden[rows]).log_softmax(-1) for hidden in (dense, sparse))
+        finite = finite and bool(actual.isfinite().all())
+        targets = tokens[rows.start + 1 : rows.stop + 1]
+        sums = torch.zeros(len(expected), len(SUMS), dtype=torch.float64, device=expected.device)
+        sums[:, POSITIONS], sums[: len(targets), PREDICTED] = 1, 1
+        sums[:, KL] = (expected.exp() * (expected - actual)).sum(-1, dtype=torch.float64)
+        sums[:, AGREE] = (expected.argmax(-1) == actual.argmax(-1)).double()
+        for column, x in ((DENSE, expected), (SPARSE, actual)):
+            sums[: len(targets), column] = -x[: len(targets)].gather(1, targets[:, None])[:, 0].double()
+        found.append(sums)
+    return torch.cat(found), finite
+
+
+def by_octave(rows: torch.Tensor) -> torch.Tensor:
+    """float64 [octaves, sums] of rows [T, sums]: positions below FIRST_OCTAVE, then by powers of two."""
+    octaves = max(0, (len(rows) - 1).bit_length() - FIRST_OCTAVE.bit_length() + 1) + 1
+    edges = torch.tensor([FIRST_OCTAVE << i for i in range(octaves)], device=rows.device)
+    octave = torch.bucketize(torch.arange(len(rows), device=rows.device), edges, right=True)
+    return rows.new_zeros(octaves, rows.shape[1]).index_add_(0, octave, rows).cpu()

@@ -23,6 +23,8 @@ from .logits import Head, Predictions
 
 # Above every score: drops every tile that a gate may drop.
 ABSURD = 1e30
+# Texts skip as in calibration while the share of tiles kept is within both, absolutely and relatively.
+DRIFT, FACTOR = 0.1, 1.5
 
 
 @torch.no_grad()
@@ -35,8 +37,9 @@ def verify_points(
 
     Keys: name, kept, candidates, skip, all three of the whole model, calibrated (the same three of the modules that ran
     with thresholds), uncalibrated {path of another one: its tiles}, dropped_mass {mean, p99, worst}, logits (see
-    `Predictions.summary`), modules (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples`
-    have `tokens`; `step` is called after every forward pass, (1 + points) times a sample. The model must run
+    `Predictions.summary`, and kl_over_floor), floor (the same with nothing skipped, as no two kernels round alike),
+    modules (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples` have `tokens`;
+    `step` is called after every forward pass, (2 + points) times a sample. The model must run
     attn_implementation="bsfa".
     """
     modules = attention_modules(model)
@@ -48,33 +51,63 @@ def verify_points(
         point: {path: MeasuringAttention(handler, path in checked) for path, handler in handlers[point].items()}
         for point in points
     }
-    predictions = {point: Predictions() for point in points}
+    whole = SparseAttention.for_model(everything(thresholds, points[0]), modules, backend=backend)
+    predictions, floor = {point: Predictions() for point in points}, Predictions()
     attending = {point: Attending(model) for point in points}
     for sample in samples:
         tokens = torch.tensor(sample.tokens, device=model.device)
         with attach(model, dict.fromkeys(reachable, DenseAttention())):
             exact = head.hidden(tokens)
         step()
+        with attach(model, whole):
+            floor.add(head, exact, head.hidden(tokens), tokens)
+        step()
         for point in points:
             with attach(model, measured[point]), attending[point]:
                 predictions[point].add(head, exact, head.hidden(tokens), tokens)
             step()
-    return [_result(point, measured[point], predictions[point], attending[point]) for point in points]
+    return [_result(point, measured[point], predictions[point], floor, attending[point]) for point in points]
 
 
 def negative_control(
     model, thresholds: Thresholds, point: str, samples: list, backend: str, step: Callable[[], None]
 ) -> dict:
-    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample; 2 steps."""
+    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample; 3 steps."""
     return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, step)[0]
 
 
 def absurd(thresholds: Thresholds, point: str) -> Thresholds:
     """`point` alone, with thresholds that drop every candidate tile."""
+    return _filled(thresholds, point, ABSURD)
+
+
+def everything(thresholds: Thresholds, point: str) -> Thresholds:
+    """`point` alone, with thresholds that keep every tile."""
+    return _filled(thresholds, point, -math.inf)
+
+
+def _filled(thresholds: Thresholds, point: str, value: float) -> Thresholds:
     return dataclasses.replace(
         thresholds,
         points=(thresholds.points[thresholds.index(point)],),
-        tensors={path: torch.full_like(tensor[:1], ABSURD) for path, tensor in thresholds.tensors.items()},
+        tensors={path: torch.full_like(tensor[:1], value) for path, tensor in thresholds.tensors.items()},
+    )
+
+
+def drift(thresholds: Thresholds, result: dict) -> str | None:
+    """A sentence where the texts skip far more or less than the thresholds did in calibration: their kind differs."""
+    point = thresholds.points[thresholds.index(result["name"])]
+    expected, skip = point.held_out or point.fitted, result["calibrated"]["skip"]
+    if expected is None:
+        return None
+    kept, once = 1 - skip, 1 - expected.skip
+    if abs(kept - once) <= DRIFT and kept <= FACTOR * once and once <= FACTOR * kept:
+        return None
+    longest = thresholds.provenance.get("longest")
+    length = f", in samples of up to {longest:,} tokens" if isinstance(longest, int) else ""
+    return (
+        f"{point.name} skips {skip:.1%} of these texts and skipped {expected.skip:.1%} in calibration{length}: "
+        "texts of another kind or length have other thresholds; calibrate on what the model will read"
     )
 
 
@@ -84,8 +117,9 @@ def dense_notes(model) -> list[dict[str, str]]:
 
 
 def _result(
-    point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions, attending: Attending
-) -> dict:
+    point: str, handlers: dict[str, MeasuringAttention], predictions: Predictions, floor: Predictions,
+    attending: Attending,
+) -> dict:  # fmt: skip
     ran = [handler for handler in handlers.values() if handler.ran]
     if not ran:
         raise InputError("none of the modules that the thresholds hold attends sparsely in this model; see its notes")
@@ -99,7 +133,8 @@ def _result(
         "calibrated": _skipped(kept, candidates),
         "uncalibrated": unjudged,
         "dropped_mass": DroppedMass.overall([handler.dropped for handler in ran]),
-        "logits": predictions.summary(),
+        "logits": predictions.summary() | {"kl_over_floor": predictions.kl_over(floor)},
+        "floor": floor.summary(),
         "modules": modules,
         "kernel": [handler.kernel.to_json() for handler in ran if handler.kernel],
         "finite": predictions.finite and all(module["finite"] for module in modules),
