@@ -2,7 +2,7 @@
 # make test        install, then every test that needs no GPU
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
-# make readme      README.md's table and the plots, again from profiles/results/*.json
+# make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
 # make gpu-baselines  fetch fa3-fwd (NAMES="..." for others) for a GPU machine without network, into .baselines/
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
 # make gpu-test    every test that needs a GPU
@@ -24,7 +24,7 @@ NAMES ?= fa3-fwd
 GPU_PYTHON ?= 3.12
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
-PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \
+PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml matplotlib setuptools \
             pytest pytest-timeout pytest-xdist ruff kernels
 
 export TOKENIZERS_PARALLELISM = false

@@ -319,6 +319,15 @@ def test_the_stored_result_carries_versions_seed_and_raw_samples(stored):
     assert stored.with_suffix(".svg").read_text().startswith("<svg")
 
 
+def test_plots_are_svg_or_png_and_refused_early_where_they_cannot_be_drawn(profile, tmp_path, monkeypatch):
+    refused = profile(*SMALL, "--plot", str(tmp_path / "plot.pdf"))
+    assert refused.code == 2 and "an .svg or a .png file" in refused.err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused = profile(*SMALL, "--plot", str(tmp_path / "plot.svg"))
+    assert refused.code == 3 and refused.err.count("\n") == 1 and "pip install 'bsfa[plots]'" in refused.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_alone_goes_to_stdout(profile):
     result = profile(*SMALL, "--json")
     assert result.code == 0

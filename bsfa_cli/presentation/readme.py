@@ -1,10 +1,11 @@
-"""README.md's results block and the plots beside the stored results, made from profiles/results/*.json.
+"""README.md's figures, docs/results.md's tables and the plots beside the stored results, made from profiles/results.
 
-python -m bsfa_cli.presentation.readme            # from the repository root; rewrites both
+python -m bsfa_cli.presentation.readme            # from the repository root; rewrites them all
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from ..comparison import matching
 from ..errors import BsfaError, InputError
 from ..files import read_result, write_whole
 from ..timing.compare import FORMATS
-from . import compare_readme
+from . import compare_readme, figures, headline
 from .dense_kernels import named, without_flash_attention_3
 from .plot import speedup_plot
 from .profile_table import head_shape
+from .recipes_plot import recipes_plot
 from .versions import versions
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -24,33 +26,46 @@ NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to 
 
 
 def rendered(root: Path) -> dict[Path, str]:
-    """{file: its content} for README.md and each plot, as they should be. Raises InputError for a bad file."""
-    formats = FORMATS | {matching.KIND: matching.FORMAT}
-    files, blocks = {}, []
-    for path in sorted((root / "profiles" / "results").glob("*.json")):
-        result, plot = read_result(path, formats), path.with_suffix(".svg")
-        profile = result["kind"] != matching.KIND
+    """{file: its content} for README.md, docs/results.md and each plot, as they should be.
+
+    Raises InputError for a bad file, MachineError where plots cannot be drawn.
+    """
+    formats, results = FORMATS | {matching.KIND: matching.FORMAT}, root / "profiles" / "results"
+    files, stored, blocks = {}, {}, []
+    for path in sorted(results.glob("*.json")):
+        result = stored[path.name] = read_result(path, formats)
+        profile, link = result["kind"] != matching.KIND, f"../profiles/results/{path.name}"
         describe = block if profile else compare_readme.block
-        blocks.append(describe(result, path.relative_to(root).as_posix(), plot.relative_to(root)))
+        blocks.append(describe(result, link, link.removesuffix("json") + "svg"))
         if result["cells"]:
-            files[plot] = speedup_plot(result) if profile else compare_readme.plot_of(result)
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise InputError(f"README.md needs one line '{BEGIN}' and one line '{END}'")
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    content = "\n\n".join(blocks) or NONE
-    return files | {root / "README.md": f"{before}{BEGIN}\n{content}\n{END}{after}"}
+            figure = speedup_plot(result) if profile else compare_readme.plot_of(result)
+            files[path.with_suffix(".svg")] = figures.svg(figure)
+    for path in sorted(results.glob("recipes/*.json")):
+        files[path.with_suffix(".svg")] = figures.svg(recipes_plot(json.loads(path.read_text(encoding="utf-8"))))
+    files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)
+    files[root / "README.md"] = _filled(root / "README.md", headline.block(stored) or NONE)
+    return files
 
 
-def block(result: dict, source: str, plot: Path) -> str:
-    """Markdown for one stored profile: what it was measured on, a table per head shape, the plot."""
+def _filled(path: Path, content: str) -> str:
+    """A page with `content` between its markers."""
+    page = path.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise InputError(f"{path.name} needs one line '{BEGIN}' and one line '{END}'")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.partition(END)[2]}"
+
+
+def block(result: dict, source: str, plot: str) -> str:
+    """Markdown for one stored profile: what it was measured on, a table per head shape, the plot. `source` and `plot`
+    are links.
+    """
     facts = result["environment"]
     ceiling = result.get("ceiling")
     subject = result["profile"] if result["cells"] else "Prefill"
     data = " Synthetic data, thresholds fitted to it." if result["cells"] else ""
     lines = [f"### {subject} on {facts.get('gpu') or 'a CPU'}", ""]
-    lines.append(f"{versions(facts)}.{data} Raw samples: [`{source}`]({source}).")
+    lines.append(f"{versions(facts)}.{data} Raw samples: [`{Path(source).name}`]({source}).")
     if ceiling:
         lines[-1] += f" A {ceiling['size']}^3 {ceiling['dtype']} matmul reached {ceiling['tflops']:.0f} TFLOP/s."
     if not result.get("complete"):
@@ -63,7 +78,7 @@ def block(result: dict, source: str, plot: Path) -> str:
     for entry in result.get("prefill", []):
         lines += ["", *_prefill(entry)]
     if result["cells"]:
-        lines += ["", f"![Speedup against length]({plot.as_posix()})"]
+        lines += ["", f"![Speedup against length]({plot})"]
     return "\n".join(lines)
 
 
