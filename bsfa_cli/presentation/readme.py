@@ -17,6 +17,8 @@ from . import compare_readme, figures, headline
 from .dense_kernels import named, without_flash_attention_3
 from .plot import speedup_plot
 from .profile_table import head_shape
+from .real_plot import real_plot
+from .real_table import real_table
 from .recipes_plot import recipes_plot
 from .versions import versions
 
@@ -42,6 +44,10 @@ def rendered(root: Path) -> dict[Path, str]:
             files[path.with_suffix(".svg")] = figures.svg(figure)
     for path in sorted(results.glob("recipes/*.json")):
         files[path.with_suffix(".svg")] = figures.svg(recipes_plot(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(results.glob("real/*.json")):
+        stored[path.name] = real = json.loads(path.read_text(encoding="utf-8"))
+        files[path.with_suffix(".svg")] = figures.svg(real_plot(real))
+        blocks.append(real_table(real, f"../profiles/results/real/{path.name}"))
     files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)
     files[root / "README.md"] = _filled(root / "README.md", headline.block(stored) or NONE)
     return files
