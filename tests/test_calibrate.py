@@ -225,8 +225,10 @@ def test_a_run_that_collected_nothing_leaves_no_folder(tmp_path, bsfa, monkeypat
 
 
 def test_defaults_of_top_k_fit_the_length(tmp_path, bsfa):
-    assert calibration.default_ranks(32768, 128) == (16, 32, 64, 96, 128)
-    assert calibration.default_ranks(2048, 128) == (2, 4, 6, 8, 12) and calibration.default_ranks(2048, 64)[-1] == 24
+    assert calibration.default_ranks(32768, 128) == calibration.RANKS and calibration.RANKS[-1] == 128
+    assert calibration.default_ranks(2048, 128) == (1, 2, 3, 4, 6, 8, 12) and calibration.default_ranks(256, 128) == (
+        1,
+    )
     code, _, errors = bsfa("calibrate", "--dry-run", "--length", "2048", "--samples", "1", "--device", "cpu")
     assert code == 0 and "will drop nothing" not in errors
     code, _, errors = bsfa("calibrate", "--dry-run", "--length", "2048", "--samples", "1", "--top-k", "14,15,128")

@@ -82,7 +82,7 @@ def test_the_first_layer_skips_on_held_out_text_what_the_table_says(gate, finish
         (["{run}"], 2, "give -o"),
         (["{run}", "-o", "{tmp}/t"], 2, "which operating points"),
         (["-o", "{tmp}/t", "--top-k", "2"], 2, "either a run directory or --from-official"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "5"], 2, "the run has 1, 2, 3"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "5"], 2, "what was collected: 1, 2, 3"),
         (["{run}", "-o", "{tmp}/t", "--target-skip", "1.5"], 2, "between 0 and 1"),
         (["{run}", "-o", "{tmp}/t", "--target-skip", "0.999"], 2, "cannot be reached"),
         (["{run}", "-o", "{tmp}/t", "--max-dropped-mass", "1e-6"], 2, "the least is 0.0001"),

@@ -149,8 +149,17 @@ def test_top_k_keeps_about_k_tiles_and_its_estimate_is_close(fitted, held_out):
         assert math.isclose(1 - kept / candidates, expected.skip, abs_tol=0.05)
     short = [i for i, tile in enumerate(PLAN.knot_tiles) if tile * TILE.rows // TILE.keys <= 4]
     assert thresholds[:, short].eq(-torch.inf).all() and thresholds[:, short[-1] + 1 :].isfinite().all()
-    with pytest.raises(UsageError, match="--top-k 3 was not collected; the run has 2, 4"):
-        fit.top_k(fitted, PLAN, 3)
+    with pytest.raises(UsageError, match="--top-k 5 lies outside of what was collected: 2, 4"):
+        fit.top_k(fitted, PLAN, 5)
+
+
+def test_a_top_k_between_two_that_were_collected_lies_between_them(fitted):
+    few, middle, many = (fit.top_k(fitted, PLAN, k) for k in (2, 3, 4))
+    assert (many <= middle).all() and (middle <= few).all()
+    known = many.isfinite()
+    expected = (math.log(4 / 3) * few + math.log(3 / 2) * many) / math.log(2)
+    torch.testing.assert_close(middle[known], expected[known])
+    assert middle[~known].eq(-torch.inf).all()
 
 
 @pytest.mark.parametrize("gate", GRIDS)

@@ -29,7 +29,7 @@ def applied(model):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_graph_of_a_model_replays_and_counts(masked):
-    model, ids = applied(on("cuda"))
+    model, ids = applied(on("cuda", max_position_embeddings=4 * LENGTH))
     ids = ids.cuda()
     # Without mask and cache transformers takes a captured prompt for packed sequences.
     mask = torch.ones_like(ids) if masked else None
@@ -99,6 +99,14 @@ def test_a_head_dim_without_a_fused_kernel_runs_the_librarys_attention(head_dim)
     assert all(
         f"no fused kernel: head dim {head_dim} is not a multiple of 8 up to 256" in note.reason for note in notes
     )
+
+
+def test_a_wide_head_runs_the_librarys_attention_which_is_faster():
+    model, ids = applied(on("cuda", head_dim=256))
+    sparse = run(model, ids)
+    bsfa.remove(model)
+    assert torch.equal(sparse, run(model, ids))
+    assert {(note.route, note.expected) for note in bsfa.notes(model)} == {("library", False)}
 
 
 def test_a_short_chunk_of_a_long_prompt_keeps_every_tile_on_our_kernel():

@@ -54,12 +54,13 @@ def _join_halves(folder, result, monkeypatch):
 
 def test_only_the_recipes_asked_for_become_contenders(monkeypatch):
     asked = {name: [Request("target-skip", 0.5, "gap")] for name in recipes.RECIPES}
-    monkeypatch.setattr(recipes, "recipes", lambda run: asked)
+    monkeypatch.setattr(recipes, "recipes", lambda run, rates: asked)
     monkeypatch.setattr(recipes, "attention_modules", lambda model: None)
-    monkeypatch.setattr(recipes.points, "export", lambda run, requests, quantile: (None, None))
+    export = lambda run, requests, quantile: (SimpleNamespace(points=requests), None)  # noqa: E731
+    monkeypatch.setattr(recipes.points, "export", export)
     monkeypatch.setattr(recipes.SparseAttention, "for_model", lambda *arguments, **options: "handlers")
     chosen = ("shared skip, gap", "top-k, absolute")
-    found = recipes.contenders(SimpleNamespace(model=None), None, chosen)
+    found = recipes.contenders(SimpleNamespace(model=None), None, chosen, recipes.RATES)
     assert tuple(recipe for recipe, _ in found) == chosen
 
 

@@ -150,13 +150,26 @@ def max_dropped_mass(table: Table, most: float, quantile: float) -> torch.Tensor
 def top_k(curves: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, k: int) -> torch.Tensor:
     """float64 [N, knots]: mean over samples of the midpoint between the k-th and k+1-th largest tile maximum.
 
-    Raises UsageError for a k that was not collected.
+    It falls with k, so of a k that was not collected it lies between those of its neighbours, and is taken there
+    linearly in log k. Raises UsageError for a k outside of those collected.
     """
-    if k not in plan.ranks:
+    below, above = neighbours(plan, k)
+    low, high = (
+        torch.cat([t["top_k.sum"][rank] / t["top_k.samples"].clamp(min=1) for t in curves.values()])
+        for rank in map(plan.ranks.index, (above, below))
+    )
+    if below == above:
+        return low
+    return torch.where(low.isfinite(), low.lerp(high, math.log(above / k) / math.log(above / below)), -torch.inf)
+
+
+def neighbours(plan: Plan, k: int) -> tuple[int, int]:
+    """The nearest collected values of k, one on each side, or k twice. Raises UsageError where there are none."""
+    below, above = ([rank for rank in plan.ranks if sign * rank >= sign * k] for sign in (-1, 1))
+    if not below or not above:
         kept = ", ".join(map(str, plan.ranks)) or "none"
-        raise UsageError(f"--top-k {k} was not collected; the run has {kept} (calibrate --top-k)")
-    rank = plan.ranks.index(k)
-    return torch.cat([t["top_k.sum"][rank] / t["top_k.samples"].clamp(min=1) for t in curves.values()])
+        raise UsageError(f"--top-k {k} lies outside of what was collected: {kept} (calibrate --top-k)")
+    return max(below), min(above)
 
 
 def at_knots(table: Table, plan: Plan, choice: torch.Tensor) -> torch.Tensor:

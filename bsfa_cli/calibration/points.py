@@ -61,6 +61,7 @@ class ModuleReport:
 class Report:
     point: Point
     modules: tuple[ModuleReport, ...]
+    between: tuple[tuple[int, float], ...] = ()  # of a k that was not collected: its neighbours, and what they skip
 
 
 def make_requests(
@@ -182,6 +183,11 @@ def _point(
         def reached(table, heads=slice(None)):
             return table and fit.evaluate(table, choice, quantile, heads)
 
+    between = []
+    if request.recipe == "top-k" and request.argument not in plan.ranks:
+        for k in fit.neighbours(plan, int(request.argument)):
+            at = fit.evaluate_positions(fitted, plan, fit.top_k(curves, plan, k), quantile)
+            between.append((k, at.skip if at else 0.0))
     modules = []
     for path, heads in fitted.modules.items():
         finite = thresholds[heads][thresholds[heads].isfinite()]
@@ -192,7 +198,7 @@ def _point(
     point = Point(
         request.name, request.gate, request.recipe, request.argument, quantile, reached(fitted), reached(held_out)
     )
-    return thresholds, Report(point, tuple(modules))
+    return thresholds, Report(point, tuple(modules), tuple(between))
 
 
 def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim: str) -> torch.Tensor:
@@ -224,6 +230,12 @@ def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim
 def remarks(report: Report, samples: int) -> list[str]:
     """What the user should know about a point fitted to so many `samples`, in sentences."""
     point, found = report.point, []
+    if report.between:
+        ends = " and ".join(f"{skip:.1%} (top-k {k})" for k, skip in report.between)
+        found.append(
+            f"{point.name} was not collected: its thresholds lie between those of its neighbours, which skip {ends} of "
+            "the fitted samples' tiles"
+        )
     if point.fitted is None or point.fitted.skip == 0:
         found.append(f"{point.name} drops nothing at these lengths")
     if point.held_out is None:

@@ -21,8 +21,9 @@ from .data import Sample, data_hash, is_generated
 from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4
-# The k of the top-k recipe, and the share of a row's tiles that each may be at most.
-RANKS = ((16, 1 / 8), (32, 1 / 4), (64, 3 / 8), (96, 1 / 2), (128, 3 / 4))
+# The k of the top-k recipe that a run collects, and the share of a row's tiles that the largest may be. Those between
+# two of them come from both.
+RANKS, LARGEST_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128), 3 / 4
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Options:
 
 
 def default_ranks(longest: int, keys: int) -> tuple[int, ...]:
-    """RANKS, or smaller ones where the longest sample has too few tiles of `keys` keys for them to drop any."""
-    tiles = -(-longest // keys)
-    return tuple(sorted({max(1, min(k, int(share * tiles))) for k, share in RANKS}))
+    """Those of RANKS that drop tiles of `keys` keys in the longest sample."""
+    most = max(1, int(LARGEST_RANK * -(-longest // keys)))
+    return tuple(k for k in RANKS if k <= most)
 
 
 def roles(lengths: Sequence[int]) -> list[str]:

@@ -36,8 +36,8 @@ def calibrate(
     top_k: Annotated[
         str | None,
         Option(
-            help="Values of k that `export --top-k` can take later; 16,32,64,96,128 by default, or what fits shorter "
-            "samples."
+            help="Values of k that `export --top-k` takes later, and those between them less exactly; by default 14 "
+            "from 1 to 128, or as many as fit shorter samples."
         ),
     ] = None,
     device: Device = "auto",

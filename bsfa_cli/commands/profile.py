@@ -28,7 +28,7 @@ def profile(
         str | None, Option(help="Kind of synthetic Q, K and V: normal or structured (the patterns of real heads).")
     ] = None,
     baselines: Annotated[
-        str | None, Option(help="Dense baselines to time, separated by commas; all that run here by default.")
+        str | None, Option(help="Baselines to time, separated by commas; all that run here by default.")
     ] = None,
     backend: Annotated[str | None, Option(help="Demand this backend; the fastest that can serve by default.")] = None,
     dtype: Dtype = "auto",

@@ -49,38 +49,38 @@ QUANTILE, TILE, KEPT = 0.99, (64, 128), 0.99
 DENSE = "dense"
 
 
-def calibrated(loaded: LoadedModel, spec: str, samples: int, length: int, folder: Path) -> Run:
-    """A run of `samples` documents, like `bsfa calibrate --data spec`."""
+def calibrated(loaded: LoadedModel, spec: str, samples: int, length: int, folder: Path, top_k: tuple[int, ...]) -> Run:
+    """A run of `samples` documents, like `bsfa calibrate --data spec`; resumes the one in `folder`."""
     texts = load_texts(spec, samples=samples, length=length, tokenizer=loaded.tokenizer)
     modules, _ = run.chosen_modules(loaded.model, None)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    options = run.Options(spec, samples, length, 0, TILE, TOP_K, None, loaded.model.device.type, dtype)
+    options = run.Options(spec, samples, length, 0, TILE, top_k, None, loaded.model.device.type, dtype)
     run.calibrate(loaded, texts, modules, options, folder)
     return Run.open(folder)
 
 
-def recipes(begun: Run) -> dict[str, list[Request]]:
-    """Eight points for each recipe."""
+def recipes(begun: Run, rates: tuple[float, ...]) -> dict[str, list[Request]]:
+    """Eight points for each recipe: `rates`, or as much less as the gate can reach."""
     _, curves = begun.load("fit")
-    rates = {}
+    asked = {}
     for gate in ("gap", "absolute"):
         reach = fit.Table.of(curves, gate).reach
-        rates[gate] = [rate * min(1.0, reach / RATES[-1]) for rate in RATES]
-    counted = {"top-k": TOP_K, "max-dropped-mass": MASSES}
+        asked[gate] = [rate * min(1.0, reach / rates[-1]) for rate in rates]
+    counted = {"top-k": begun.plan.ranks, "max-dropped-mass": MASSES}
     return {
-        name: [Request(kind, setting, gate) for setting in counted.get(kind, rates[gate])]
+        name: [Request(kind, setting, gate) for setting in counted.get(kind, asked[gate])]
         for name, (kind, gate) in RECIPES.items()
     }
 
 
-def contenders(loaded: LoadedModel, begun: Run, chosen: tuple[str, ...]) -> dict:
+def contenders(loaded: LoadedModel, begun: Run, chosen: tuple[str, ...], rates: tuple[float, ...]) -> dict:
     """{(recipe, point): handlers} of the chosen recipes."""
     modules, found = attention_modules(loaded.model), {}
-    points_of = recipes(begun)
+    points_of = recipes(begun, rates)
     for recipe in chosen:
-        for request in points_of[recipe]:
-            artifact, *_ = points.export(begun, [request], QUANTILE)
-            found[recipe, request.name] = SparseAttention.for_model(artifact, modules, count=True)
+        artifact, *_ = points.export(begun, points_of[recipe], QUANTILE)
+        for point in artifact.points:
+            found[recipe, point.name] = SparseAttention.for_model(artifact, modules, point.name, count=True)
     return found
 
 
@@ -170,8 +170,8 @@ def measured(options: argparse.Namespace) -> dict:
     plan = Plan(names, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
     spec = TASKS + options.calibrate_on
     with tempfile.TemporaryDirectory() as folder:
-        begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run")
-        found = contenders(loaded, begun, tuple(options.recipe or RECIPES))
+        begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run", TOP_K)
+        found = contenders(loaded, begun, tuple(options.recipe or RECIPES), RATES)
     answers = measure(loaded, found, plan, 60 * options.minutes)
     asked = answers[DENSE]
     return {

@@ -9,8 +9,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -44,11 +46,12 @@ def check_packages(model: str) -> None:
         raise MachineError(f"model {model} is a GGUF file, and to read it takes: pip install {' '.join(missing)}")
 
 
-def convert(path: Path, folder: Path) -> str:
-    """Write the model of a GGUF file to `folder`, which must not exist, as a Hugging Face checkpoint in bfloat16.
+def convert(path: Path, folder: Path, expected: str, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """Write the model of a GGUF file to `folder`, which must not exist, as a Hugging Face checkpoint in bfloat16, with
+    `files` {name: content} beside it. Whole or not at all.
 
-    Whole or not at all; returns `weights_hash` of what was written. Raises as `load_model` for a file that cannot be
-    used, UsageError for a folder that is there.
+    Raises as `load_model` for a file that cannot be used, UsageError for a folder that is there, InputError for weights
+    whose `weights_hash` is not `expected`.
     """
     from .load import load_model, quiet
 
@@ -61,14 +64,18 @@ def convert(path: Path, folder: Path) -> str:
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.config.dtype = torch.bfloat16
+    found = weights_hash(model)
+    if found != expected:
+        raise InputError(f"{path}: its weights came out with sha256 {found}, expected {expected}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
         written = Path(place) / folder.name
         with quiet():
             model.save_pretrained(written)
             loaded.tokenizer.save_pretrained(written)
+        for name, content in files.items():
+            (written / name).write_bytes(content)
         os.rename(written, folder)
-    return weights_hash(model)
 
 
 def weights_hash(model) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..comparison import matching
 from ..errors import UsageError
 from .compare_table import METRICS, break_even_rows, matched_tables, number, present
+from .dense_kernels import without_flash_attention_3
 from .pareto import pareto_plot
 from .versions import versions
 
@@ -29,6 +30,9 @@ def block(result: dict, source: str, plot: str) -> str:
     lines.append(f"{versions(facts)}. Raw samples: [`{file}`]({source}); `bsfa report {file} -o report.html`.")
     if not result.get("complete"):
         lines[-1] += " **This run was cut short.**"
+    lacking = without_flash_attention_3(result)
+    if lacking:
+        lines[-1] += f" {lacking}"
     for cell in result["cells"]:
         lines += ["", *_cell(cell)]
     if result["cells"]:

@@ -15,6 +15,7 @@ from ..comparison import matching
 from ..errors import InputError, UsageError
 from . import figures, summary, verify_report
 from .compare_table import METRICS, break_even_rows, matched_tables, number, present, rows_table
+from .dense_kernels import fastest, without_flash_attention_3
 from .pareto import pareto_plot
 from .plot import speedup_plot
 from .profile_table import HEADINGS as PROFILE_HEADINGS
@@ -90,7 +91,7 @@ def _cell(cell: dict) -> str:
     parts = [f"<h3>{cell['length']:,} tokens, {escape(cell['label'])}</h3>"]
     facts = [f"kernel: {cell['backend']}"]
     if cell["fastest_dense"]:
-        facts.append(f"fastest dense: {cell['fastest_dense']}, {cell['fastest_dense_ms']:.3f} ms")
+        facts.append(f"fastest dense: {fastest(cell)}, {cell['fastest_dense_ms']:.3f} ms")
     if cell["calibrated_on"]:
         facts.append(f"bsfa's thresholds were fitted to {cell['calibrated_on']}")
     parts.append(_aside("; ".join(facts) + "."))
@@ -153,9 +154,10 @@ def _folded(title: str, *content: str) -> str:
 def _heading(kind: str, path: Path, result: dict) -> str:
     facts = result["environment"]
     cut = "" if result.get("complete") else " This run was cut short."
+    lacking = without_flash_attention_3(result)
     machine = facts.get("gpu") or "a CPU (its times say nothing about a GPU)"
     return f"<h2>{kind} on {escape(machine)}</h2>" + _aside(
-        f"{path.name}; {versions(facts)}; seed {result['seed']}.{cut}"
+        f"{path.name}; {versions(facts)}; seed {result['seed']}.{cut}" + (f" {lacking}" if lacking else "")
     )
 
 

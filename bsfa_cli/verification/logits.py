@@ -6,6 +6,8 @@ model head is applied to a few hundred positions at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..errors import InputError
@@ -61,7 +63,18 @@ class Predictions:
 
     def __init__(self):
         self.finite = True
-        self._texts: list[torch.Tensor] = []  # float64 [octaves, sums]
+        self._texts: list[torch.Tensor] = []  # float64 [octaves, sums], in the order of SUMS
+
+    @classmethod
+    def of(cls, texts: Iterable[list[list[float]]]) -> Predictions:
+        """What `to_json` gave."""
+        found = cls()
+        found._texts = [torch.tensor(text, dtype=torch.float64) for text in texts]
+        return found
+
+    def to_json(self) -> list[list[list[float]]]:
+        """Sums [octaves, SUMS] of every text."""
+        return [text.tolist() for text in self._texts]
 
     def add(self, head: Head, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch.Tensor) -> None:
         """dense, sparse: final hidden states [T, hidden] of `tokens` [T]."""
@@ -70,7 +83,7 @@ class Predictions:
         self._texts.append(by_octave(found))
 
     def texts(self) -> torch.Tensor:
-        """float64 [texts, sums], in the order of SUMS."""
+        """float64 [texts, sums]."""
         return torch.stack([text.sum(0) for text in self._texts])
 
     def summary(self) -> dict:
