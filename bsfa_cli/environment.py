@@ -79,6 +79,22 @@ def backends() -> list[dict]:
     return [{"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()]
 
 
+def baselines() -> list[dict]:
+    """Attention libraries that `bsfa profile` measures against where they are installed: {name, version, reason}."""
+    from .timing import flash_attention, skip_softmax
+    from .timing.libraries import Library
+
+    found = {name: flash_attention.find(name) for name in flash_attention.MODULES} | {
+        skip_softmax.NAME: skip_softmax.find()
+    }
+    return [
+        {"name": name, "version": library.version, "reason": None}
+        if isinstance(library, Library)
+        else {"name": name, "version": None, "reason": library}
+        for name, library in found.items()
+    ]
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from .errors import InputError, MachineError, UsageError
+from .order import ordered
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -31,7 +32,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, result: dict) -> None:
     """A result as JSON, through `write_whole`. NaN and infinities are refused: JSON has none."""
-    write_whole(path, (json.dumps(result, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_whole(path, (json.dumps(ordered(result), indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_result(path: Path, formats: dict[str, int]) -> dict:
@@ -57,12 +58,16 @@ def read_result(path: Path, formats: dict[str, int]) -> dict:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work, not after it. Raises UsageError."""
+    """Find out before the work, not after it, and say where a folder is made for it. Raises UsageError."""
     from bsfa_kernels.files import destination
+
+    from .presentation.console import note
 
     try:
         folder = destination(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            note(f"created the folder {folder}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error

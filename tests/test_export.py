@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bsfa_kernels.integrations.transformers import active, apply
-from bsfa_kernels.thresholds import Thresholds
+from bsfa_kernels.thresholds import Point, Reached, Thresholds
 from random_llama import build, build_tokenizer
 
-from bsfa_cli.calibration import fit
+from bsfa_cli.calibration import fit, points
 from bsfa_cli.calibration import run as calibration
 from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.calibration.store import Run
@@ -59,7 +59,7 @@ def test_export_is_byte_identical_and_readable(finished, tmp_path, bsfa):
     assert [point.gate for point in artifact.points] == ["absolute", "gap", "gap", "gap"]
     assert 0.1 <= artifact.points[1].fitted.skip < 0.15 and artifact.points[1].held_out is not None
     assert artifact.provenance["samples"]["heldout"] == ["mixed-3"]
-    assert result["bytes"] == (tmp_path / "a").stat().st_size and "never saw" in errors
+    assert result["bytes"] == (tmp_path / "a").stat().st_size and "on held-out ones" in errors
     assert str(tmp_path).encode() not in (tmp_path / "a").read_bytes()
 
 
@@ -120,7 +120,7 @@ def test_points_out_of_reach_leave_the_others_and_exit_with_1(finished, tmp_path
     )
     code, out, errors = bsfa("export", finished, "-o", tmp_path / "t", "--json", *points)
     last = errors.splitlines()[-1]
-    assert code == 1 and last.startswith(f"bsfa: {tmp_path / 't'} lacks 3 of the points asked for: topk-7: ")
+    assert code == 1 and last.startswith(f"bsfa: {tmp_path / 't'} lacks topk-7: ")
     assert "skip-99.9: a skip rate of 0.999 cannot be reached" in last and "one-threshold-99.9: " in last
     assert [point.name for point in Thresholds.read(tmp_path / "t").points] == ["topk-2", "skip-10"]
     assert set(json.loads(out)["left_out"]) == {"topk-7", "skip-99.9", "one-threshold-99.9"}
@@ -141,7 +141,7 @@ def test_a_search_ends_at_the_largest_rate_that_keeps_its_limit(finished, tmp_pa
     code, out, errors = bsfa(
         "export", finished, "-o", tmp_path / "t", "--json", "--target-skip", "0.1", *limits, *texts
     )
-    assert code == 1 and "lacks 1 of the points asked for: kl-1e-12: no skip rate keeps it: at 1 % skipped" in errors
+    assert code == 1 and "lacks kl-1e-12: no skip rate keeps it: at 1 % skipped" in errors
     artifact, found = Thresholds.read(tmp_path / "t"), json.loads(out)["searched"]
     assert [point.name for point in artifact.points] == ["skip-10", "top1-0.9", "kl-0.001"]
     assert found == artifact.provenance["searched"] and found["top1-0.9"]["worst"] >= 0.9
@@ -208,3 +208,20 @@ def test_bounds_hold_for_rows_and_use_the_mean_where_it_says_more():
     reached = fit._reached(table, slice(None), 10.0, 0.52, beyond, 0.99)
     assert reached.dropped_mass_bound == fit.LEVELS[8] and reached.skip == 0.1
     assert fit._reached(table, slice(None), 10.0, 0.52, beyond, 1.0).dropped_mass_bound == 1.0
+
+
+def test_a_rate_is_reached_on_held_out_samples_where_asked_for(finished, tmp_path, bsfa):
+    path = tmp_path / "t.safetensors"
+    result, errors = export(bsfa, finished, path, "--target-skip", "0.3", "--aim", "held-out")
+    assert result["points"][0]["held_out"]["skip"] >= 0.3 and result["points"][0]["argument"] == 0.3
+    assert Thresholds.read(path).provenance["aim"] == "held-out" and "below the 0.3" not in errors
+    code, _, errors = bsfa("export", finished, "-o", path, "--target-skip", "0.3", "--aim", "all")
+    assert code == 2 and "--aim must be fitted or held-out" in errors
+
+
+def test_where_held_out_samples_skip_less_it_is_said_what_helps():
+    reached, short = Reached(0.8, 0.01, 0.1), Reached(0.73, 0.01, 0.1)
+    point = Point("skip-80", "gap", "target-skip", 0.8, 0.99, reached, short)
+    said = points.remarks(points.Report(point, ()), 3)
+    assert "held-out samples skip 0.730, below the 0.8 asked for" in said[0]
+    assert "fitted to 3 texts; about 11 bring it within 0.02, and --aim held-out reaches it now" in said[1]

@@ -46,7 +46,19 @@ def test_a_run_its_thresholds_and_what_verify_says_of_them(run, shown, tmp_path)
 
     stored = tmp_path / "v.json"
     verified = run(
-        "verify", "--thresholds", artifact, "--samples", "1", "--length", "512", "--device", "cpu", "-o", stored
+        "verify",
+        "--thresholds",
+        artifact,
+        "--samples",
+        "1",
+        "--length",
+        "512",
+        "--device",
+        "cpu",
+        "-o",
+        stored,
+        "--max-kl-over-floor",
+        "1",
     )
     assert verified.code == 0, verified.err
     data, text = shown(stored)

@@ -6,7 +6,8 @@ import bsfa_kernels.integrations.transformers as bsfa
 import pytest
 import torch
 from test_lifecycle import thresholds_for
-from tiny_models import batch, build
+from tiny_models import batch, build, chunk
+from transformers import DynamicCache
 
 pytestmark = pytest.mark.gpu
 LENGTH = 1500
@@ -26,14 +27,17 @@ def applied(model):
     return model, batch(LENGTH, (0, 0))[0][:1]
 
 
-def test_a_graph_of_a_model_replays_and_counts():
-    model, ids = applied(on("cuda"))
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_graph_of_a_model_replays_and_counts(masked):
+    model, ids = applied(on("cuda", max_position_embeddings=4 * LENGTH))
     ids = ids.cuda()
-    eager = run(model, ids)  # and compiles
+    # Without mask and cache transformers takes a captured prompt for packed sequences.
+    mask = torch.ones_like(ids) if masked else None
+    eager = run(model, ids, attention_mask=mask)  # and compiles
     once = bsfa.active(model.model.layers[0].self_attn).counts.candidates.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        captured = model(ids, use_cache=False).logits
+        captured = model(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config)).logits
     run(model, batch(3 * LENGTH, (0, 0))[0])  # a longer prompt moves no buffer that the graph reads
     handler = bsfa.active(model.model.layers[0].self_attn)
     handler.reset()
@@ -97,10 +101,15 @@ def test_a_head_dim_without_a_fused_kernel_runs_the_librarys_attention(head_dim)
     )
 
 
-def test_a_short_chunk_of_a_long_prompt_keeps_every_tile_on_our_kernel():
-    from tiny_models import chunk
-    from transformers import DynamicCache
+def test_a_wide_head_runs_the_librarys_attention_which_is_faster():
+    model, ids = applied(on("cuda", head_dim=256))
+    sparse = run(model, ids)
+    bsfa.remove(model)
+    assert torch.equal(sparse, run(model, ids))
+    assert {(note.route, note.expected) for note in bsfa.notes(model)} == {("library", False)}
 
+
+def test_a_short_chunk_of_a_long_prompt_keeps_every_tile_on_our_kernel():
     model, ids = applied(on("cuda"))
     ids, mask = ids.cuda(), torch.ones_like(ids).cuda()
     model.set_attn_implementation("bsfa")

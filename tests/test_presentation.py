@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bsfa_cli.errors import InputError, UsageError
-from bsfa_cli.presentation import console, plot, profile_table, readme
+from bsfa_cli.presentation import console, figures, plot, profile_table, readme
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -73,34 +73,55 @@ def result() -> dict:
     }  # fmt: skip
 
 
+def texts_of(drawn: str) -> list[str]:
+    return [element.text for element in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+
+
 def test_plot_is_xml_with_every_string_escaped(result):
-    root = ElementTree.fromstring(plot.speedup_plot(result))
-    texts = [element.text for element in root.iter(f"{SVG}text")]
+    drawn = figures.svg(plot.speedup_plot(result))
+    texts = texts_of(drawn)
     assert any("<Some> & GPU" in text for text in texts)
     assert any("vis<i>on" in text for text in texts)
     assert {"4k", "8k", "128k"} <= set(texts)
-    assert not list(root.iter(f"{SVG}script"))
+    assert "<script" not in drawn and "prefers-color-scheme: dark" in drawn and figures.PAGE not in drawn[500:]
+    assert figures.svg(plot.speedup_plot(result)) == drawn
 
 
-def test_plot_draws_the_bound_and_every_point(result):
-    root = ElementTree.fromstring(plot.speedup_plot(result))
-    circles = list(root.iter(f"{SVG}circle"))
-    assert len(circles) == 8
-    assert "50% skipped, 4,096 tokens: 1.40x (bound 1.33x)" in [circle[0].text for circle in circles]
-    assert len([path for path in root.iter(f"{SVG}path") if path.get("class") == "bound"]) == 2
-    for element in root.iter():
-        for key in ("x", "y", "cx", "cy"):
-            if element.get(key):
-                assert -1 <= float(element.get(key)) <= max(plot.WIDTH, float(root.get("height")))
+def test_plot_draws_the_bound_and_a_tooltip_for_every_point(result):
+    root = ElementTree.fromstring(figures.svg(plot.speedup_plot(result)))
+    said = [title.text for title in root.iter(f"{SVG}title")]
+    assert len(said) == 8 and "50% skipped, 4,096 tokens: 1.40x (bound 1.33x)" in said
+    assert sum("stroke-dasharray" in path.get("style", "") for path in root.iter(f"{SVG}path")) == 2
+    for element in root.iter(f"{SVG}text"):
+        assert 0 <= float(element.get("x")) <= plot.WIDTH and 0 <= float(element.get("y")) <= float(root.get("height"))
+
+
+def test_a_plot_is_a_png_where_the_file_is_one(result):
+    drawn = plot.speedup_plot(result)
+    assert figures.content(drawn, Path("a.png")).startswith(b"\x89PNG")
+    assert figures.content(drawn, Path("a.svg")).startswith(b"<svg")
+
+
+def test_what_stands_in_a_matplotlibrc_changes_nothing(result):
+    import matplotlib
+
+    drawn = figures.svg(plot.speedup_plot(result))
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert figures.svg(plot.speedup_plot(result)) == drawn
 
 
 def test_plot_keeps_labels_apart(result):
     for entry in result["cells"]:
         for contender in entry["contenders"]:
             contender["speedup"] = 1.0
-    root = ElementTree.fromstring(plot.speedup_plot(result))
+    root = ElementTree.fromstring(figures.svg(plot.speedup_plot(result)))
     labels = [float(text.get("y")) for text in root.iter(f"{SVG}text") if "skipped:" in text.text]
-    assert min(abs(a - b) for i, a in enumerate(labels) for b in labels[:i]) >= 15
+    assert len(labels) == 4 and min(abs(a - b) for i, a in enumerate(labels) for b in labels[:i]) >= 15
+
+
+def test_labels_that_fit_keep_their_order_and_their_distance():
+    assert figures.apart([10, 11, 50], 17, 100) == [10, 27, 50]
+    assert figures.apart([99, 98, 10], 17, 100) == [100, 83, 10]
 
 
 def test_plot_refuses_what_it_cannot_draw(result):
@@ -137,15 +158,18 @@ def test_json_refuses_what_json_cannot_say(capsys):
 
 def test_readme_block_is_made_from_the_results(result, tmp_path):
     (tmp_path / "profiles" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
+    (tmp_path / "docs").mkdir()
+    pages = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    for path in pages:
+        path.write_text(f"before\n{readme.BEGIN}\nstale\n{readme.END}\nafter\n")
     files = readme.rendered(tmp_path)
-    assert readme.NONE in files[tmp_path / "README.md"]
+    assert all(readme.NONE in files[path] for path in pages)
     (tmp_path / "profiles" / "results" / "a.json").write_text(json.dumps(result))
     files = readme.rendered(tmp_path)
-    text = files[tmp_path / "README.md"]
+    text = files[pages[1]]
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| 4,096 | cuDNN, 2.000 ms, 512 TFLOP/s | 0.98x (bound 1.00x) | 1.40x \\* (bound 1.33x) |" in text
-    assert "](profiles/results/a.svg)" in text and tmp_path / "profiles" / "results" / "a.svg" in files
+    assert "](../profiles/results/a.svg)" in text and tmp_path / "profiles" / "results" / "a.svg" in files
     for path, content in files.items():
         path.write_text(content)
     assert readme.rendered(tmp_path) == files
@@ -156,15 +180,16 @@ def test_structured_rows_are_told_apart_and_a_missed_rate_is_shown(result):
     structured["data"] = "synthetic, structured; thresholds fitted to it"
     structured["contenders"][2]["skip"] = 0.43
     result["cells"].append(structured)
-    text = readme.block(result, "a.json", Path("a.svg"))
+    text = readme.block(result, "a.json", "a.svg")
     assert "**text: 32/8 heads" in text and "**text: structured data, 32/8 heads" in text
     assert "1.40x \\* at 43% (bound 1.33x)" in text
-    titles = [element.text for element in ElementTree.fromstring(plot.speedup_plot(result)).iter(f"{SVG}text")]
+    titles = texts_of(figures.svg(plot.speedup_plot(result)))
     assert any(title.startswith("text: structured data, ") for title in titles)
 
 
 def test_readme_needs_its_markers(tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text("nothing")
     with pytest.raises(InputError, match="results: begin"):
         readme.rendered(tmp_path)
 

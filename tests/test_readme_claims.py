@@ -1,4 +1,4 @@
-"""README.md's sentences about the stored comparisons, held to the files."""
+"""Sentences of README.md and docs/ about stored results, held to the files."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{share * 100:.{digits}f} %"
 
 
-@pytest.fixture(scope="module")
-def readme() -> str:
-    """README.md on one line."""
-    return " ".join((ROOT / "README.md").read_text().split())
+def on_one_line(*path: str) -> str:
+    return " ".join(ROOT.joinpath(*path).read_text(encoding="utf-8").split())
 
 
 @pytest.fixture(scope="module")
-def said(readme) -> str:
-    """What it says of the stored comparisons."""
-    return readme.partition(" ## How to read the comparison ")[2].partition(" ## ")[0]
+def said() -> str:
+    """What docs/methods.md says of the stored comparisons."""
+    return on_one_line("docs", "methods.md").partition(" ## What the stored comparisons say ")[2]
 
 
-def test_what_the_readme_says_of_the_comparison_inside_a_model_is_so(said):
+def test_what_is_said_of_the_comparison_inside_a_model_is_so(said):
     cells = cells_of("methods-tasks.nvidia-h100.json")
     agreement = {length: matched(cell, "agreement.top1") for length, cell in cells.items()}
     assert agreement.keys() == {8192, 16384, 32768, 65536}
@@ -81,7 +79,7 @@ def test_what_the_readme_says_of_the_comparison_inside_a_model_is_so(said):
     assert f"at most {percent(max(static))}" in said
 
 
-def test_what_the_readme_says_of_free_selections_is_so(said):
+def test_what_is_said_of_free_selections_is_so(said):
     cells = cells_of("methods-tasks.nvidia-h100.json")
     near, far = (matched(cells[length], "agreement.top1", "were selection free") for length in (32768, 65536))
     for column in range(3):
@@ -100,7 +98,7 @@ def test_what_the_readme_says_of_free_selections_is_so(said):
     assert both == set(ahead) and all(name in said for name in ahead.values())
 
 
-def test_what_the_readme_says_of_combinations_is_so(said):
+def test_what_is_said_of_combinations_is_so(said):
     better = {}
     for length, cell in cells_of("methods-tasks.nvidia-h100.json").items():
         table = matched(cell, "agreement.top1")
@@ -113,7 +111,7 @@ def test_what_the_readme_says_of_combinations_is_so(said):
     assert better == {("pooled_top_p+bsfa", 32768, 0.5): "0.004"} and "at 50 % and 32k, by 0.004" in said
 
 
-def test_what_the_readme_says_of_questions_asked_earlier_is_so(said):
+def test_what_is_said_of_questions_asked_earlier_is_so(said):
     (cell,) = cells_of("methods-asked-earlier.nvidia-h100.json").values()
     assert (cell["length"], cell["asked_at"], cell["dense_accuracy"]["mean"]) == (32768, 0.75, 1.0)
     own = matching.by_method(cell["rows"])
@@ -137,7 +135,7 @@ def test_what_the_readme_says_of_questions_asked_earlier_is_so(said):
     assert f"pooled top-p alone answers {stated[0]}, with the gate {stated[1]} and Tri-shape {stated[2]}" in said
 
 
-def test_what_the_readme_says_of_frames_is_so(said):
+def test_what_is_said_of_frames_is_so(said):
     cell = cells_of("methods-frames.nvidia-h100.json")[43968]
     mean, worst = matched(cell, "recall.mean"), matched(cell, "recall.worst")
     assert matching.best(mean, 1, True) == ["bsfa"] and matching.best(mean, 0, True) == ["global_attention"]
@@ -155,7 +153,7 @@ def test_what_the_readme_says_of_frames_is_so(said):
     assert f"at 60 % bsfa keeps {worst['bsfa'][2]:.3f} and BLASST {worst['blasst'][2]:.3f}" in said
 
 
-def test_what_the_readme_says_of_faster_lists_is_so(said):
+def test_what_is_said_of_faster_lists_is_so(said):
     text = (RESULTS / "checks" / "lists-entries.nvidia-h200.txt").read_text()
     heads_of_128 = text.partition("# Second run")[2].partition("d=64")[0]
     found = re.findall(r"^  (.+?) +\| new .* over base ([\d.]+)$", heads_of_128, re.MULTILINE)
@@ -166,16 +164,16 @@ def test_what_the_readme_says_of_faster_lists_is_so(said):
     assert f"by {percent(gains['full'])} where they hold everything" in said
 
 
-def test_what_the_readme_says_of_host_time_is_so(readme):
+def test_what_is_said_of_host_time_is_so():
     text = (RESULTS / "checks" / "host-time.nvidia-h200.txt").read_text()
     runs = sorted(re.findall(r"^(\w+) ([\d.]+) us host", text, re.MULTILINE), key=lambda run: float(run[1]))
     found = {name: float(us) / 1e3 for name, us in runs}  # the slowest run of each
     stated = f"{found['gate']:.1f} ms (cuDNN: {found['cudnn']:.2f} ms), {found['lists']:.1f} ms with block lists"
-    assert f"A call costs the host {stated}" in readme
+    assert f"A call costs the host {stated}" in on_one_line("README.md")
 
 
-def test_what_the_readme_says_of_the_gap_gates_cost_is_so(readme):
+def test_what_is_said_of_the_gap_gates_cost_is_so():
     result = json.loads((RESULTS / "checks" / "gap-against-absolute.nvidia-h200.json").read_text())
     assert {cell["length"] for cell in result["cells"]} == {8192, 32768, 131072}
     worst = max(cost for cell in result["cells"] for cost in cell["cost"].values())
-    assert f"took at most {percent(worst, 1)} more time than the absolute one" in readme
+    assert f"took at most {percent(worst, 1)} more time than the absolute one" in on_one_line("docs", "results.md")

@@ -8,6 +8,7 @@ import pytest
 
 from bsfa_cli.errors import MachineError, UsageError
 from bsfa_cli.experiments import real, recipes, texts
+from bsfa_cli.presentation import figures
 from bsfa_cli.presentation.real_plot import real_plot
 
 RECIPES = ("shared skip, gap", "top-k, absolute")
@@ -61,7 +62,7 @@ def test_the_whole_experiment_at_toy_size(asked):
             )
             assert set(point["by_kind"]) == {"code", "prose"} and point["by_position"][-1]["to"] == 1024
     assert ElementTree.fromstring((out / "real.svg").read_text()).tag.endswith("svg")
-    assert real_plot(result).count("<circle") >= 4
+    assert figures.svg(real_plot(result)).count("skipped</title>") >= 4
 
 
 def test_what_is_done_is_not_measured_again(asked, monkeypatch):

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bsfa_cli.presentation import pareto, readme, svg
+from bsfa_cli.presentation import figures, pareto, readme
 from bsfa_cli.presentation.compare_table import break_even_rows
 
 STORED = Path(__file__).parent.parent / "profiles" / "results" / "llama-3.1-8b.nvidia-h200.json"
@@ -54,7 +54,7 @@ def stored(tmp_path):
 
 
 class Page(HTMLParser):
-    VOID = {"meta", "br", "rect", "circle", "line", "path"}
+    VOID = {"meta", "br"}
 
     def __init__(self, content: str):
         super().__init__()
@@ -65,6 +65,9 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
         if tag not in self.VOID:
@@ -81,8 +84,11 @@ def test_page_is_self_contained_and_every_string_is_escaped(run, stored, tmp_pat
     page = Page(content)
     assert page.open == []
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
-    assert not [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", content)
+    links = [
+        v for _, attributes in page.tags for name, v in attributes.items() if name in ("src", "href", "xlink:href")
+    ]
+    assert {"#result-1", "#result-2"} <= set(links) and all(link.startswith("#") for link in links)
+    assert not re.search(r"https?://(?!www\.w3\.org/(2000/svg|1999/xlink)\b)|@import|url\((?!#)", content)
     text = " ".join(page.texts)
     for words in ("<Some> & GPU", "synthetic, <structured>", "an & other", "o<o>m", "made<up>.json", "cut short"):
         assert words in text and (words == "cut short" or words not in content)
@@ -92,7 +98,8 @@ def test_page_is_self_contained_and_every_string_is_escaped(run, stored, tmp_pat
 def test_page_says_who_wins_and_what_is_lost(run, stored, tmp_path):
     assert run("report", stored, "-o", tmp_path / "report.html").code == 0
     text = " ".join(Page((tmp_path / "report.html").read_text()).texts)
-    assert "50% of dense: bsfa (0.9250)" in text and "xattention is number" not in text
+    assert "50% of dense: bsfa (0.9250)" in text and "Asked: which of 3 methods keeps most, on <Some> & GPU" in text
+    assert "xattention is number" not in text
     assert "at equal density" in text and "at equal time" in text
     assert "All 7 settings" in text and "2 not measured" in text
 
@@ -100,14 +107,16 @@ def test_page_says_who_wins_and_what_is_lost(run, stored, tmp_path):
 def test_readme_has_a_block_for_a_comparison(stored, tmp_path):
     folder = tmp_path / "profiles" / "results"
     folder.mkdir(parents=True)
-    (tmp_path / "README.md").write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    (tmp_path / "docs").mkdir()
+    for page in (tmp_path / "README.md", tmp_path / "docs" / "results.md"):
+        page.write_text(f"{readme.BEGIN}\n{readme.END}\n")
     (folder / "methods.json").write_bytes(stored.read_bytes())
     files = readme.rendered(tmp_path)
-    text = files[tmp_path / "README.md"]
+    text = files[tmp_path / "docs" / "results.md"]
     assert "### Methods compared (methods) on <Some> & GPU" in text and "This run was cut short" in text
     assert "- 50% of dense: bsfa (0.9250)" in text
     assert f"| bsfa |{' **0.9600** |' * 6} **0.9313** | - |" in text
-    assert "| bsfa | 2: 8,192 or less |" in text and "](profiles/results/methods.svg)" in text
+    assert "| bsfa | 2: 8,192 or less |" in text and "](../profiles/results/methods.svg)" in text
     ElementTree.fromstring(files[folder / "methods.svg"])
 
 
@@ -120,26 +129,26 @@ def test_settings_that_break_even_alike_are_one_entry(stored):
     assert break_even_rows(result) == [("bsfa", "1: slower up to 32,768; 2: 8,192 or less")]
 
 
-def test_pareto_plot_is_xml_with_a_tooltip_for_every_point(stored):
-    drawn = pareto.pareto_plot(cell(8192, 2.0), "total_ms", "recall.mean", "recall <b>")
-    root = ElementTree.fromstring(drawn)
-    name = "{http://www.w3.org/2000/svg}"
-    circles = list(root.iter(f"{name}circle"))
-    assert len(circles) == 7 and circles[-1][0].text == "xattention, kn<o>b 7: 0.87 at 14, density 1.400"
-    assert any("cuDNN" == element.text for element in root.iter(f"{name}text"))
-    for circle in circles:
-        assert pareto.LEFT <= float(circle.get("cx")) <= pareto.WIDTH - pareto.RIGHT
-        assert pareto.TOP <= float(circle.get("cy")) <= pareto.TOP + pareto.HEIGHT
-    assert pareto.pareto_plot(cell(8192, 2.0), "ttft_ms", "recall.mean", "") == ""
+def test_pareto_plot_names_the_front_and_has_a_tooltip_for_every_point(stored):
+    measured = cell(8192, 2.0)
+    measured["rows"] += [row("slower", s, s * 3, 0.8 + s / 100) for s in (2, 4, 6)] + [row("useless", 1, 1.0, 0.1)]
+    drawn = figures.svg(pareto.pareto_plot(measured, "total_ms", "recall.mean"))
+    root, name = ElementTree.fromstring(drawn), "{http://www.w3.org/2000/svg}"
+    said = [title.text for title in root.iter(f"{name}title")]
+    assert len(said) == 10 and "xattention kn<o>b 7: 0.87 at 0.71x, 14 ms, density 1.400" in said
+    texts = [element.text for element in root.iter(f"{name}text")]
+    assert {"bsfa", "every tile kept"} <= set(texts) and "xattention" not in texts
+    assert "grey, beaten everywhere in this picture: xattention, slower" in texts
+    assert any("speedup over cuDNN" in text for text in texts)
+    assert pareto.pareto_plot(cell(8192, 2.0), "ttft_ms", "recall.mean") is None
 
 
-@pytest.mark.parametrize(
-    "low, high, expected",
-    [(0, 7, [0, 1, 2, 3, 4, 5, 6, 7]), (0.93, 1.0, [0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0]),
-     (0, 46, [0, 10, 20, 30, 40])],
-)  # fmt: skip
-def test_ticks_are_round(low, high, expected):
-    assert svg.ticks(low, high) == pytest.approx(expected)
+def test_a_report_without_matplotlib_has_tables_and_says_what_is_missing(run, stored, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run("report", stored, STORED, "-o", tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text()
+    assert done.code == 0 and "pip install 'bsfa[plots]'" in done.err
+    assert "<svg" not in content and "without plots" in content.lower() and "<table>" in content
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bsfa_cli.presentation import figures
 from bsfa_cli.suites import tasks
 from bsfa_cli.training import curriculum, curves, model
 from bsfa_cli.training.loop import Budget, Trainer
@@ -82,7 +83,13 @@ def test_curves_are_means_of_the_last_questions(tmp_path):
         for second, right in ((1, 0.0), (2, 1.0), (11, 1.0))
     ]
     assert curves.curves([*entries, {"evaluated": 256}]) == {"single": [(5.0, 0.5), (15.0, 1.0)]}
-    assert ElementTree.fromstring(curves.draw(entries)).tag.endswith("svg")
+    assert ElementTree.fromstring(figures.svg(curves.draw(entries))).tag.endswith("svg")
+
+
+def test_the_stored_curves_are_in_step_with_their_log():
+    for log in (Path(__file__).parents[1] / "profiles" / "results" / "training").glob("*.jsonl"):
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        assert log.with_suffix(".svg").read_text() == figures.svg(curves.draw(entries))
 
 
 def test_an_exported_model_is_trained_further_in_the_second_half(tmp_path, monkeypatch):
@@ -103,11 +110,11 @@ def test_an_exported_model_is_trained_further_in_the_second_half(tmp_path, monke
     assert 0 < moved < 0.05
 
 
-def test_the_readme_says_what_the_training_log_says():
+def test_the_results_page_says_what_the_training_log_says():
     root = Path(__file__).parents[1]
     logs = sorted((root / "profiles" / "results" / "training").glob("*.jsonl"))
     entries = [json.loads(line) for line in logs[-1].read_text().splitlines()]
-    section = (root / "README.md").read_text().partition("## The model in the box")[2].partition("\n## ")[0]
+    section = (root / "docs" / "results.md").read_text().partition("## The model in the box")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     stated = {int(row[0].replace(",", "")): row[1:] for row in rows if row[0][:1].isdigit()}
     evaluated = {entry["evaluated"]: entry["exact_and_token_accuracy"] for entry in entries if "evaluated" in entry}
@@ -119,11 +126,11 @@ def test_the_readme_says_what_the_training_log_says():
         assert stated[length] == [*first, chains, records, words]
 
 
-def test_the_readme_says_what_the_recipes_reached():
+def test_the_results_page_says_what_the_recipes_reached():
     root = Path(__file__).parents[1]
     results = root / "profiles" / "results" / "recipes"
     found = [json.loads((results / f"{name}.nvidia-h100.json").read_text()) for name in ("other-tasks", "same-tasks")]
-    section = (root / "README.md").read_text().partition("How far each recipe")[2].partition("\n## ")[0]
+    section = (root / "docs" / "results.md").read_text().partition("How far each recipe")[2].partition("\n## ")[0]
     for result in found:
         questions, dense = result["evaluation"]["questions"], result["dense"]["exact"]
         assert re.search(rf"\({questions} questions[^)]*, dense {dense:.3f}\)", section)

@@ -15,6 +15,7 @@ from gap_thresholds import TILE, thresholds
 from bsfa_cli.commands.verify import verify
 from bsfa_cli.errors import GateFailed, InputError, UsageError
 from bsfa_cli.models.load import load_model
+from bsfa_cli.presentation import verify_table
 from bsfa_cli.verification import run as verification
 from bsfa_cli.verification.gates import Gates
 from bsfa_cli.verification.kernel import check_kernel
@@ -38,7 +39,7 @@ def artifact(loaded, tmp_path):
 
 def call(capsys, artifact, failing=None, **options):
     """Run the command; returns its JSON, and checks the sentence of its failure."""
-    options = dict(samples=1, length=400, json=True) | options
+    options = dict(samples=1, length=400, json=True, max_kl_over_floor=10.0) | options
     if failing is None:
         verify(thresholds=artifact, **options)
     else:
@@ -64,8 +65,24 @@ def test_a_mild_point_passes_and_says_what_it_did(artifact, capsys):
     assert result["negative_control"]["skip"] == 1 and result["negative_control"]["failures"]
     assert result["environment"]["torch"] == torch.__version__
     assert "random weights" in shown and "negative control fails, as it must" in shown
-    assert shown.endswith("passed\n")
-    assert "no accuracy limit asked for" in call(capsys, artifact, point="mild", min_skip=0.01)[1]
+    assert "passed: --min-top1 " in shown.splitlines()[-1]
+
+
+def test_without_an_accuracy_limit_texts_have_one(artifact, capsys):
+    no_limit = dict(max_kl_over_floor=None)
+    _, shown = call(capsys, artifact, failing=r"--max-kl-over-floor 0\.01", point="hard", **no_limit)
+    assert "FAILED hard: KL above the noise floor" in shown
+    result, shown = call(capsys, artifact, point="mild", min_top1=0.5, **no_limit)
+    assert result["gates"]["max_kl_over_floor"] is None and "passed: --min-top1 0.5" in shown
+
+
+def test_the_worst_modules_are_shown_and_details_on_request(artifact, capsys, monkeypatch):
+    monkeypatch.setattr(verify_table, "WORST", 2)
+    brief, full = (call(capsys, artifact, point="mild", details=details)[1] for details in (False, True))
+    assert "the 2 worst of 3 modules; --details shows all" in brief and "--details" not in full
+    assert "in 3 modules:" in brief and full.count("against the float64 reference, model.layers.") == 3
+    table = brief.partition("operating point")[2].partition("passed: ")[0].splitlines()
+    assert max(map(len, table)) <= 80 and "modules: model.layers.*.self_attn" in brief
 
 
 def test_every_point_is_verified_and_one_that_skips_nothing_fails(artifact, capsys):
@@ -119,7 +136,7 @@ def test_the_skip_rate_is_the_whole_models(loaded, tmp_path, capsys):
     assert point["candidates"] == whole["candidates"] == 3 * point["calibrated"]["candidates"]
     assert set(point["uncalibrated"]) == {"model.layers.0.self_attn", "model.layers.2.self_attn"}
     assert point["skip"] == pytest.approx(point["calibrated"]["skip"] / 3) and point["calibrated"]["skip"] > 0.3
-    assert "in the 1 of 3 attention modules that have thresholds; the others keep every tile" in shown
+    assert "in the 1 of 3 attention modules that have thresholds; the others keep all" in shown
 
 
 def test_a_stored_result_becomes_a_page(artifact, run, tmp_path):
@@ -161,8 +178,6 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(
 def test_bad_requests(artifact, loaded, tmp_path):
     with pytest.raises(UsageError, match="--min-top1 must lie between 0 and 1, got 1.5"):
         verify(thresholds=artifact, min_top1=1.5)
-    with pytest.raises(UsageError, match="--negative-control needs an accuracy gate"):
-        verify(thresholds=artifact, min_skip=0.5, negative_control=True)
     with pytest.raises(UsageError, match="--backend must be auto"):
         verify(thresholds=artifact, backend="fastest")
     with pytest.raises(UsageError, match="--length 131073 is past the model's 131072 positions"):

@@ -9,6 +9,7 @@ from gap_thresholds import thresholds
 
 from bsfa_cli.errors import UsageError
 from bsfa_cli.models.load import load_model
+from bsfa_cli.presentation import figures
 from bsfa_cli.presentation.heat_map import heat_map
 from bsfa_cli.suites import ruler
 from bsfa_cli.suites.questions import Plan
@@ -166,7 +167,7 @@ def test_a_heat_map_needs_depths():
         heat_map([{"name": "dense", **summarise(answers, answers)}], "words")
     plan = dataclasses.replace(plan, tasks=("single",))
     answers = answers_of(plan, plan.tasks)
-    drawn = heat_map([{"name": "<dense>", **summarise(answers, answers)}], "a & b")
+    drawn = figures.svg(heat_map([{"name": "<dense>", **summarise(answers, answers)}], "a & b"))
     assert "&lt;dense&gt;" in drawn and "a &amp; b" in drawn and ElementTree.fromstring(drawn) is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from .curves import octave
 from .data import is_generated, names
 from .store import Curves, Run
 
+FITTED, HELD_OUT = "fitted", "held-out"
+AIMED = 1e-3  # how near to the rate asked for a search for it stops
+NEAR = 0.02  # of a rate asked for, from which on a point says nothing
 CHOICES = {"target-skip": fit.target_skip, "even-skip": fit.even_skip, "one-threshold": fit.one_threshold}
 
 
@@ -91,12 +95,17 @@ def make_requests(
 
 
 def export(
-    run: Run, requests: Sequence[Request], quantile: float, searched: Mapping[str, object] | None = None
+    run: Run,
+    requests: Sequence[Request],
+    quantile: float,
+    searched: Mapping[str, object] | None = None,
+    aim: str = FITTED,
 ) -> tuple[Thresholds, list[Report], dict[str, str]]:
     """The artifact, what to show of it, and {point: why it is not in it} of those that this run cannot give.
 
-    `searched` says of points, by name, what was measured to find them. Raises InputError for a run that is damaged or
-    not finished, UsageError where it gives none of the points.
+    `searched` says of points, by name, what was measured to find them. `aim`: which samples are to reach the skip rates
+    asked for, FITTED or HELD_OUT; the latter then check everything but that rate. Raises InputError for a run that is
+    damaged or not finished, UsageError where it gives none of the points.
     """
     plan = run.plan
     done, curves = {}, {}
@@ -108,6 +117,8 @@ def export(
                 f"{run.path} is not finished ({role}: {len(done[role])} of {len(run.planned(role))} samples, "
                 f"{total} in all); run the same `bsfa calibrate` again to finish it"
             )
+    if aim == HELD_OUT and not curves["heldout"]:
+        raise UsageError("--aim held-out needs held-out samples, and this run has none: calibrate with more --samples")
     reports, rows, left_out = [], [], {}
     tables: dict[tuple[str, str], fit.Table] = {}
     for request in requests:
@@ -116,7 +127,7 @@ def export(
                 tables[role, request.gate] = fit.Table.of(curves[role], request.gate)
         fitted, held_out = tables["fit", request.gate], tables.get(("heldout", request.gate))
         try:
-            thresholds, report = _point(request, plan, curves["fit"], fitted, held_out, quantile)
+            thresholds, report = _point(request, plan, curves["fit"], fitted, held_out, quantile, aim)
         except UsageError as error:
             left_out[request.name] = str(error)
             continue
@@ -147,12 +158,15 @@ def export(
             "dtype": options["dtype"],
             "software": run.manifest["software"],
             **({"searched": dict(searched)} if searched else {}),
+            **({"aim": aim} if aim != FITTED else {}),
         },
     )
     return artifact, reports, left_out
 
 
-def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: fit.Table | None, quantile: float):
+def _point(
+    request: Request, plan, curves: Curves, fitted: fit.Table, held_out: fit.Table | None, quantile: float, aim: str
+):  # fmt: skip
     """(thresholds float64 [N, knots], Report) of one point."""
     if request.recipe == "top-k":
         thresholds = fit.top_k(curves, plan, int(request.argument))
@@ -161,7 +175,7 @@ def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: 
             return table and fit.evaluate_positions(table, plan, thresholds, quantile, heads)
     else:
         if request.recipe in CHOICES:
-            choice = CHOICES[request.recipe](fitted, request.argument)
+            choice = _choice(request, fitted, held_out, aim)
         else:
             choice = fit.max_dropped_mass(fitted, request.argument, quantile)
         thresholds = fit.at_knots(fitted, plan, choice)
@@ -187,8 +201,34 @@ def _point(request: Request, plan, curves: Curves, fitted: fit.Table, held_out: 
     return thresholds, Report(point, tuple(modules), tuple(between))
 
 
-def remarks(report: Report) -> list[str]:
-    """What the user should know about a point, in sentences."""
+def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim: str) -> torch.Tensor:
+    """The choice for a skip rate of the samples to aim at. Raises UsageError where it cannot be reached."""
+    choose = CHOICES[request.recipe]
+    choice = choose(fitted, request.argument)
+    if aim == FITTED:
+        return choice
+
+    def skips(choice: torch.Tensor) -> bool:
+        return fit.evaluate(held_out, choice, 1.0).skip >= request.argument
+
+    if skips(choice):
+        return choice
+    below, above = request.argument, fitted.reach
+    choice = choose(fitted, above)
+    if not skips(choice):
+        raise UsageError(
+            f"held-out samples cannot skip {request.argument:g}: with the highest threshold they skip "
+            f"{fit.evaluate(held_out, choice, 1.0).skip:.4f}"
+        )
+    while above - below > AIMED:
+        middle = (below + above) / 2
+        found = choose(fitted, middle)
+        below, above, choice = (below, middle, found) if skips(found) else (middle, above, choice)
+    return choice
+
+
+def remarks(report: Report, samples: int) -> list[str]:
+    """What the user should know about a point fitted to so many `samples`, in sentences."""
     point, found = report.point, []
     if report.between:
         ends = " and ".join(f"{skip:.1%} (top-k {k})" for k, skip in report.between)
@@ -206,8 +246,14 @@ def remarks(report: Report) -> list[str]:
             f"{point.name}: on held-out samples the bound at quantile {point.quantile:g} is "
             f"{point.held_out.dropped_mass_bound:.3g}, above the {point.argument:g} asked for"
         )
-    if point.recipe in CHOICES and point.held_out.skip < point.argument - 0.02:
+    if point.recipe in CHOICES and point.held_out.skip < point.argument - NEAR:
+        short = point.argument - point.held_out.skip
         found.append(
             f"{point.name}: held-out samples skip {point.held_out.skip:.3f}, below the {point.argument:g} asked for"
+        )
+        enough = math.ceil(samples * short / NEAR)
+        found.append(
+            f"{point.name}: fitted to {samples} texts; about {enough} bring it within {NEAR:g}, and --aim held-out "
+            "reaches it now"
         )
     return found

@@ -14,7 +14,7 @@ from bsfa_kernels.integrations.transformers import AttentionModule, attach, atte
 from .. import environment
 from ..errors import InputError, MachineError, UsageError
 from ..models.load import LoadedModel, explain_memory
-from ..presentation.console import console, note, progress
+from ..presentation.console import console, duration, note, progress
 from .collector import Collector
 from .curves import TILES_AT_ONCE, ModuleCurves, Plan
 from .data import Sample, data_hash, is_generated
@@ -219,7 +219,11 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
                 raise
             bar.advance(task)
             if not console().is_terminal:
-                note(f"{sample.id}: {len(sample.tokens):,} tokens, {role}, {seconds[sample.id]:.1f} s")
+                left = sum(seconds.values()) / len(seconds) * (len(samples) - len(finished) - len(seconds))
+                note(
+                    f"{sample.id}: {len(sample.tokens):,} tokens, {role}, {seconds[sample.id]:.1f} s"
+                    + (f"; about {duration(left)} left" if left else "")
+                )
     return seconds
 
 

@@ -24,6 +24,7 @@ from bsfa_kernels.thresholds import model_difference
 
 from ..errors import BsfaError, InputError, UsageError
 from ..files import write_whole
+from ..order import natural, ordered
 from .curves import ModuleCurves, Plan
 
 SCHEMA = 1
@@ -83,7 +84,7 @@ class Run:
             manifest = extended
         made = not path.exists()
         try:
-            write_whole(path / "run.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+            write_whole(path / "run.json", (json.dumps(ordered(manifest), indent=1) + "\n").encode())
         except BsfaError:
             with suppress(OSError):
                 if made:
@@ -174,7 +175,7 @@ class Run:
     def _by_module(self, tensors: dict[str, torch.Tensor]) -> Curves:
         """Tensors as ModuleCurves keeps them. Raises Malformed where a name, shape or sum cannot be."""
         curves: Curves = {}
-        for path, heads in self.manifest["modules"].items():
+        for path, heads in sorted(self.manifest["modules"].items(), key=lambda item: natural(item[0])):
             curves[path] = {}
             for name, (shape, dtype) in ModuleCurves.layout(self.plan, heads).items():
                 tensor = tensors.pop(f"{path}/{name}", None)

@@ -65,7 +65,9 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
-    plot: Annotated[Path | None, Option(help="Write an SVG plot of quality against time, of one length.")] = None,
+    plot: Annotated[
+        Path | None, Option(metavar="FILE.svg", help="Plot loss against speed, of one length; .svg or .png.")
+    ] = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -173,9 +175,10 @@ def compare(
         note(f"written: {output}; next: bsfa report {output} -o report.html")
     if plot:
         from ..files import write_whole
+        from ..presentation import figures
         from ..presentation.compare_readme import plot_of
 
-        write_whole(plot, plot_of(result).encode())
+        write_whole(plot, figures.content(plot_of(result), plot))
         note(f"written: {plot}")
     if json:
         print_json(result)

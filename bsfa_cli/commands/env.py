@@ -6,17 +6,19 @@ from ..options import Config, Json
 
 
 def env(json: Json = False, config: Config = None) -> None:
-    """Show versions, the GPU, and which attention backends can run here and why the others cannot."""
+    """Show versions, the GPU, which attention backends can run here and which baselines are installed, and why not."""
     from .. import environment
     from ..presentation.console import note, print_json
 
-    facts = environment.describe() | {"backends": environment.backends()}
+    facts = environment.describe() | {"backends": environment.backends(), "baselines": environment.baselines()}
     if json:
         print_json(facts)
         return
     width = max(map(len, facts))
     for key, value in facts.items():
-        if key != "backends":
+        if key not in ("backends", "baselines"):
             note(f"{key:{width}}  {'-' if value is None else value}")
     for backend in facts["backends"]:
         note(f"{'backend':{width}}  {backend['name']}: {'yes' if backend['available'] else backend['reason']}")
+    for library in facts["baselines"]:
+        note(f"{'baseline':{width}}  {library['name']}: {library['version'] or library['reason']}")

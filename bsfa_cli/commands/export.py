@@ -44,6 +44,9 @@ def export(
         ),
     ] = None,
     gate: Annotated[str, Option(help="gap or absolute; top-k is always absolute.")] = "gap",
+    aim: Annotated[
+        str, Option(help="Samples to reach skip rates on: fitted, or held-out, which then check all but the rate.")
+    ] = "fitted",
     quantile: Annotated[float, Option(help="Of rows, for the bound on dropped mass.")] = 0.99,
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
@@ -75,6 +78,8 @@ def export(
         raise UsageError("give either a run directory or --from-official FILE.pt")
     if gate not in ("gap", "absolute"):
         raise UsageError(f"--gate must be gap or absolute, got {gate!r}")
+    if aim not in ("fitted", "held-out"):
+        raise UsageError(f"--aim must be fitted or held-out, got {aim!r}")
     if not 0 < quantile <= 1:
         raise UsageError(f"--quantile must lie in (0, 1], got {quantile:g}")
     searching = bool(largest_skip_with)
@@ -109,17 +114,17 @@ def export(
             requests += found
         if not requests:
             raise GateFailed("; ".join(left_out.values()))
-        artifact, reports, missing = points.export(begun, requests, quantile, searched)
+        artifact, reports, missing = points.export(begun, requests, quantile, searched, aim)
         left_out |= missing
         points_table.show(reports)
         for report in reports:
-            for remark in points.remarks(report):
+            for remark in points.remarks(report, len(begun.planned("fit"))):
                 note(remark)
         calibrated, layers = len(begun.manifest["modules"]), begun.manifest["model"].get("layers")
         if isinstance(layers, int) and calibrated < layers:
             note(
-                f"skip rates are of the {calibrated} calibrated modules; the model has {layers}, the others keep every "
-                f"tile, so about {calibrated / layers:.1%} of these shares are skipped of all its tiles"
+                f"skip rates are of the {calibrated} calibrated modules of {layers}; the others keep every tile, so "
+                f"about {calibrated / layers:.1%} of these shares are skipped of all tiles"
             )
         generated = stand_in(begun.manifest["data"]["spec"])
         if generated:
@@ -132,7 +137,7 @@ def export(
         print_json(_result(output, content, artifact, reports, left_out))
     if left_out:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise GateFailed(f"{output} lacks {len(left_out)} of the points asked for: {reasons}")
+        raise GateFailed(f"{output} lacks {reasons}")
 
 
 class _Place(NamedTuple):

@@ -28,7 +28,7 @@ def profile(
         str | None, Option(help="Kind of synthetic Q, K and V: normal or structured (the patterns of real heads).")
     ] = None,
     baselines: Annotated[
-        str | None, Option(help="Dense baselines to time, separated by commas; all that run here by default.")
+        str | None, Option(help="Baselines to time, separated by commas; all that run here by default.")
     ] = None,
     backend: Annotated[str | None, Option(help="Demand this backend; the fastest that can serve by default.")] = None,
     dtype: Dtype = "auto",
@@ -43,7 +43,7 @@ def profile(
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
     data: Data = None,
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
-    plot: Annotated[Path | None, Option(help="Write an SVG plot of speedup against length.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE.svg", help="Plot speedup against length; .svg or .png.")] = None,
     baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,
     fail_under: Annotated[
         float | None, Option(help="Exit 1 when old time / new time falls below this anywhere (with --baseline).")
@@ -60,6 +60,10 @@ def profile(
         raise UsageError("--thresholds and --point belong to --end-to-end MODEL; the sweep fits its own thresholds")
     if plot is not None and end_to_end is not None and profile is None:
         raise UsageError("--plot draws the sweep, which --end-to-end leaves out unless --profile is given")
+    if plot is not None:
+        from ..presentation import figures
+
+        figures.check(plot)
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     # Everything that can be refused without torch is refused before its import.
@@ -135,7 +139,7 @@ def profile(
     if plot:
         from ..presentation.plot import speedup_plot
 
-        write_whole(plot, speedup_plot(result).encode())
+        write_whole(plot, figures.content(speedup_plot(result), plot))
     for path in filter(None, (output, plot)):
         note(f"written: {path}")
     if json:

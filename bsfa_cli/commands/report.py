@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..options import Config, Json
 
 
@@ -28,6 +28,7 @@ def report(
     from .. import verification
     from ..comparison import matching
     from ..files import check_writable, read_result, write_whole
+    from ..presentation import figures
     from ..presentation.console import note, print_json
     from ..presentation.report import page
     from ..timing import compare
@@ -35,13 +36,10 @@ def report(
     check_writable(output)
     formats = compare.FORMATS | {matching.KIND: matching.FORMAT, verification.KIND: verification.FORMAT}
     found = [(path, read_result(path, formats)) for path in results]
-    for path, result in found:
-        try:
-            page([(path, result)])
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-            raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
     content = page(found).encode()
     write_whole(output, content)
+    if not figures.available():
+        note(f"without plots: {figures.MISSING}")
     note(f"written: {output} ({len(content):,} bytes)")
     if json:
         print_json({"file": str(output), "bytes": len(content), "results": [str(path) for path in results]})

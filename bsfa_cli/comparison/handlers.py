@@ -10,7 +10,9 @@ from bsfa_kernels import TileShape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..timing import flash_attention
 from ..timing.lead import Lead
+from ..timing.libraries import Library
 from .measure import ATTENTION, SELECTION
 from .methods import Method, attend
 from .quality import Quality
@@ -77,6 +79,18 @@ class DenseAttention:
             return scaled_dot_product_attention(
                 q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
+
+
+class FlashAttention:
+    """FlashAttention-3 or -4, on the same stopwatch, on views of what the module hands over: nothing is copied."""
+
+    def __init__(self, library: Library, stopwatch: Stopwatch):
+        self.library, self.stopwatch = library, stopwatch
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+        with self.stopwatch.lap(ATTENTION):
+            laid = (x.transpose(1, 2) for x in (q, k, v))
+            return flash_attention.attention(self.library, *laid, causal=causal, softmax_scale=scale).transpose(1, 2)
 
 
 class MethodAttention:

@@ -67,7 +67,7 @@ def best(table: dict[str, list[float | None]], column: int, largest: bool, asked
     """The methods, mostly one, that have the best value in a column; dense attention takes no part. Where the values
     are shares of `asked` questions, all whose share the best one's 95 % interval (Wilson) reaches down to.
     """
-    values = _ranked(table, column, largest)
+    values = ranked(table, column, largest)
     if not values:
         return []
     top = next(iter(values.values()))
@@ -75,7 +75,7 @@ def best(table: dict[str, list[float | None]], column: int, largest: bool, asked
     return [name for name, found in values.items() if found == top or asked and found >= least]
 
 
-def _ranked(table: dict[str, list[float | None]], column: int, largest: bool) -> dict[str, float]:
+def ranked(table: dict[str, list[float | None]], column: int, largest: bool) -> dict[str, float]:
     """{method: value} of a column, the best first, without dense attention."""
     values = {name: row[column] for name, row in table.items() if row[column] is not None and name != "dense"}
     return dict(sorted(values.items(), key=lambda item: item[1], reverse=largest))
@@ -122,7 +122,7 @@ def verdicts(
     """
     sentences = []
     for column, heading in enumerate(headings):
-        values = _ranked(table, column, largest)
+        values = ranked(table, column, largest)
         if not values:
             sentences.append(f"{heading}: no method gets there")
             continue

@@ -15,13 +15,14 @@ from bsfa_kernels import TileShape, block_sparse_attention
 
 from ..errors import BsfaError
 from ..timing import baselines
+from ..timing.flash_attention import FA3, FA4
 from ..timing.interleave import Begin, Contender, first_call, measure, unseen
 from .methods import Choice, Method, attend
 from .quality import Quality
 from .tensors import Layer
 
 # Dense kernels to compare with: those with grouped queries. `bsfa profile` times the others too.
-GROUPED = ("cuDNN", "FlashAttention-2", "PyTorch's CPU flash attention")
+GROUPED = ("cuDNN", "FlashAttention-2", FA3, FA4, "PyTorch's CPU flash attention")
 SELECTION, ATTENTION = "selection", "attention"
 
 
@@ -47,7 +48,7 @@ class Bench:
     def __init__(self, methods: list[Method], tile: TileShape, device: torch.device, seconds: float, seed: int):
         self.entries = [Entry(method, setting) for method in methods for setting in method.sweep]
         self.tile, self.device, self.seconds, self.seed = tile, device, seconds, seed
-        self.dense: dict[str, dict] = {}  # {baseline: {"ms_median", "samples_ms"}} or {"reason"}
+        self.dense: dict[str, dict] = {}  # {baseline: {"ms_median", "samples_ms", "library"}} or {"reason"}
 
     def add(self, layer: Layer, begin: Begin = unseen) -> None:
         """Measure every entry on one layer."""
@@ -86,6 +87,8 @@ class Bench:
             if reason:
                 entry["reason"] = reason
             elif "reason" not in entry:
+                if hasattr(call, "library"):
+                    entry["library"] = call.library
                 found.append(Contender(name, call))
         return found
 

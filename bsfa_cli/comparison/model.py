@@ -21,10 +21,12 @@ from ..errors import BsfaError
 from ..models.load import LoadedModel
 from ..suites.run import Examiner
 from ..suites.statistics import paired, wilson
+from ..timing import flash_attention
 from ..timing.baselines import CPU_SDPA, SDPA
 from ..timing.interleave import Begin, Contender, Timing, first_call, measure, unseen
+from ..timing.libraries import Library
 from ..verification.logits import Head, Predictions
-from .handlers import DenseAttention, MethodAttention, Stopwatch
+from .handlers import DenseAttention, FlashAttention, MethodAttention, Stopwatch
 from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method
 
@@ -56,6 +58,7 @@ class _Run:
     handlers: dict
     stopwatch: Stopwatch
     entry: Entry | None = None
+    library: Library | None = None
     reason: str | None = None
     scored: dict | None = None
     predictions: Predictions | None = None
@@ -70,16 +73,25 @@ class ModelBench:
     ):  # fmt: skip
         self.loaded, self.model, self.device, self.tile = loaded, loaded.model, device, tile
         self.modules = modules
-        self.runs = []
-        known = CPU_SDPA if device.type == "cpu" else SDPA
-        for name, backend in ((name, known[name]) for name in GROUPED if name in known):
-            watch = Stopwatch(device)
-            self.runs.append(_Run(name, dict.fromkeys(modules, DenseAttention(backend, watch)), watch))
+        self.runs = [run for run in map(self._dense, GROUPED) if run is not None]
         for method in methods:
             for setting in method.sweep:
                 watch, entry = Stopwatch(device), Entry(method, setting)
                 handlers = {path: MethodAttention(path, method, setting, tile, watch) for path in modules}
                 self.runs.append(_Run(entry.name, handlers, watch, entry))
+
+    def _dense(self, name: str) -> _Run | None:
+        """The run of a dense kernel of GROUPED, with a reason where it is not installed; None for one of elsewhere."""
+        watch, cpu = Stopwatch(self.device), self.device.type == "cpu"
+        if name in flash_attention.MODULES and not cpu:
+            library = flash_attention.find(name)
+            if not isinstance(library, Library):
+                return _Run(name, {}, watch, reason=library)
+            return _Run(name, dict.fromkeys(self.modules, FlashAttention(library, watch)), watch, library=library)
+        backend = (CPU_SDPA if cpu else SDPA).get(name)
+        if backend is None:
+            return None
+        return _Run(name, dict.fromkeys(self.modules, DenseAttention(backend, watch)), watch)
 
     @torch.inference_mode()
     def cell(
@@ -102,7 +114,7 @@ class ModelBench:
             def one(done=done):
                 done.append(step())
 
-            run.reason = self._judge(run, head, tokens, exact, score, one)
+            run.reason = run.reason or self._judge(run, head, tokens, exact, score, one)
             step(work[run.name] - len(done))
         timings = self._time(tokens[0], seconds, seed, begin)
         gc.collect()
@@ -178,7 +190,8 @@ class ModelBench:
                 "samples_ms": {name: timing.as_dict()["samples_ms"] for name, timing in taken.items()},
             }
             if run.entry is None:
-                baselines.append({"name": run.name, "ms_median": attention} | times)
+                library = {"library": run.library.version} if run.library else {}
+                baselines.append({"name": run.name, "ms_median": attention} | library | times)
             else:
                 method, setting = run.entry.method, run.entry.setting
                 selection = selection if method.selects else 0.0

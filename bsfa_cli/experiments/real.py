@@ -24,6 +24,7 @@ from ..errors import UsageError
 from ..files import write_json, write_whole
 from ..models.load import LoadedModel, check_positions, load_model
 from ..prefill_tiles import Attending
+from ..presentation import figures
 from ..presentation.real_plot import real_plot
 from ..verification.layers import skip_rate
 from ..verification.logits import Head, Predictions
@@ -231,7 +232,8 @@ def main() -> int:
     options = parser.parse_args()
     result = measured(options)
     write_json(options.out / f"{options.name}.json", result)
-    write_whole(options.out / f"{options.name}.svg", real_plot(result).encode())
+    if figures.available():
+        write_whole(options.out / f"{options.name}.svg", figures.svg(real_plot(result)).encode())
     say(result)
     return 0
 

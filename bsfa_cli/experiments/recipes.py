@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..files import write_json, write_whole
 from ..models.load import LoadedModel, load_model
 from ..options import numbers
+from ..presentation import figures
 from ..presentation.recipes_plot import recipes_plot
 from ..suites.questions import Plan, parse_names
 from ..suites.run import Answer, Examiner, dense_handlers, examine, mode
@@ -136,7 +137,7 @@ def joined(files: list[Path]) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bsfa_cli.experiments.recipes", description=__doc__)
     parser.add_argument("--model", help="checkpoint directory or Hub id; the bundled model by default")
-    parser.add_argument("--out", type=Path, required=True, help="folder for recipes.json and recipes.svg")
+    parser.add_argument("--out", type=Path, required=True, help="folder for recipes.json and, with matplotlib, .svg")
     parser.add_argument("--calibrate-on", default="single,records,tracking-1", help="tasks to calibrate on")
     parser.add_argument("--calibrate-length", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=12)
@@ -150,7 +151,8 @@ def main() -> int:
     options = parser.parse_args()
     result = joined(options.join) if options.join else measured(options)
     write_json(options.out / f"{options.name}.json", result)
-    write_whole(options.out / f"{options.name}.svg", recipes_plot(result).encode())
+    if figures.available():
+        write_whole(options.out / f"{options.name}.svg", figures.svg(recipes_plot(result)).encode())
     print(f"dense {result['dense']['exact']:.3f} of {result['evaluation']['questions']} questions", file=sys.stderr)
     for recipe, entry in result["recipes"].items():
         best = entry["furthest"]

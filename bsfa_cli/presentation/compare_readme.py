@@ -1,33 +1,46 @@
-"""A stored comparison in README.md: who is best at equal time, where bsfa stands, from which length a method pays."""
+"""A stored comparison in docs/results.md: who is best at equal time, where bsfa stands, from which length on a method
+pays.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..comparison import matching
+from ..errors import UsageError
 from .compare_table import METRICS, break_even_rows, matched_tables, number, present
+from .dense_kernels import without_flash_attention_3
 from .pareto import pareto_plot
 from .versions import versions
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TELLING = "agreement.top1"  # where a model has it: answers are all right or all wrong too often
 SHOWN = 2  # metrics of a cell: inside a model with tasks, accuracy and agreement with the dense model
 
 
-def block(result: dict, source: str, plot: Path) -> str:
-    """Markdown for one stored comparison; `plot` is where `plot_of` lies."""
+def block(result: dict, source: str, plot: str) -> str:
+    """Markdown for one stored comparison: `source` and `plot` are links to it and to `plot_of`."""
     facts = result["environment"]
     name = Path(source).name.partition(".")[0]
     lines = [f"### Methods compared ({name}) on {facts.get('gpu') or 'a CPU'}", ""]
-    lines.append(f"{versions(facts)}. Raw samples: [`{source}`]({source}); `bsfa report {source} -o report.html`.")
+    file = Path(source).name
+    lines.append(f"{versions(facts)}. Raw samples: [`{file}`]({source}); `bsfa report {file} -o report.html`.")
     if not result.get("complete"):
         lines[-1] += " **This run was cut short.**"
+    lacking = without_flash_attention_3(result)
+    if lacking:
+        lines[-1] += f" {lacking}"
     for cell in result["cells"]:
         lines += ["", *_cell(cell)]
     if result["cells"]:
-        surest = _surest(result)
-        for metric in present(surest)[:SHOWN]:
-            title = f"All methods, {surest['length']:,} tokens: {METRICS[metric][0]}"
-            lines += ["", f"<details><summary>{title}</summary>", "", *_table(surest, metric), "", "</details>"]
-        lines += ["", f"![Quality against time]({plot.as_posix()})"]
+        sure = surest(result)
+        for metric in present(sure)[:SHOWN]:
+            title = f"All methods, {sure['length']:,} tokens: {METRICS[metric][0]}"
+            lines += ["", f"<details><summary>{title}</summary>", "", *_table(sure, metric), "", "</details>"]
+        lines += ["", f"![What is lost against measured speedup]({plot})"]
     rows = break_even_rows(result)
     if rows:
         lines += ["", "Length from which a method is no slower than the fastest dense kernel, by setting:", ""]
@@ -35,14 +48,20 @@ def block(result: dict, source: str, plot: Path) -> str:
     return "\n".join(lines)
 
 
-def plot_of(result: dict) -> str:
-    """The SVG of one cell (see `_surest`): its first metric against time."""
-    cell = _surest(result)
-    metric = present(cell)[0]
-    return pareto_plot(cell, "total_ms", metric, METRICS[metric][0])
+def plot_of(result: dict) -> Figure:
+    """One cell (see `surest`): the metric that tells methods apart best, against measured speedup.
+
+    Raises UsageError where there is nothing to draw.
+    """
+    cell = surest(result)
+    for metric in sorted(present(cell), key=lambda each: each != TELLING):
+        figure = pareto_plot(cell, "total_ms", metric, result["environment"].get("gpu"))
+        if figure is not None:
+            return figure
+    raise UsageError("no method keeps enough to be plotted")
 
 
-def _surest(result: dict) -> dict:
+def surest(result: dict) -> dict:
     """The cell with the most questions, the longest of several."""
     return max(result["cells"], key=lambda cell: (matching.questions(cell, matching.ACCURACY) or 0, cell["length"]))
 

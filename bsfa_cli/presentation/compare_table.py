@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..comparison import matching
+from .dense_kernels import fastest
 from .profile_table import aligned
 
 HEADINGS = (
@@ -27,7 +28,7 @@ def show_cell(cell: dict) -> None:
 
     note(f"\n{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
     if cell["fastest_dense"]:
-        note(f"  fastest dense: {cell['fastest_dense']}, {cell['fastest_dense_ms']:.3f} ms")
+        note(f"  fastest dense: {fastest(cell)}, {cell['fastest_dense_ms']:.3f} ms")
     for line in aligned(rows_table(cell)):
         note(f"  {line}".rstrip())
     for method, reason in cell["left_out"].items():

@@ -99,14 +99,17 @@ class Lines:
         self._said = now
         done, total, gone = found["completed"], found["total"], now - found["begun"]
         text = (
-            f"{found['description']}: {done:,}" + ("" if total is None else f" of {total:,}") + f", {_time(gone)} gone"
+            f"{found['description']}: {done:,}"
+            + ("" if total is None else f" of {total:,}")
+            + f", {duration(gone)} gone"
         )
         if total is not None and done > found["before"]:
-            text += f", about {_time(gone * max(total - done, 0) / (done - found['before']))} left"
+            text += f", about {duration(gone * max(total - done, 0) / (done - found['before']))} left"
         note(text)
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As 1:05:00 or 0:35."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
@@ -119,6 +122,7 @@ def print_json(data) -> None:
     import json
     import sys
 
+    from ..order import ordered
     from ..streams import write
 
-    write(sys.stdout, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write(sys.stdout, json.dumps(ordered(data), indent=2, allow_nan=False) + "\n")

@@ -1,92 +1,186 @@
-"""Pareto plots of a comparison, as SVG: quality against time or density, a line a method."""
+"""Pareto plots of a comparison: what is lost against what is gained, a line a method, the best in the upper right."""
 
 from __future__ import annotations
 
-from html import escape
 from textwrap import wrap
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..comparison import matching
-from .plot import WIDTH as PLOT_WIDTH
-from .svg import COLOURS, STYLE, line, number, path, text, ticks
+from . import figures
+from .compare_table import METRICS
 
-HEIGHT, LEGEND = 300, 230
-WIDTH = PLOT_WIDTH + 40
-LEFT, RIGHT, TOP, BOTTOM = 64, LEGEND, 84, 50
-LABEL = 110  # characters in a line
-METHOD_COLOURS = (*COLOURS[1:], "#2a9d8f", "#c0392b", "#6c5ce7", "#795548", "#9e9d24", "#00838f", "#ad1457")
-DASHES = ("", "6 3", "2 3", "8 3 2 3")
-AXES = {
-    "total_ms": "ms, selection and attention",
-    "attention_ms": "ms, attention alone",
-    "ttft_ms": "ms to the first logits",
-    "density": "share of tiles kept",
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 500, 76, 24, 80, 84
+LABEL, GREYS = 110, 125  # characters in a line
+COLOURS = 7  # of the style
+OWN, PAPER, DENSE = "bsfa", "bsfa_top_k", "dense"
+NAMES = {PAPER: "top-k, the BSFA paper's recipe", DENSE: "every tile kept"}
+AXES = {  # axis: (what the fastest dense kernel takes of it, words for the quotient, words for the axis itself)
+    "total_ms": ("fastest_dense_ms", "attention's speedup over {}, selection included", "ms, selection and attention"),
+    "attention_ms": ("fastest_dense_ms", "attention's speedup over {}, were selection free", "ms, attention alone"),
+    "ttft_ms": ("fastest_ttft_ms", "speedup of the whole prefill over {}", "ms to the first logits"),
+    "density": (None, "", "share of tiles kept"),
 }
+LOSSES = {
+    matching.ACCURACY: "questions answered wrong",
+    "agreement.top1": "tokens predicted otherwise than densely",
+    "agreement.kl": METRICS["agreement.kl"][0],
+    "recall.mean": "softmax mass lost, mean over rows",
+    "recall.worst": "softmax mass lost, worst row",
+    "needle.mean": "softmax mass lost in the rows that look for the needle",
+    "error": METRICS["error"][0],
+}
+WORST = 0.3  # share beyond which a method is of no use, and out of the picture
 
 
-def pareto_plot(cell: dict, axis: str, metric: str, words: str) -> str:
-    """One SVG: `metric` against `axis` (paths into a row) of every method in a cell; "" when nothing can be drawn.
+class Place(NamedTuple):
+    """A row in the plot: `gain` grows to the right; the words are its tooltip."""
 
-    Every point carries its setting as a tooltip; methods keep their colour from plot to plot. A vertical line marks the
-    fastest dense kernel on a time axis.
+    gain: float
+    loss: float
+    words: str
+
+
+@figures.styled
+def pareto_plot(cell: dict, axis: str, metric: str, machine: str | None = None) -> Figure | None:
+    """The loss of a metric, on a logarithmic scale with nothing lost at the top, against `axis` (both paths into a row)
+    of every method in a cell; None when nothing can be drawn.
+
+    Methods that are somewhere better than all others have colours and names, as have bsfa and the BSFA paper's recipe;
+    those always beaten are grey. Every point carries its setting as a tooltip.
     """
-    lines = _lines(cell, axis, metric)
+    reference, quotient, plain = AXES[axis]
+    base = cell.get(reference) if reference else None
+    lines, floor = _lines(cell, axis, base, metric)
     if not lines:
-        return ""
-    xs = [x for points in lines.values() for x, _, _ in points]
-    dense = cell["fastest_dense_ms"] if axis in ("total_ms", "attention_ms") else None
-    right = max(xs + [dense or 0]) * 1.05
-    ys = [y for points in lines.values() for _, y, _ in points]
-    low, high = min(ys), max(ys)
-    margin = (high - low) * 0.06 or 0.05
-    low, high = low - margin, high + margin
-    inner = WIDTH - LEFT - RIGHT
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return LEFT + inner * x / right, TOP + HEIGHT * (high - y) / (high - low)
-
-    height = TOP + max(HEIGHT, 17 * len(lines)) + BOTTOM
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        'role="img" class="chart">',
-        f"<title>{escape(words)}</title>",
-        f"<style>{STYLE}</style>",
-        '<rect width="100%" height="100%" class="page"/>',
-        text(LEFT, 24, f"{words}; {cell['length']:,} tokens", "title"),
-        *(text(LEFT, 44 + 16 * i, part, "soft") for i, part in enumerate(wrap(cell["label"], LABEL))),
-    ]
-    for y in ticks(low, high):
-        parts.append(line(LEFT, at(0, y)[1], WIDTH - RIGHT, at(0, y)[1], "grid"))
-        parts.append(text(LEFT - 8, at(0, y)[1] + 4, f"{y:.6g}", "soft", "end"))
-    parts += [text(at(x, low)[0], TOP + HEIGHT + 20, f"{x:.6g}", "soft", "middle") for x in ticks(0, right)]
-    parts.append(text(LEFT + inner / 2, TOP + HEIGHT + 40, AXES.get(axis, axis), "soft", "middle"))
-    if dense:
-        parts.append(line(at(dense, 0)[0], TOP, at(dense, 0)[0], TOP + HEIGHT, "one"))
-        parts.append(text(at(dense, 0)[0], TOP - 6, cell["fastest_dense"], "soft", "middle"))
-    every = list(matching.by_method(cell["rows"]))
-    for row, (method, points) in enumerate(lines.items()):
-        rank = every.index(method)
-        colour, dash = METHOD_COLOURS[rank % len(METHOD_COLOURS)], DASHES[rank // len(METHOD_COLOURS) % 4]
-        parts.append(path([at(x, y) for x, y, _ in points], colour, dash=dash))
-        for x, y, label in points:
-            cx, cy = (number(value) for value in at(x, y))
-            parts.append(f'<circle cx="{cx}" cy="{cy}" r="3.5" fill="{colour}"><title>{escape(label)}</title></circle>')
-        legend = TOP + 8 + 17 * row
-        parts.append(path([(WIDTH - RIGHT + 16, legend), (WIDTH - RIGHT + 40, legend)], colour, dash=dash))
-        parts.append(text(WIDTH - RIGHT + 46, legend + 4, method))
-    parts.append("</svg>")
-    return "\n".join(parts) + "\n"
+        return None
+    share = METRICS[metric][1]
+    figure, (panel,) = figures.new(WIDTH, HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
+    words, where = LOSSES[metric], "; ".join(filter(None, (machine, cell["label"])))
+    figures.title(
+        figure, f"{words[0].upper()}{words[1:]}; {cell['length']:,} tokens", *wrap(where, LABEL)[:2], left=LEFT
+    )
+    gains = figures.finite(abs(place.gain) for places in lines.values() for place in places)
+    losses = figures.finite(place.loss for places in lines.values() for place in places)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(min(gains) / 1.06, max(gains) * 1.12)
+    panel.set_ylim(max(losses) * 1.25, min(losses) / 1.35)
+    if base is None:
+        panel.invert_xaxis()
+    panel.set_xlabel(quotient.format(cell["fastest_dense"]) if base else plain)
+    _ticks(panel, max(gains) / min(gains), "x" if base else "", share, floor)
+    if base:
+        panel.axvline(1, color=figures.INK, alpha=0.6, linewidth=1)
+    _draw(figure, panel, lines)
+    return figure
 
 
-def _lines(cell: dict, axis: str, metric: str) -> dict[str, list[tuple[float, float, str]]]:
-    """{method: (x, y, tooltip), by x} of the rows that have both."""
+def _draw(figure: Figure, panel, lines: dict[str, list[Place]]) -> None:
+    front = _front(lines)
+    named = [OWN, PAPER, *(method for method in lines if method in front and method not in (OWN, PAPER, DENSE))]
+    grey = [method for method in lines if method not in named and method != DENSE]
+    labels, others = [], [[(1, height) for height in panel.get_ylim()]]
+    for method in [*grey, *reversed(named), DENSE]:
+        if method not in lines:
+            continue
+        places = lines[method]
+        points = [(abs(place.gain), place.loss) for place in places]
+        colour = _colour(named.index(method)) if method in named else figures.GREY
+        style = {"linestyle": "--"} if "+" in method else {}
+        if method in grey:
+            style = {"linewidth": 1.2, "markersize": 4, "alpha": 0.6}
+        if method == OWN:
+            style = {"linewidth": 3, "markersize": 8}
+        if method == DENSE:
+            colour, style = figures.INK, {"marker": "D"}
+        (line,) = panel.plot(*zip(*points, strict=True), **({"marker": "o", "color": colour} | style))
+        figures.tip(line, [place.words for place in places])
+        if method in grey:
+            others.append(points)
+        else:
+            labels.append((points, NAMES.get(method, method.replace("_", " ")), colour))
+    figures.line_labels(panel, labels[::-1], others)
+    if grey:
+        said = wrap(
+            f"grey, beaten everywhere in this picture: {', '.join(name.replace('_', ' ') for name in grey)}", LABEL
+        )
+        for i, row in enumerate(said[:2]):
+            figure.text(LEFT / WIDTH, (28 - 16 * i) / HEIGHT, row, alpha=0.75, fontsize=11)
+
+
+def _colour(rank: int) -> str:
+    """bsfa's and the paper's colours are nobody else's."""
+    return f"C{rank if rank < 2 else 2 + (rank - 2) % (COLOURS - 2)}"
+
+
+def _lines(cell: dict, axis: str, base: float | None, metric: str) -> tuple[dict[str, list[Place]], float | None]:
+    """({method: places from left to right} of the rows that have both numbers and lose less than WORST, what stands
+    for a loss of nothing where there is one).
+    """
     found: dict[str, list] = {}
+    share = METRICS[metric][1]
     for row in cell["rows"]:
         x, y = matching.value(row, axis), matching.value(row, metric)
-        if x is not None and y is not None:
-            label = (
-                f"{row['method']}, {row['knob']} {row['setting']:g}: {y:.4g} at {x:.4g}, density {row['density']:.3f}"
-            )
-            if row["note"]:
-                label += f" ({row['note']})"
-            found.setdefault(row["method"], []).append((x, y, label))
-    return {method: sorted(points) for method, points in found.items()}
+        if x is None or y is None or x <= 0:
+            continue
+        loss = 1 - y if share else y
+        if loss > (WORST if share and metric != "recall.worst" else 1):
+            continue
+        setting = f" {row['knob']} {row['setting']:g}" if row["knob"] else ""
+        told = f"{row['method']}{setting}: {y:.4g} at {base / x:.2f}x" if base else f"{row['method']}{setting}: {y:.4g}"
+        told += f", {x:.4g} ms" if axis.endswith("_ms") else ""
+        told += f", density {row['density']:.3f}" + (f" ({row['note']})" if row["note"] else "")
+        found.setdefault(row["method"], []).append(Place(base / x if base else -x, max(loss, 0.0), told))
+    losses = [place.loss for places in found.values() for place in places]
+    floor = min((loss for loss in losses if loss > 1e-9), default=1e-3) / 2 if min(losses, default=1) <= 1e-9 else None
+    return {
+        method: sorted(place if place.loss > 1e-9 else place._replace(loss=floor) for place in places)
+        for method, places in found.items()
+    }, floor
+
+
+def _front(lines: dict[str, list[Place]]) -> set[str]:
+    """The methods that somewhere lose less than all that gain as much; what our kernel loses by rounding when it keeps
+    every tile is no loss.
+    """
+    noise = max((place.loss for place in lines.get(DENSE, ())), default=0.0)
+    ordered = sorted(
+        ((place._replace(loss=max(place.loss, noise)), method) for method, places in lines.items() for place in places),
+        key=lambda item: (-item[0].gain, item[0].loss),
+    )
+    best, found = float("inf"), set()
+    for place, method in ordered:
+        if place.loss < best:
+            best = place.loss
+            found.add(method)
+    return found
+
+
+def _ticks(panel, span: float, unit: str, share: bool, floor: float | None) -> None:
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+    wide = span > 3
+    panel.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if wide and span > 20 else (1, 1.5, 2, 3, 4, 5, 7)))
+    if span < 1.5:
+        low, high = panel.get_xlim()
+        step = next(step for step in (0.01, 0.02, 0.05, 0.1) if abs(high - low) / step <= 8)
+        first = round(min(low, high) / step) + 1
+        panel.xaxis.set_major_locator(
+            FixedLocator([i * step for i in range(first, first + 9) if i * step <= max(low, high)])
+        )
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}{unit}")
+    panel.yaxis.set_minor_locator(NullLocator())
+    high, low = panel.get_ylim()
+    marks = [m * 10.0**power for power in range(-9, 3) for m in (1, 2, 5) if low <= m * 10.0**power <= high]
+    if len(marks) > 9:
+        marks = [mark for mark in marks if f"{mark:e}".startswith("1")]
+    if floor is not None:
+        marks = [floor, *(mark for mark in marks if mark > 1.3 * floor)]
+    panel.yaxis.set_major_locator(FixedLocator(marks))
+    panel.yaxis.set_major_formatter(
+        lambda value, _: "0" if value == floor else f"{100 * value:.3g} %" if share else f"{value:.3g}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..order import shortened
 from .console import console, note
 
 VAGUE = 0.5  # a bound above half of a row's mass says nothing
@@ -12,28 +13,30 @@ def show(reports) -> None:
     from rich import box
     from rich.table import Table
 
+    pattern, names = shortened(module.path for report in reports[:1] for module in report.modules)
     for report in reports:
         point = report.point
         bound = f"p{100 * point.quantile:g}"
         table = Table(
             title=f"{point.name}: {point.gate} gate", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
         )
-        table.add_column("module", no_wrap=True)
+        table.add_column("module", overflow="fold")
         for column in ("threshold", "fit", "skip", "mass", bound):
             table.add_column(column, justify="right", no_wrap=True)
         for module in report.modules:
             range_ = "all kept" if module.least is None else f"{module.least:.2f} .. {module.most:.2f}"
-            table.add_row(module.path, range_, *_cells(module.fitted, module.held_out))
+            table.add_row(names[module.path], range_, *_cells(module.fitted, module.held_out))
         table.add_section()
         table.add_row("all", "", *_cells(point.fitted, point.held_out))
         console().print(table)
-    if reports:
-        note(
-            "skip: share of the tiles a gate may drop, on samples the thresholds never saw (fit: on those they were "
-            f"fitted to). mass: softmax mass dropped there, mean over rows; {bound}: upper bound on what that share of "
-            "rows drops, - where no useful one is known. Top-k points are estimated from curves by octave of the "
-            "position."
-        )
+    if not reports:
+        return
+    if pattern:
+        note(f"modules: {pattern}")
+    note("fit, skip: share of candidate tiles dropped, on the samples fitted to and on held-out ones")
+    note(f"mass: softmax mass dropped on those, mean over rows; {bound}: bound on what that share of rows drops")
+    if any(report.point.recipe == "top-k" for report in reports):
+        note("top-k points are estimated from curves by octave of the position")
 
 
 def _cells(fitted, held_out) -> tuple[str, str, str, str]:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-HEADINGS = ("", "ms", "p20-p80", "TFLOP/s", "executed", "skipped", "speedup", "bound")
+from .dense_kernels import fastest, named
+
+HEADINGS = ("", "ms", "p20-p80", "TFLOP/s", "executed", "skipped", "speedup", "bound", "error")
 
 
 def cell_rows(cell: dict) -> list[tuple[str, ...]]:
-    """One row per contender: name, ms, p20-p80, TFLOP/s dense-equivalent and executed, skip, speedup, bound."""
+    """One row per contender: name, ms, p20-p80, TFLOP/s dense-equivalent and executed, skip, speedup, bound, and the
+    output error of those that are neither exact nor ours.
+    """
     rows = []
     for row in cell["contenders"]:
-        skip = row.get("skip")
         speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         rows.append(
             (
-                row["name"],
+                named(row),
                 f"{row['ms_median']:.3f}",
                 f"{row['ms_p20']:.3f}-{row['ms_p80']:.3f}",
                 f"{row['tflops_dense_equivalent']:.4g}",
                 f"{row['tflops_executed']:.4g}",
-                "-" if skip is None else f"{skip:.1%}",
+                skipped(row),
                 speedup + (" *" if row["suspect"] else ""),
                 f"{row['bound']:.2f}x" if row["kind"] == "bsfa" else "-",
+                f"{row['error']:.1e}" if row.get("error") is not None else "-",
             )
         )
     return rows
+
+
+def skipped(row: dict) -> str:
+    """A contender's skip rate, marked where it was computed because the kernel does not count."""
+    if row.get("skip") is None:
+        return "-"
+    return f"{row['skip']:.1%}" + (" computed" if "computed" in row.get("skip_from", "") else "")
 
 
 def head_shape(cell: dict) -> str:
@@ -67,7 +78,7 @@ def verdict(cell: dict) -> str:
     """Overhead, break-even and correctness of one cell in one line."""
     if cell["fastest_dense"] is None:
         return "no dense baseline ran here"
-    parts = [f"fastest dense: {cell['fastest_dense']}"]
+    parts = [f"fastest dense: {fastest(cell)}"]
     if cell["overhead_at_zero"] is not None:
         parts.append(f"at 0 % skipped bsfa takes {cell['overhead_at_zero']:+.1%} time")
         even = cell["break_even_skip"]

@@ -1,10 +1,11 @@
-"""README.md's results block and the plots beside the stored results, made from profiles/results/*.json.
+"""README.md's figures, docs/results.md's tables and the plots beside the stored results, made from profiles/results.
 
-python -m bsfa_cli.presentation.readme            # from the repository root; rewrites both
+python -m bsfa_cli.presentation.readme            # from the repository root; rewrites them all
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from ..comparison import matching
 from ..errors import BsfaError, InputError
 from ..files import read_result, write_whole
 from ..timing.compare import FORMATS
-from . import compare_readme
+from . import compare_readme, figures, headline
+from .dense_kernels import named, without_flash_attention_3
 from .plot import speedup_plot
 from .profile_table import head_shape
+from .real_plot import real_plot
+from .real_table import real_table
+from .recipes_plot import recipes_plot
 from .versions import versions
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -23,43 +28,63 @@ NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to 
 
 
 def rendered(root: Path) -> dict[Path, str]:
-    """{file: its content} for README.md and each plot, as they should be. Raises InputError for a bad file."""
-    formats = FORMATS | {matching.KIND: matching.FORMAT}
-    files, blocks = {}, []
-    for path in sorted((root / "profiles" / "results").glob("*.json")):
-        result, plot = read_result(path, formats), path.with_suffix(".svg")
-        profile = result["kind"] != matching.KIND
+    """{file: its content} for README.md, docs/results.md and each plot, as they should be.
+
+    Raises InputError for a bad file, MachineError where plots cannot be drawn.
+    """
+    formats, results = FORMATS | {matching.KIND: matching.FORMAT}, root / "profiles" / "results"
+    files, stored, blocks = {}, {}, []
+    for path in sorted(results.glob("*.json")):
+        result = stored[path.name] = read_result(path, formats)
+        profile, link = result["kind"] != matching.KIND, f"../profiles/results/{path.name}"
         describe = block if profile else compare_readme.block
-        blocks.append(describe(result, path.relative_to(root).as_posix(), plot.relative_to(root)))
+        blocks.append(describe(result, link, link.removesuffix("json") + "svg"))
         if result["cells"]:
-            files[plot] = speedup_plot(result) if profile else compare_readme.plot_of(result)
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise InputError(f"README.md needs one line '{BEGIN}' and one line '{END}'")
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    content = "\n\n".join(blocks) or NONE
-    return files | {root / "README.md": f"{before}{BEGIN}\n{content}\n{END}{after}"}
+            figure = speedup_plot(result) if profile else compare_readme.plot_of(result)
+            files[path.with_suffix(".svg")] = figures.svg(figure)
+    for path in sorted(results.glob("recipes/*.json")):
+        files[path.with_suffix(".svg")] = figures.svg(recipes_plot(json.loads(path.read_text(encoding="utf-8"))))
+    for path in sorted(results.glob("real/*.json")):
+        stored[path.name] = real = json.loads(path.read_text(encoding="utf-8"))
+        files[path.with_suffix(".svg")] = figures.svg(real_plot(real))
+        blocks.append(real_table(real, f"../profiles/results/real/{path.name}"))
+    files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)
+    files[root / "README.md"] = _filled(root / "README.md", headline.block(stored) or NONE)
+    return files
 
 
-def block(result: dict, source: str, plot: Path) -> str:
-    """Markdown for one stored profile: what it was measured on, a table per head shape, the plot."""
+def _filled(path: Path, content: str) -> str:
+    """A page with `content` between its markers."""
+    page = path.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise InputError(f"{path.name} needs one line '{BEGIN}' and one line '{END}'")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.partition(END)[2]}"
+
+
+def block(result: dict, source: str, plot: str) -> str:
+    """Markdown for one stored profile: what it was measured on, a table per head shape, the plot. `source` and `plot`
+    are links.
+    """
     facts = result["environment"]
     ceiling = result.get("ceiling")
     subject = result["profile"] if result["cells"] else "Prefill"
     data = " Synthetic data, thresholds fitted to it." if result["cells"] else ""
     lines = [f"### {subject} on {facts.get('gpu') or 'a CPU'}", ""]
-    lines.append(f"{versions(facts)}.{data} Raw samples: [`{source}`]({source}).")
+    lines.append(f"{versions(facts)}.{data} Raw samples: [`{Path(source).name}`]({source}).")
     if ceiling:
         lines[-1] += f" A {ceiling['size']}^3 {ceiling['dtype']} matmul reached {ceiling['tflops']:.0f} TFLOP/s."
     if not result.get("complete"):
         lines[-1] += " **This run was cut short.**"
+    lacking = without_flash_attention_3(result)
+    if lacking:
+        lines[-1] += f" {lacking}"
     for title, cells in _by_shape(result["cells"]).items():
-        lines += ["", f"**{title}**", "", *_table(cells)]
+        lines += ["", f"**{title}**", "", *_table(cells), *_beside(cells)]
     for entry in result.get("prefill", []):
         lines += ["", *_prefill(entry)]
     if result["cells"]:
-        lines += ["", f"![Speedup against length]({plot.as_posix()})"]
+        lines += ["", f"![Speedup against length]({plot})"]
     return "\n".join(lines)
 
 
@@ -71,20 +96,41 @@ def _by_shape(cells: list[dict]) -> dict[str, list[dict]]:
 
 
 def _table(cells: list[dict]) -> list[str]:
-    targets = sorted({r["skip_target"] for c in cells for r in c["contenders"] if r["skip_target"] is not None})
+    targets = sorted({target for cell in cells for target in _ours(cell)})
     lines = [
         "| tokens | fastest dense | " + " | ".join(f"{target:.0%} skipped" for target in targets) + " |",
         "| ---: | --- |" + " ---: |" * len(targets),
     ]
     for cell in cells:
-        rows = {row["skip_target"]: row for row in cell["contenders"] if row["skip_target"] is not None}
+        rows = _ours(cell)
         dense = next((row for row in cell["contenders"] if row["name"] == cell["fastest_dense"]), None)
-        first = f"{dense['name']}, {dense['ms_median']:.3f} ms" if dense else "none ran"
+        first = f"{named(dense)}, {dense['ms_median']:.3f} ms" if dense else "none ran"
         if dense:
             first += f", {dense['tflops_dense_equivalent']:.3g} TFLOP/s"
         speedups = [_speedup(rows.get(target)) for target in targets]
         lines.append(f"| {cell['length']:,} | {first} | " + " | ".join(speedups) + " |")
     return lines
+
+
+def _ours(cell: dict) -> dict[float, dict]:
+    """{skip rate asked for: row} of our kernel."""
+    rows = (row for row in cell["contenders"] if row["kind"] == "bsfa")
+    return {row["skip_target"]: row for row in rows if row["skip_target"] is not None}
+
+
+def _beside(cells: list[dict]) -> list[str]:
+    """A list of what else was timed, neither dense and exact nor ours: time, skip rate and output error."""
+    lines = []
+    for cell in cells:
+        for row in cell["contenders"]:
+            if row["kind"] not in ("dense", "bsfa"):
+                facts = [f"{row['ms_median']:.3f} ms"]
+                if row.get("skip") is not None:
+                    facts.append(f"{row['skip']:.0%} skipped ({row['skip_from']})")
+                if row.get("error") is not None:
+                    facts.append(f"output error {row['error']:.1%}")
+                lines.append(f"- {cell['length']:,} tokens, {named(row)}: {', '.join(facts)}")
+    return ["", "Beside them, in the same run:", "", *lines] if lines else []
 
 
 def _speedup(row: dict | None) -> str:

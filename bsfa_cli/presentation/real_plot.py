@@ -1,101 +1,87 @@
-"""KL divergence and perplexity against the share of tiles skipped, a line a recipe, as SVG."""
+"""KL divergence and perplexity against the share of tiles skipped, a line a recipe."""
 
 from __future__ import annotations
 
 import math
-from html import escape
+from typing import TYPE_CHECKING
 
+from . import figures
 from .recipes_plot import DASHES
-from .svg import COLOURS, STYLE, line, number, path, text, ticks
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BETWEEN, BOTTOM = 860, 260, 64, 230, 70, 56, 56
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, DOWN, BOTTOM = 860, 720, 72, 230, 96, 56, 56
 HIGHEST_KL, LEAST_KL, HIGHEST_INCREASE = 0.3, 1e-4, 0.06  # what lies above is not drawn
+METRICS = (
+    ("kl", HIGHEST_KL, "KL divergence from the dense model, nats a position"),
+    ("perplexity_increase", HIGHEST_INCREASE, "change of perplexity"),
+)
 
 
-def real_plot(result: dict) -> str:
-    """One SVG of what `experiments.real` stores, of the first calibration. Bars: 95 % intervals over texts."""
-    name, recipes = next(iter(result["calibrations"].items()))
-    floor, height = result["floor"], TOP + 2 * HEIGHT + BETWEEN + BOTTOM
+@figures.styled
+def real_plot(result: dict, calibration: str = "mixed") -> Figure:
+    """What `experiments.real` stores, of one calibration (the first where there is none of that name). Bars: 95 %
+    intervals over texts.
+    """
+    name = calibration if calibration in result["calibrations"] else next(iter(result["calibrations"]))
+    recipes, floor = result["calibrations"][name], result["floor"]
     machine = result["environment"].get("gpu") or "a CPU"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        'role="img">',
-        f"<title>{escape('KL divergence and perplexity against tiles skipped, by recipe')}</title>",
-        f"<style>{STYLE}</style>",
-        '<rect width="100%" height="100%" class="page"/>',
-        text(LEFT, 24, f"What skipping costs {result['model']['id']}, {result['length']:,} tokens, {machine}", "title"),
-        text(
-            LEFT, 44, f"thresholds from {result['calibration']['samples']} texts ({name}), judged on "
-            f"{result['evaluation']['texts']} others; dense perplexity {floor['perplexity_dense']:.3f}",
-        ),
-    ]  # fmt: skip
-    least = max(LEAST_KL, 10 ** math.floor(math.log10(max(floor["kl"], LEAST_KL))))
-
-    def kl(value: float) -> float:
-        return TOP + HEIGHT * (1 - math.log(max(value, least) / least) / math.log(HIGHEST_KL / least))
-
-    points = [point for entry in recipes.values() for point in entry["points"]]
-    lowest = min(0.0, *(point["perplexity_increase"] for point in points)) - 0.002
-    top = TOP + HEIGHT + BETWEEN
-
-    def increase(value: float) -> float:
-        return top + HEIGHT * (1 - (value - lowest) / (HIGHEST_INCREASE - lowest))
-
-    powers = [10.0**i for i in range(-4, 1) if least <= 10.0**i <= HIGHEST_KL]
-    parts.append(text(LEFT, TOP - 8, "KL divergence from the dense model, nats a position", "soft"))
-    parts += _grid(kl, [factor * power for power in powers for factor in (1, 3) if factor * power <= HIGHEST_KL], "g")
-    parts += [line(LEFT, kl(floor["kl"]), WIDTH - RIGHT, kl(floor["kl"]), "one")]
-    parts.append(text(LEFT + 4, kl(floor["kl"]) - 5, f"nothing skipped: {floor['kl']:.2g}", "soft"))
-    parts.append(text(LEFT, top - 8, "change of perplexity", "soft"))
-    parts += _grid(increase, ticks(lowest, HIGHEST_INCREASE), "+.0%")
-    for tenth in range(0, 11, 2):
-        parts.append(text(_x(tenth / 10), top + HEIGHT + 20, f"{10 * tenth} %", "soft", "middle"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, top + HEIGHT + 42, "tiles skipped", "soft", "middle"))
-    for index, (recipe, entry) in enumerate(recipes.items()):
-        colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
-        ordered = sorted(entry["points"], key=lambda point: point["skip"])
-        parts += _curve(ordered, "kl", kl, HIGHEST_KL, recipe, colour, dash)
-        parts += _curve(ordered, "perplexity_increase", increase, HIGHEST_INCREASE, recipe, colour, dash)
-        y, reached = TOP + 14 + 42 * index, entry["furthest"]["kl_over_floor"]
-        parts.append(path([(WIDTH - RIGHT + 14, y), (WIDTH - RIGHT + 34, y)], colour, dash=dash))
-        parts.append(text(WIDTH - RIGHT + 42, y + 4, recipe))
-        limit = f"{result['limits']['kl_over_floor']:g} above it"
-        said = f"{limit} at {reached:.0%}" if reached is not None else f"never within {limit}"
-        parts.append(text(WIDTH - RIGHT + 42, y + 20, said, "soft"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    figure, panels = figures.new(WIDTH, HEIGHT, rows=2, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, down=DOWN)
+    figures.title(
+        figure,
+        f"What skipping costs {result['model']['id']}, {result['length']:,} tokens, {machine}",
+        f"thresholds from {result['calibration']['samples']} texts ({name}), judged on "
+        f"{result['evaluation']['texts']} others; dense perplexity {floor['perplexity_dense']:.3f}",
+        left=LEFT,
+    )
+    for panel, (metric, highest, words) in zip(panels, METRICS, strict=True):
+        panel.set_title(words, loc="left", fontsize=11)
+        panel.set_xlim(0, 1)
+        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+        panel.axhline(floor[metric], color=figures.INK, alpha=0.6, linewidth=1)
+        ends = []
+        for i, (recipe, entry) in enumerate(recipes.items()):
+            end = _curve(panel, entry["points"], metric, highest, recipe, i)
+            ends.append((*end, _reached(recipe, entry, result["limits"]) if metric == "kl" else recipe, f"C{i}"))
+        if metric == "kl":
+            panel.set_yscale("log")
+            panel.set_ylim(10 ** math.floor(math.log10(max(floor["kl"], LEAST_KL))), highest)
+            panel.yaxis.set_major_formatter(lambda nats, _: f"{nats:g}")
+            panel.annotate(
+                f"nothing skipped: {floor['kl']:.2g}", (1, floor["kl"]), (-4, 6), textcoords="offset points", alpha=0.75,
+                ha="right",
+            )  # fmt: skip
+        else:
+            panel.set_ylim(min(-0.002, *(p[metric] - 0.002 for e in recipes.values() for p in e["points"])), highest)
+            panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:+.0f} %")
+            panel.set_xlabel("tiles skipped")
+        figures.end_labels(panel, [(1.0, y, words, colour) for _, y, words, colour in ends], gap=36)
+    return figure
 
 
-def _x(skip: float) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * skip
+def _reached(recipe: str, entry: dict, limits: dict) -> str:
+    reached, limit = entry["furthest"]["kl_over_floor"], f"{limits['kl_over_floor']:g} above it"
+    return f"{recipe}\n{limit} at {reached:.0%}" if reached is not None else f"{recipe}\nnever within {limit}"
 
 
-def _grid(y, values: list[float], style: str) -> list[str]:
-    found = []
-    for value in values:
-        found += [line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")]
-        found += [text(LEFT - 8, y(value) + 4, format(value, style), "soft", "end")]
-    return found
-
-
-def _curve(points: list[dict], metric: str, y, highest: float, recipe: str, colour: str, dash: str) -> list[str]:
-    """The line of one recipe, up to the first point that is not drawn."""
+def _curve(panel, points: list[dict], metric: str, highest: float, recipe: str, index: int) -> tuple[float, float]:
+    """The line of one recipe, up to the first point that is not drawn; (x, y) of its last one."""
     drawn = []
-    for point in points:
+    for point in sorted(points, key=lambda point: point["skip"]):
         if not point[metric] <= highest:
             break
         drawn.append(point)
-    if not drawn:
-        return []
-    found = [path([(_x(point["skip"]), y(point[metric])) for point in drawn], colour, dash=dash)]
-    for point in drawn:
-        x, (low, high) = _x(point["skip"]), point["intervals"][metric] or (point[metric], point[metric])
-        words = (
-            f"{recipe}, {point['name']}: {metric.replace('_', ' ')} {point[metric]:.3g} at {point['skip']:.1%} skipped"
-        )
-        ends = f"M{number(x)} {number(y(low))} L{number(x)} {number(y(min(high, highest)))}"
-        found.append(f'<path d="{ends}" stroke="{colour}" opacity="0.5"/>')
-        found.append(
-            f'<circle cx="{number(x)}" cy="{number(y(point[metric]))}" r="3.5" fill="{colour}">'
-            f"<title>{escape(words)}</title></circle>"
-        )
-    return found
+    where = figures.finite(point["skip"] for point in drawn)
+    height = figures.finite(point[metric] for point in drawn)
+    lows, highs = zip(*(point["intervals"][metric] or (point[metric],) * 2 for point in drawn), strict=True)
+    panel.vlines(where, lows, highs, color=f"C{index}", alpha=0.4, linewidth=1.5)
+    (line,) = panel.plot(where, height, "o", linestyle=DASHES[index % len(DASHES)], color=f"C{index}")
+    figures.tip(
+        line,
+        [
+            f"{recipe}, {p['name']}: {metric.replace('_', ' ')} {p[metric]:.3g} at {p['skip']:.1%} skipped"
+            for p in drawn
+        ],
+    )
+    return where[-1], height[-1]

@@ -1,71 +1,68 @@
-"""Accuracy against the share of tiles skipped, a line a recipe, as SVG."""
+"""What answers are lost against the share of tiles skipped, a line a recipe."""
 
 from __future__ import annotations
 
 import math
-from html import escape
+from typing import TYPE_CHECKING
 
-from .svg import COLOURS, STYLE, line, number, path, text
+from . import figures
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 340, 64, 220, 84, 60
-DASHES = ("", "7 3", "2 3", "", "7 3", "10 3 2 3")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 500, 64, 230, 96, 56
+DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 3)))
 MOST_HALVINGS = 10
+TICKS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+LEAST = 1e-3  # stands for no wrong answer at all
 
 
-def recipes_plot(result: dict) -> str:
-    """One SVG of what `experiments.recipes` stores. A step to the right halves the tiles kept; bars: 95 % intervals."""
+@figures.styled
+def recipes_plot(result: dict) -> Figure:
+    """What `experiments.recipes` stores. A step to the right halves the tiles kept, a step down multiplies what is
+    answered wrong; bars: 95 % intervals.
+    """
     points = [point for entry in result["recipes"].values() for point in entry["points"]]
     right = max(1, math.ceil(max(_halvings(point["skip"]) for point in points)))
     dense, evaluation = result["dense"]["exact"], result["evaluation"]
-
-    def at(skip: float, exact: float) -> tuple[float, float]:
-        return LEFT + (WIDTH - LEFT - RIGHT) * _halvings(skip) / right, TOP + HEIGHT * (1 - exact)
-
-    height = TOP + HEIGHT + BOTTOM
     lengths = ", ".join(f"{length:,}" for length in evaluation["lengths"])
     machine = result["environment"].get("gpu") or "a CPU"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        'role="img">',
-        f"<title>{escape('Exact answers against tiles skipped, by recipe')}</title>",
-        f"<style>{STYLE}</style>",
-        '<rect width="100%" height="100%" class="page"/>',
-        text(LEFT, 24, f"Exact answers against tiles skipped: {result['model']['id']}, {machine}", "title"),
-        text(
-            LEFT, 44, f"asked: {', '.join(evaluation['tasks'])}; {lengths} tokens; {evaluation['questions']} questions"
-        ),
-        text(LEFT, 62, f"calibrated on {result['calibration']['data']}; {result['calibration']['length']:,} tokens"),
-    ]
-    for tenth in range(0, 11, 2):
-        y = at(0, tenth / 10)[1]
-        parts += [line(LEFT, y, WIDTH - RIGHT, y, "grid"), text(LEFT - 8, y + 4, f"{10 * tenth} %", "soft", "end")]
-    for halvings in range(right + 1):
-        x = at(1 - 0.5**halvings, 0)[0]
-        parts.append(text(x, TOP + HEIGHT + 20, f"{100 * (1 - 0.5**halvings):.4g} %", "soft", "middle"))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, TOP + HEIGHT + 42, "tiles skipped", "soft", "middle"))
-    parts.append(line(LEFT, at(0, dense)[1], WIDTH - RIGHT, at(0, dense)[1], "one"))
-    parts.append(text(LEFT + 4, at(0, dense)[1] - 5, f"dense {dense:.1%}", "soft"))
-    for index, (recipe, entry) in enumerate(result["recipes"].items()):
-        colour, ordered = COLOURS[index % len(COLOURS)], sorted(entry["points"], key=lambda point: point["skip"])
-        parts.append(path([at(p["skip"], p["exact"]) for p in ordered], colour, dash=DASHES[index % len(DASHES)]))
-        parts += [mark for point in ordered for mark in _mark(at, recipe, point, colour)]
-        y = TOP + 14 + 40 * index
-        parts.append(path([(WIDTH - RIGHT + 14, y), (WIDTH - RIGHT + 34, y)], colour, dash=DASHES[index % len(DASHES)]))
-        parts.append(text(WIDTH - RIGHT + 42, y + 4, recipe))
-        best = entry["furthest"]
-        said = f"99 % kept up to {best['skip']:.1%}" if best else "never keeps 99 %"
-        parts.append(text(WIDTH - RIGHT + 42, y + 20, said, "soft"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _mark(at, recipe: str, point: dict, colour: str) -> list[str]:
-    x, y = at(point["skip"], point["exact"])
-    low, high = (at(point["skip"], end)[1] for end in point["exact_interval"])
-    words = f"{recipe}, {point['name']}: {point['exact']:.1%} exact at {point['skip']:.1%} skipped"
-    return [
-        f'<path d="M{number(x)} {number(low)} L{number(x)} {number(high)}" stroke="{colour}" opacity="0.5"/>',
-        f'<circle cx="{number(x)}" cy="{number(y)}" r="4" fill="{colour}"><title>{escape(words)}</title></circle>',
-    ]
+    figure, (panel,) = figures.new(WIDTH, HEIGHT, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
+    figures.title(
+        figure,
+        f"Wrong answers against tiles skipped: {result['model']['id']}, {machine}",
+        f"asked: {', '.join(evaluation['tasks'])}; {lengths} tokens; {evaluation['questions']} questions",
+        f"calibrated on {result['calibration']['data']}; {result['calibration']['length']:,} tokens",
+    )
+    panel.set_xlim(-0.05, right)
+    panel.set_yscale("log")
+    panel.set_ylim(1, min([1 - dense, *(1 - point["exact_interval"][1] for point in points), 0.1]) / 1.2)
+    panel.minorticks_off()
+    panel.set_yticks([share for share in TICKS if share >= panel.get_ylim()[1]])
+    panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    panel.set_xticks(range(right + 1), [f"{100 * (1 - 0.5**halvings):.4g} %" for halvings in range(right + 1)])
+    panel.set_xlabel("tiles skipped")
+    panel.axhline(1 - dense, color=figures.INK, alpha=0.6, linewidth=1)
+    panel.annotate(f"dense {1 - dense:.1%}", (right, 1 - dense), (0, 6), textcoords="offset points", ha="right")
+    ends = []
+    for i, (recipe, entry) in enumerate(result["recipes"].items()):
+        ordered = sorted(entry["points"], key=lambda point: point["skip"])
+        where = [_halvings(point["skip"]) for point in ordered]
+        wrong = figures.finite(max(1 - point["exact"], LEAST) for point in ordered)
+        best, worst = zip(
+            *((max(1 - high, LEAST), 1 - low) for low, high in (p["exact_interval"] for p in ordered)), strict=True
+        )
+        panel.vlines(where, best, worst, color=f"C{i}", alpha=0.4, linewidth=1.5)
+        (line,) = panel.plot(where, wrong, "o", linestyle=DASHES[i % len(DASHES)], color=f"C{i}")
+        figures.tip(
+            line,
+            [f"{recipe}, {p['name']}: {p['exact']:.1%} exact at {p['skip']:.1%} skipped" for p in ordered],
+        )
+        kept = entry["furthest"]
+        said = f"99 % kept up to {kept['skip']:.1%}" if kept else "never keeps 99 %"
+        ends.append((right, wrong[-1], f"{recipe}\n{said}", f"C{i}"))
+    figures.end_labels(panel, ends, gap=38)
+    return figure
 
 
 def _halvings(skip: float) -> float:

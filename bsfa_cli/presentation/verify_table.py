@@ -2,62 +2,88 @@
 
 from __future__ import annotations
 
+from ..order import shortened
 from .console import console, note
 
+WORST = 5  # modules that are shown without being asked for
 
-def show(point: dict, failures: list[str]) -> None:
-    """One operating point: predictions, layers, kernel, verdict. `point` as in verification/run.py."""
-    logits, floor, dropped = point["logits"], point["floor"], point["dropped_mass"]
+
+def show(point: dict, failures: list[str], details: bool = False) -> None:
+    """One operating point: predictions, worst modules, kernel, verdict. `point` as in verification/run.py; `details`:
+    every module, its worst head and every check of the kernel.
+    """
+    logits, floor = point["logits"], point["floor"]
     spread = logits["intervals"]
     note(f"\noperating point {point['name']}: {percent(point['skip'])} of {point['candidates']:,} tiles skipped")
     if point["uncalibrated"]:
         ran = len(point["modules"])
         note(
             f"  {percent(point['calibrated']['skip'])} in the {ran} of {ran + len(point['uncalibrated'])} attention "
-            "modules that have thresholds; the others keep every tile"
+            "modules that have thresholds; the others keep all"
         )
-    note(
-        f"  top-1 agreement {percent(logits['top1'])}{between(spread['top1'])}, KL {number(logits['kl'])}"
-        f"{between(spread['kl'], number)}, perplexity {number(logits['perplexity_dense'])} dense, "
-        f"{number(logits['perplexity_sparse'])} sparse ({percent(logits['perplexity_increase'], '+')}"
-        f"{between(spread['perplexity_increase'])})"
-    )
-    note(
-        f"  with nothing skipped: top-1 {percent(floor['top1'])}, KL {number(floor['kl'])}, perplexity "
-        f"{percent(floor['perplexity_increase'], '+')}; KL above that {number(logits['kl_over_floor']['value'])}"
-        f"{between(logits['kl_over_floor']['interval'], number)}"
-    )
+    lines = (
+        ("top-1 agreement", percent(logits["top1"]) + between(spread["top1"]), percent(floor["top1"])),
+        ("KL divergence", number(logits["kl"]) + between(spread["kl"], number), number(floor["kl"])),
+        ("perplexity", percent(logits["perplexity_increase"], "+") + between(spread["perplexity_increase"]),
+         percent(floor["perplexity_increase"], "+")),
+    )  # fmt: skip
+    for name, found, unskipped in lines:
+        note(f"  {name:<16} {found}; with nothing skipped {unskipped}")
+    over = logits["kl_over_floor"]
+    note(f"  {'KL above that':<16} {number(over['value'])}{between(over['interval'], number)}")
+    note(f"  {'dropped mass':<16} {summary(point['dropped_mass'])} of a row")
     if point["drift"]:
         note(f"  {point['drift']}")
-    note(f"  dropped softmax mass by row: {summary(dropped)}")
-    layers = _table("module", "skip", "error", "dropped", "p99", "worst")
-    heads = _table("worst head of a module", "skip", "error", "dropped", "p99", "worst")
-    for module in point["modules"]:
-        layers.add_row(module["path"], *_cells(module))
-        index, head = max(enumerate(module["heads"]), key=lambda item: item[1]["error"] or 0.0)
-        heads.add_row(f"{module['path']} head {index}", *_cells(head))
-    console().print(layers)
-    console().print(heads)
-    for check in point["kernel"]:
-        note(
-            f"kernel {check['backend']} against the float64 reference, {check['path']}: "
-            f"error {number(check['error'])}, allowed {number(check['allowed'])} "
-            f"(plain attention {number(check['plain_error'])}); "
-            f"{check['decided_differently']} of {check['candidates']} tiles decided differently"
-        )
+    _modules(point["modules"], details)
+    _kernel(point["kernel"], details)
     for failure in failures:
         note(f"FAILED {point['name']}: {failure}")
 
 
-def _table(first: str, *rest: str):
+def _modules(modules: list[dict], details: bool) -> None:
     from rich import box
     from rich.table import Table
 
+    pattern, names = shortened(module["path"] for module in modules)
+    shown = modules
+    if not details:
+        worst = sorted(modules, key=lambda module: -_error(module))[:WORST]
+        shown = [module for module in modules if any(module is each for each in worst)]
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for heading in rest:
+    table.add_column("module", overflow="fold")
+    for heading in ("skip", "error", "dropped", "p99", "worst", "head", "its error"):
         table.add_column(heading, justify="right", no_wrap=True)
-    return table
+    for module in shown:
+        index, head = max(enumerate(module["heads"]), key=lambda item: _error(item[1]))
+        table.add_row(names[module["path"]], *_cells(module), str(index), number(head["error"]))
+    console().print(table)
+    if pattern:
+        note(f"modules: {pattern}; head: the worst of each")
+    if len(shown) < len(modules):
+        note(f"the {len(shown)} worst of {len(modules)} modules; --details shows all, -o FILE.json keeps all")
+
+
+def _kernel(checks: list[dict], details: bool) -> None:
+    if details:
+        for check in checks:
+            note(f"kernel {check['backend']} against the float64 reference, {check['path']}:")
+            note(
+                f"  error {number(check['error'])}, allowed {number(check['allowed'])} (plain attention "
+                f"{number(check['plain_error'])});"
+            )
+            note(f"  {check['decided_differently']} of {check['candidates']} tiles decided differently")
+    elif checks:
+        worst = max(checks, key=lambda check: _error(check) / (check["allowed"] or 1.0))
+        different = sum(check["decided_differently"] for check in checks)
+        note(f"kernel {worst['backend']} against the float64 reference, in {len(checks)} modules:")
+        note(
+            f"  worst error {number(worst['error'])}, allowed {number(worst['allowed'])}; {different} tiles decided "
+            "differently"
+        )
+
+
+def _error(entry: dict) -> float:
+    return float("inf") if entry["error"] is None else entry["error"]
 
 
 def _cells(entry: dict) -> list[str]:

@@ -1,4 +1,6 @@
-"""Dense attention to be measured against: every SDPA backend by its name, and FlexAttention."""
+"""Dense attention to be measured against: every SDPA backend by its name, FlexAttention, and what is installed of
+FlashAttention-3 and -4.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,9 @@ import torch
 import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from . import flash_attention
+from .flash_attention import FA3, FA3_FP8, FA4, TokensFirst
 
 SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -21,13 +26,19 @@ MATH_LIMIT = 2048  # tokens; beyond, its score matrix dwarfs what is measured
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, wanted: tuple[str, ...] = ()
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    wanted: tuple[str, ...] = (),
+    laid: TokensFirst | None = None,
 ) -> dict[str, Callable | str]:
     """{name: call, or the reason why it is left out}. q [B, Hq, T, D]; k, v [B, Hkv, T, D]; calls return q's shape.
 
-    `wanted` names those to run, of plan.BASELINES; all where it names none.
+    `wanted` names those to run, of plan.BASELINES; all where it names none. `laid`: the same tensors as the libraries
+    want them, where others share the copy. A library's call has its version as `library`.
     """
-    cpu = q.device.type == "cpu"
+    cpu, laid = q.device.type == "cpu", laid or TokensFirst(q, k, v)
     found: dict[str, Callable | str] = {}
     for name, backend in (CPU_SDPA if cpu else SDPA).items():
         if name == "math" and q.shape[2] > MATH_LIMIT:
@@ -39,7 +50,21 @@ def dense(
         else:
             found[name] = _sdpa(q, k, v, causal, backend)
     found["FlexAttention"] = "timed on CUDA only" if cpu else _Flex(q, k, v, causal)
-    return {name: call if not wanted or name in wanted else "not asked for" for name, call in found.items()}
+    for name in () if cpu else (FA3, FA4):
+        found[name] = asked(name, wanted) or flash_attention.dense(name, laid, causal)
+    return {name: asked(name, wanted) or call for name, call in found.items()}
+
+
+def approximate(laid: TokensFirst, causal: bool, wanted: tuple[str, ...] = ()) -> dict[str, Callable | str]:
+    """Kernels that visit every key but round what they multiply, as `dense`: never the fastest dense one."""
+    if laid.given[0].device.type == "cpu":
+        return {}
+    return {FA3_FP8: asked(FA3_FP8, wanted) or flash_attention.dense_fp8(laid, causal)}
+
+
+def asked(name: str, wanted: tuple[str, ...]) -> str | None:
+    """Why `name` is left out although it may run; None where it is wanted."""
+    return "not asked for" if wanted and name not in wanted else None
 
 
 def _sdpa(q, k, v, causal: bool, backend: SDPBackend) -> Callable:

@@ -11,7 +11,11 @@ from ..errors import UsageError
 GATES = ("gap", "absolute")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DATA = ("normal", "structured")
-BASELINES = ("cuDNN", "FlashAttention-2", "efficient", "FlexAttention", "PyTorch's CPU flash attention", "math")
+FA3 = "FlashAttention-3"
+BASELINES = (
+    "cuDNN", "FlashAttention-2", FA3, "FlashAttention-4", "efficient", "FlexAttention",
+    "PyTorch's CPU flash attention", "math", "FlashAttention-3 FP8", "skip-softmax",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys; the dense
-    baselines to time, all where none is named.
+    """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys; the baselines
+    and rivals to time, all where none is named.
     """
 
     name: str

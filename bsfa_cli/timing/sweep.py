@@ -1,4 +1,4 @@
-"""One cell of a profile: every dense baseline and our kernel at every skip rate, timed in one interleaved run.
+"""One cell of a profile: dense baselines, rivals and our kernel at every skip rate, timed in one interleaved run.
 
 Data are synthetic, unit-normal or structured (../structured.py), and thresholds are fitted to them (thresholds.py).
 What a real model skips is for `bsfa verify` to say.
@@ -11,13 +11,15 @@ from bsfa_kernels import Gate, TileShape, block_sparse_attention, explain
 from bsfa_kernels.tiles import tile_counts
 
 from .. import structured
-from ..distance import relative, squares
 from ..errors import UsageError
-from . import baselines, thresholds
+from . import baselines, skip_softmax, thresholds
+from .entrants import Entrants
+from .flash_attention import TokensFirst
 from .interleave import Begin, Contender, Timing, first_call, measure, unseen
 from .plan import Plan, Shape
 
 NOT_FOR_GPU = ("torch", "reference")
+APPROXIMATE = "dense, approximate"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 OPEN, ZERO = "bsfa, skipping compiled out", "bsfa, 0 % skipped"
 LABELS = {
@@ -52,26 +54,21 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
     if backend == "auto":
         gate = thresholds.inert(plan.gate, shape.heads, 1, device)
         backend, passed_over = explain(q, k, v, gate, causal=shape.causal, tile=tile)
-    rows, unavailable, dense_out = [], [], None
+    tolerance = TOLERANCE[dtype]
+    entrants = Entrants(device, tolerance)
     if device.type == "cuda" and plan.backend == "auto" and backend in NOT_FOR_GPU:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-        unavailable.append({"name": "bsfa", "reason": f"no GPU kernel serves this shape ({reasons})"})
-    contenders = []
-
-    def enter(name: str, call, **facts):
-        out, reason = (None, call) if isinstance(call, str) else first_call(call, device)
-        if reason:
-            unavailable.append({"name": name, "reason": reason})
-        else:
-            contenders.append(Contender(name, call))
-            rows.append({"name": name, **facts})
-        return out
-
-    for name, call in baselines.dense(q, k, v, shape.causal, plan.baselines).items():
-        out = enter(name, call, kind="dense", skip_target=None)
-        dense_out = dense_out if out is None else out
+        entrants.leave_out("bsfa", f"no GPU kernel serves this shape ({reasons})")
+    laid = TokensFirst(q, k, v)
+    for name, call in baselines.dense(q, k, v, shape.causal, plan.baselines, laid).items():
+        entrants.enter_dense(name, call)
+    for name, call in baselines.approximate(laid, shape.causal, plan.baselines).items():
+        entrants.enter_inexact(name, call, kind=APPROXIMATE, skip_target=None)
+    for name, call, facts in rivals(plan, laid, shape.causal):
+        if not entrants.enter_inexact(name, call, **facts):
+            break  # the others would fail alike, after minutes of compiling
     error = None
-    for name, skip, gate in gates(plan, shape, q, k, v, tile, backend, unavailable):
+    for name, skip, gate in gates(plan, shape, q, k, v, tile, backend, entrants.unavailable):
 
         def run(gate=gate, counts=False):
             result = block_sparse_attention(
@@ -79,14 +76,15 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
             )
             return result if counts else result.out
 
-        out = enter(name, run, kind="bsfa", skip_target=skip)
+        out = entrants.enter(name, run, kind="bsfa", skip_target=skip)
         if out is None:
             continue
-        rows[-1] |= skipped(run(counts=True), shape.causal, length, tile)
-        rows[-1]["finite"] = bool(out.isfinite().all())
-        if name == ZERO and dense_out is not None:
-            error = relative(*squares(out, dense_out))
+        entrants.rows[-1] |= skipped(run(counts=True), shape.causal, length, tile)
+        entrants.rows[-1]["finite"] = bool(out.isfinite().all())
+        if name == ZERO:
+            error = entrants.error(out)
         del out
+    contenders = entrants.contenders
     timings = measure(contenders, device, seconds=seconds, seed=plan.seed, begin=begin) if contenders else {}
     flops = dense_flops(shape, length)
     result = {
@@ -100,10 +98,10 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         "data": LABELS[data],
         "flops_dense": flops,
         "error_at_zero": error,
-        "error_tolerance": TOLERANCE[dtype],
-        "unavailable": unavailable,
+        "error_tolerance": tolerance,
+        "unavailable": entrants.unavailable,
     }
-    return result | summarise(rows, timings, flops)
+    return result | summarise(entrants.rows, timings, flops)
 
 
 def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: torch.dtype, seed: int):
@@ -121,6 +119,17 @@ def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: t
         torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator, device=device, dtype=dtype)
         for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
     )
+
+
+def rivals(plan: Plan, laid: TokensFirst, causal: bool):
+    """(contender name, call or reason, facts of its row) of NVIDIA's skip-softmax at the plan's skip rates."""
+    if laid.given[0].device.type == "cpu":
+        return
+    reason = baselines.asked(skip_softmax.NAME, plan.baselines)
+    if reason:
+        yield skip_softmax.NAME, reason, {}
+    else:
+        yield from skip_softmax.contenders(laid, causal, plan.skip)
 
 
 def gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unavailable: list):
@@ -178,7 +187,12 @@ def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:
         "overhead_at_zero": zero["ms_median"] / fastest_ms - 1 if zero and fastest else None,
         "gate_overhead": zero["ms_median"] / closed["ms_median"] - 1 if zero and closed else None,
         "break_even_skip": break_even(
-            [(row["skip"], row["ms_median"]) for row in contenders if row["skip_target"] is not None], fastest_ms
+            [
+                (row["skip"], row["ms_median"])
+                for row in contenders
+                if row["kind"] == "bsfa" and row["skip_target"] is not None
+            ],
+            fastest_ms,
         ),
     }
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import write_whole
-from ..presentation.svg import COLOURS, STYLE, line, path, text
+from ..presentation import figures
 from .curriculum import REPEATS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WINDOW = 10.0  # seconds that one point of a curve averages over
-PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, GAP, TITLE, ACROSS = 250, 110, 52, 26, 22, 40, 3
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP, GAP, DOWN, ACROSS = 250, 110, 52, 76, 64, 66, 3
 
 
 def curves(entries: list[dict]) -> dict[str, list[tuple[float, float]]]:
@@ -32,38 +35,36 @@ def curves(entries: list[dict]) -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def draw(entries: list[dict]) -> str:
-    """The SVG."""
+@figures.styled
+def draw(entries: list[dict]) -> Figure:
+    """The plot."""
     found, last = curves(entries), max(entry["seconds"] for entry in entries if "kinds" in entry)
-    width = ACROSS * (LEFT + PANEL_WIDTH + GAP)
-    height = TITLE + -(-len(found) // ACROSS) * (TOP + PANEL_HEIGHT + GAP + 16)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'role="img">',
-        f"<title>{escape('Training: exact answers against seconds')}</title>",
-        f"<style>{STYLE}</style>",
-        '<rect width="100%" height="100%" class="page"/>',
-        text(LEFT, 24, f"Training: last question answered exactly, {WINDOW:g} s means, against seconds", "title"),
-    ]
-    for index, (name, points) in enumerate(found.items()):
-        left = LEFT + index % ACROSS * (LEFT + PANEL_WIDTH + GAP)
-        top = TITLE + TOP + index // ACROSS * (TOP + PANEL_HEIGHT + GAP + 16)
-        parts.append(text(left, top - 8, name))
-        for share in (0.0, 0.5, 1.0):
-            y = top + PANEL_HEIGHT * (1 - share)
-            parts += [line(left, y, left + PANEL_WIDTH, y, "grid"), text(left - 6, y + 4, f"{share:g}", "soft", "end")]
-        for second in (0, last / 2, last):
-            x = left + PANEL_WIDTH * second / last
-            parts.append(text(x, top + PANEL_HEIGHT + 16, f"{second:.0f}", "soft", "middle"))
-        places = [(left + PANEL_WIDTH * min(1.0, x / last), top + PANEL_HEIGHT * (1 - y)) for x, y in points]
-        parts.append(path(places, COLOURS[1]))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    rows = -(-len(found) // ACROSS)
+    width = LEFT + ACROSS * PANEL_WIDTH + (ACROSS - 1) * GAP + 24
+    height = TOP + rows * PANEL_HEIGHT + (rows - 1) * DOWN + 40
+    figure, panels = figures.new(
+        width, height, rows, ACROSS, left=LEFT, right=24, top=TOP, bottom=40, across=GAP, down=DOWN
+    )
+    figures.title(
+        figure, f"Training: last question answered exactly, {WINDOW:g} s means, against seconds", left=LEFT
+    )  # fmt: skip
+    for panel in panels[len(found) :]:
+        panel.remove()
+    for panel, (name, points) in zip(panels, found.items(), strict=False):
+        panel.set_title(name)
+        panel.set_xlim(0, last)
+        panel.set_ylim(0, 1.02)
+        panel.set_xticks((0, last / 2, last), [f"{second:.0f}" for second in (0, last / 2, last)])
+        panel.set_yticks((0, 0.5, 1))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.plot(*zip(*points, strict=True), linewidth=1.5)
+    return figure
 
 
 def main() -> None:
     log = Path(sys.argv[1])
     entries = [json.loads(entry) for entry in log.read_text().splitlines()]
-    write_whole(log.with_suffix(".svg"), draw(entries).encode())
+    write_whole(log.with_suffix(".svg"), figures.svg(draw(entries)).encode())
 
 
 if __name__ == "__main__":

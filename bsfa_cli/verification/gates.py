@@ -33,6 +33,11 @@ class Gates:
     def judge_accuracy(self) -> bool:
         return any(limit is not None for name, limit in vars(self).items() if name != "min_skip")
 
+    def words(self) -> str:
+        """The limits, as options."""
+        given = [f"--{name.replace('_', '-')} {limit:g}" for name, limit in vars(self).items() if limit is not None]
+        return ", ".join(given) + ("" if self.judge_accuracy else f"{' and ' * bool(given)}no limit on accuracy")
+
     def accuracy_failures(self, result: dict) -> list[str]:
         """Sentences for the accuracy limits that `result` (see run.py) misses. A number that is not one misses."""
         logits, dropped = result["logits"], result["dropped_mass"]["p99"]

@@ -43,17 +43,20 @@ def reason_against(module: str, request: Request) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int) -> str | None:
-    """Why no fused kernel serves such calls with tiles of rows x keys, or None when one does."""
-    return _why_not_fused(device, dtype, head_dim, TileShape(rows, keys))
+def fused(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int) -> tuple[str | None, str]:
+    """(the fused backend that serves such calls with tiles of rows x keys, ""), or (None, why there is none)."""
+    return _fused(device, dtype, head_dim, TileShape(rows, keys))
 
 
 @cache
-def _why_not_fused(device, dtype, head_dim, tile) -> str | None:
+def _fused(device, dtype, head_dim, tile) -> tuple[str | None, str]:
     x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     request = Request(x, x, x, Gate(), 1.0, True, tile, True, 0, None, False, False)
-    reasons = [reason_against(ATTENTION[name], request) for name in FUSED]
-    return None if None in reasons else reasons[-1]
+    for name in FUSED:
+        reason = reason_against(ATTENTION[name], request)
+        if reason is None:
+            return name, ""
+    return None, reason
 
 
 def choose(

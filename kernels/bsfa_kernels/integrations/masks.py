@@ -115,7 +115,7 @@ def mask_function(
     """Registered with transformers' AttentionMaskInterface; its signature and calls are transformers'.
 
     `attention_mask` bool [B, keys seen so far] or None. A padding mask is read once here, on the host, to refuse
-    holes; under torch.compile it is asserted on the device instead.
+    holes; under torch.compile and in a CUDA graph it is asserted on the device instead.
     """
     pattern = _pattern(mask_function)
     # A model that allows no skip takes the mask apart.
@@ -179,7 +179,7 @@ def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention
         if not pattern.causal:
             # Whether these queries are padded like the keys is not known here (cross-attention), so none is.
             contiguous = contiguous & (left == 0).all()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (valid.is_cuda and torch.cuda.is_current_stream_capturing()):
             torch._assert_async(contiguous, "bsfa under torch.compile needs an attention_mask without holes")
         else:
             expressible, full = torch.stack([contiguous, valid.all()]).tolist()  # one wait for the device

@@ -15,12 +15,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..backends import why_not_fused
+from ..backends import fused
 from ..tiles import TileShape
 
 SINKS = "attention sinks"
 HEAD_DIMS = "keys and values differ in head dim"
 MASK = "its mask is not plain causal or bidirectional with padding at the ends (custom, packed, chunked or with holes)"
+WIDEST_GAIN = 128  # head dim; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
 
@@ -87,7 +88,10 @@ def plan(call: Call, handler: Gated | None) -> Step:
     elif scoring is not None and not getattr(handler, "knows_scoring", False):
         reason, expected = scoring, False
     else:
-        reason, expected = _no_kernel(call, getattr(handler, "fused_tile", None)), False
+        tile = getattr(handler, "fused_tile", None)
+        reason, expected = _no_kernel(call, tile), False
+        if reason is None and scoring is None:
+            reason = _no_gain(call, tile)
         if reason is None:
             return Step(Route.GATED, None, True)
     if not (call.spans or call.masked or scoring) and (not call.causal or rows == call.k.shape[2]):
@@ -110,5 +114,15 @@ def _no_kernel(call: Call, tile: TileShape | None) -> str | None:
     """Why no fused kernel of this tile can serve the call on its GPU; None where one can, and where none is needed."""
     if tile is None or not call.q.is_cuda:
         return None
-    reason = why_not_fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
-    return None if reason is None else f"no fused kernel: {reason}"
+    backend, reason = fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
+    return None if backend else f"no fused kernel: {reason}"
+
+
+def _no_gain(call: Call, tile: TileShape | None) -> str | None:
+    """Why a gate would cost time: with wide heads the portable kernel, at any skip rate, is behind what PyTorch has."""
+    if tile is None or not call.q.is_cuda or call.q.shape[-1] <= WIDEST_GAIN:
+        return None
+    backend, _ = fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
+    if backend == "hopper":
+        return None
+    return f"head dim {call.q.shape[-1]}: PyTorch's dense attention is faster than the Triton kernel with any gate"
