@@ -85,8 +85,8 @@ def test_target_skip_drops_the_least_mass_that_any_choice_could():
         dropped = torch.cat([zero.long(), count.cumsum(-1)], -1)
         lost = torch.cat([zero.double(), mass.cumsum(-1)], -1)
         table = fit.Table(
-            "gap", {"a": slice(0, 2)}, torch.arange(6).double(), dropped, lost, torch.zeros(0), dropped[..., -1],
-            torch.ones(2, 2),
+            "gap", {"a": slice(0, 2)}, torch.arange(6).double(), dropped, lost, lost, torch.zeros(0),
+            dropped[..., -1], torch.ones(2, 2),
         )  # fmt: skip
         total = int(dropped[..., -1].sum())
         best = {}

@@ -49,8 +49,8 @@ def real_plot(result: dict, calibration: str = "mixed") -> Figure:
             panel.set_ylim(10 ** math.floor(math.log10(max(floor["kl"], LEAST_KL))), highest)
             panel.yaxis.set_major_formatter(lambda nats, _: f"{nats:g}")
             panel.annotate(
-                f"nothing skipped: {floor['kl']:.2g}", (1, floor["kl"]), (-4, 6), textcoords="offset points", alpha=0.75,
-                ha="right",
+                f"nothing skipped: {floor['kl']:.2g}", (1, floor["kl"]), (-4, 6), textcoords="offset points",
+                alpha=0.75, ha="right",
             )  # fmt: skip
         else:
             panel.set_ylim(min(-0.002, *(p[metric] - 0.002 for e in recipes.values() for p in e["points"])), highest)
