@@ -72,5 +72,16 @@ def test_hugging_face_kernels_works_from_the_repository_root():
     assert not Path(python(code, ROOT)).is_relative_to(ROOT / "kernels")
 
 
+def test_the_runtimes_names_are_imported_when_they_are_used():
+    code = (
+        "import sys, bsfa_kernels, bsfa_kernels.files\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(bsfa_kernels.__all__) <= set(dir(bsfa_kernels))\n"
+        "found = [getattr(bsfa_kernels, name).__name__ for name in bsfa_kernels.__all__]\n"
+        "assert found == bsfa_kernels.__all__ and not hasattr(bsfa_kernels, 'nothing')"
+    )
+    python(code, ROOT)
+
+
 def test_versions_agree():
     assert python("import bsfa_cli.environment as e; print(e._version('bsfa'))", ROOT) == PROJECT["project"]["version"]

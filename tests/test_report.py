@@ -174,8 +174,12 @@ def test_arguments(run, one_sentence, stored):
     one_sentence(run("report", stored), 2, "-o report.html")
 
 
-def test_report_needs_no_torch():
-    script = "import sys; import bsfa_cli.presentation.report; sys.exit('torch' in sys.modules)"
+def test_report_needs_no_torch(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from bsfa_cli.commands.report import report\n"
+        f"report([Path({str(STORED)!r})], Path({str(tmp_path / 'report.html')!r}))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 

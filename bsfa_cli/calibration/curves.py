@@ -25,9 +25,13 @@ code, also where the gate exempts it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from bsfa_kernels import TileShape, TileStatistics
+from bsfa_kernels.tiles import TileShape
+
+if TYPE_CHECKING:
+    from bsfa_kernels import TileStatistics
 
 FIXED_POINT = 1 << 40
 # Per-row bounds are counted at these levels of dropped softmax mass.

@@ -1,14 +1,21 @@
 """The runtime of bsfa: exact block-sparse attention gated by calibrated thresholds.
 
-Imports neither the command-line tool nor transformers; a serving engine needs only this package.
+Imports neither the command-line tool nor transformers; a serving engine needs only this package. Names are looked up
+when they are first used: reading a file of this package's takes neither torch nor Triton.
 """
 
-from .api import Attention, TileStatistics, block_sparse_attention, explain, tile_statistics
-from .backends import BackendUnavailable
-from .blocks import BlockLists
-from .gates import Gate
-from .request import make_spans
-from .tiles import TileShape
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import Attention, TileStatistics, block_sparse_attention, explain, tile_statistics
+    from .backends import BackendUnavailable
+    from .blocks import BlockLists
+    from .gates import Gate
+    from .request import make_spans
+    from .tiles import TileShape
 
 __all__ = [
     "Attention",
@@ -22,3 +29,18 @@ __all__ = [
     "make_spans",
     "tile_statistics",
 ]
+_PLACES = {
+    "BackendUnavailable": ".backends", "BlockLists": ".blocks", "Gate": ".gates", "make_spans": ".request",
+    "TileShape": ".tiles",
+}  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_PLACES.get(name, ".api"), __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
