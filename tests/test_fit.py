@@ -162,6 +162,12 @@ def test_a_top_k_between_two_that_were_collected_lies_between_them(fitted):
     assert middle[~known].eq(-torch.inf).all()
 
 
+def test_a_knot_within_which_every_sample_ends_has_the_threshold_before():
+    assert fit._means(torch.tensor([[2.0, 6.0, 0.0, 9.0]]), torch.tensor([1, 2, 0, 3])).tolist() == [
+        [2.0, 3.0, 3.0, 3.0]
+    ]
+
+
 @pytest.mark.parametrize("gate", GRIDS)
 def test_an_even_skip_is_even(gate, fitted):
     table = fit.Table.of(fitted, gate)

@@ -19,7 +19,7 @@ dropped is the gap that the kernel meets, and the skip rate read from the curve 
 
 For top-k (the BSFA authors' recipe) the midpoint between the k-th and k+1-th largest maximum of the tiles off the
 diagonal is summed per query tile at the artifact's knots. Key tile 0 takes part in that ranking, as in the authors'
-code, also where the gate exempts it.
+code, also where the gate exempts it. Query tiles that a sample ends within are left out.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class ModuleCurves:
         )
         for gate, value in (("gap", gap), ("absolute", maximum)):
             self._bin(gate, heads, value, candidate, weights, octaves, active)
-        self._rank(heads, maximum, gap, candidate, counted)
+        self._rank(heads, maximum, gap, candidate, active, counted)
 
     def _bin(self, gate: str, heads: slice, value, candidate, weights, octaves, active) -> None:
         grid = self._grids[gate]
@@ -177,9 +177,11 @@ class ModuleCurves:
         ones = active.int()[None, :, None].expand_as(within).flatten(1)
         reach.view(reach.shape[0], -1).scatter_add_(1, target, ones)
 
-    def _rank(self, heads: slice, maximum, gap, candidate, counted: bool) -> None:
-        present = self._knot_tiles < gap.shape[1]
+    def _rank(self, heads: slice, maximum, gap, candidate, active, counted: bool) -> None:
         tiles = self._knot_tiles.clamp(max=gap.shape[1] - 1)
+        # A query tile that the sequence ends within is judged by no gate, whatever it could choose from.
+        judged = active | (self._first_diagonal(gap) <= 1)
+        present = (self._knot_tiles < gap.shape[1]) & judged[tiles]
         sink = (gap[..., :1] == torch.inf) & (self._first_diagonal(gap)[None, :, None] > 0)
         voting = candidate.clone()
         voting[..., :1] |= sink

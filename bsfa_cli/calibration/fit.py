@@ -169,12 +169,18 @@ def top_k(curves: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, k: int) 
     """
     below, above = neighbours(plan, k)
     low, high = (
-        torch.cat([t["top_k.sum"][rank] / t["top_k.samples"].clamp(min=1) for t in curves.values()])
+        torch.cat([_means(tensors["top_k.sum"][rank], tensors["top_k.samples"]) for tensors in curves.values()])
         for rank in map(plan.ranks.index, (above, below))
     )
     if below == above:
         return low
     return torch.where(low.isfinite(), low.lerp(high, math.log(above / k) / math.log(above / below)), -torch.inf)
+
+
+def _means(sums: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Means [N, knots] of sums; a knot of no sample, such as one that all end within, has those of the one before."""
+    counted = torch.where(samples > 0, torch.arange(len(samples)), 0).cummax(0).values
+    return (sums / samples.clamp(min=1))[:, counted]
 
 
 def neighbours(plan: Plan, k: int) -> tuple[int, int]:
