@@ -15,10 +15,10 @@ def statistics(length, tile, seed=0, heads=4, spread=6.0):
     return q, k, tile_statistics(q, k, lse, tile=tile)
 
 
-def literal(samples, plan, heads):
+def literal(samples, moved, plan, heads):
     """{name: tensor}, one query tile and one key tile at a time."""
     out = {name: tensor.clone() for name, tensor in ModuleCurves(plan, heads, "cpu").tensors.items()}
-    for stats in samples:
+    for stats, weight in zip(samples, moved, strict=True):
         maximum, gap, mean, worst = (x[0] for x in stats)
         for h in range(heads):
             for t in range(gap.shape[1]):
@@ -33,16 +33,18 @@ def literal(samples, plan, heads):
                         cell = sum(values[h, t, j] >= threshold for threshold in grid)
                         out[f"{gate}.count"][h, p, cell] += 1
                         out[f"{gate}.mass"][h, p, cell] += round(float(mean[h, t, j].double() * FIXED_POINT))
+                        effect = (mean[h, t, j] * weight[h, t, j]).double()
+                        out[f"{gate}.effect"][h, p, cell] += round(float(effect * FIXED_POINT))
                     for m, level in enumerate(LEVELS) if candidates else ():
                         bounds = [sum(worst[h, t, j].double().item() for j in dropped) for dropped in dropped_at]
                         out[f"{gate}.reach"][h, p, m, sum(bound <= level for bound in bounds)] += 1
-                if t in plan.knot_tiles:
-                    diagonal = t * plan.tile.rows // plan.tile.keys
+                diagonal = t * plan.tile.rows // plan.tile.keys
+                if t in plan.knot_tiles and (candidates or diagonal <= 1):
+                    out["top_k.samples"][plan.knot_tiles.index(t)] += h == 0
                     ranked = sorted((maximum[h, t, j].item() for j in range(diagonal)), reverse=True)
                     for i, k in enumerate(plan.ranks):
                         middle = (ranked[k - 1] + ranked[k]) / 2 if len(ranked) > k else -torch.inf
                         out["top_k.sum"][i, h, plan.knot_tiles.index(t)] += middle
-        out["top_k.samples"] += torch.tensor([t < gap.shape[1] for t in plan.knot_tiles])
     return out
 
 
@@ -53,9 +55,10 @@ def test_curves_equal_the_literal_count(tile):
     samples = [statistics(length, tile, seed, heads=2)[2] for seed, length in enumerate((140, 75))]
     # Values that equal a threshold are kept: put those of one sample on the grids.
     samples[1] = samples[1]._replace(gap=samples[1].gap.mul(4).round() / 4, maximum=samples[1].maximum.round())
-    for sample in samples:
-        curves.add(sample)
-    for name, expected in literal(samples, plan, 2).items():
+    moved = [torch.rand(sample.gap.shape[1:], generator=torch.Generator().manual_seed(1)) for sample in samples]
+    for sample, weight in zip(samples, moved, strict=True):
+        curves.add(sample, weight)
+    for name, expected in literal(samples, moved, plan, 2).items():
         assert torch.allclose(curves.tensors[name].double(), expected.double(), rtol=0, atol=1e-9), name
 
 

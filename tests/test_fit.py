@@ -85,8 +85,8 @@ def test_target_skip_drops_the_least_mass_that_any_choice_could():
         dropped = torch.cat([zero.long(), count.cumsum(-1)], -1)
         lost = torch.cat([zero.double(), mass.cumsum(-1)], -1)
         table = fit.Table(
-            "gap", {"a": slice(0, 2)}, torch.arange(6).double(), dropped, lost, torch.zeros(0), dropped[..., -1],
-            torch.ones(2, 2),
+            "gap", {"a": slice(0, 2)}, torch.arange(6).double(), dropped, lost, lost, torch.zeros(0),
+            dropped[..., -1], torch.ones(2, 2),
         )  # fmt: skip
         total = int(dropped[..., -1].sum())
         best = {}
@@ -160,6 +160,12 @@ def test_a_top_k_between_two_that_were_collected_lies_between_them(fitted):
     expected = (math.log(4 / 3) * few + math.log(3 / 2) * many) / math.log(2)
     torch.testing.assert_close(middle[known], expected[known])
     assert middle[~known].eq(-torch.inf).all()
+
+
+def test_a_knot_within_which_every_sample_ends_has_the_threshold_before():
+    assert fit._means(torch.tensor([[2.0, 6.0, 0.0, 9.0]]), torch.tensor([1, 2, 0, 3])).tolist() == [
+        [2.0, 3.0, 3.0, 3.0]
+    ]
 
 
 @pytest.mark.parametrize("gate", GRIDS)

@@ -23,7 +23,7 @@ def test_the_whole_experiment_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes", *arguments])
     assert recipes.main() == 0
     result = json.loads((tmp_path / "recipes.json").read_text())
-    assert len(result["recipes"]) == 6 and result["evaluation"]["questions"] == 4
+    assert len(result["recipes"]) == 7 and result["evaluation"]["questions"] == 4
     assert result["evaluation"]["mode"] == "teacher-forced"
     assert result["dense"]["exact"] == 1 and "synthetic" in result["label"]
     for recipe, entry in result["recipes"].items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bsfa_kernels import TileShape, reference
 from bsfa_kernels.integrations.transformers import SparseAttention
-from bsfa_kernels.reference import Span
+from bsfa_kernels.reference import Scoring, Span
 from bsfa_kernels.request import UNBOUNDED
 from bsfa_kernels.thresholds import ThresholdsError
 from gap_thresholds import TILE, thresholds
@@ -23,6 +23,7 @@ from bsfa_cli.verification.layers import DroppedMass, MeasuringAttention
 from bsfa_cli.verification.logits import Head, Predictions
 
 pytestmark = pytest.mark.usefixtures("random_model")
+SCORING = Scoring(0.125, True)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +208,7 @@ def test_layer_numbers_are_those_of_the_formula(loaded):
     for part in (slice(0, 1), slice(0, 1)):
         measuring(q[part], k[part], v[part], scale=0.125, causal=True, spans=None)
     found = measuring.summary()
-    options = dict(
-        scale=0.125, causal=True, spans=[Span(0, 0, 300, UNBOUNDED)], tile=TILE, keep_sink=True, query_tiles=10
-    )
+    options = dict(scoring=SCORING, spans=[Span(0, 0, 300, UNBOUNDED)], tile=TILE, keep_sink=True, query_tiles=10)
     sparse = reference.attention(q, k, v, measuring.sparse.gate(300, q.device), **options)
     dense = reference.attention(q, k, v, reference.Gate(), **options)
     dropped = 1 - (sparse.lse - dense.lse).exp()
@@ -238,7 +237,7 @@ def test_a_right_kernel_passes_and_a_wrong_one_does_not(loaded, dtype, monkeypat
     from bsfa_cli.verification import kernel
 
     q, k, v = attention_input(dtype)
-    good = check_kernel(handler(loaded, 1.0), q, k, v, scale=0.125, causal=True)
+    good = check_kernel(handler(loaded, 1.0), q, k, v, scoring=SCORING)
     assert good.passed and good.candidates > 0
     right = kernel.block_sparse_attention
 
@@ -251,7 +250,7 @@ def test_a_right_kernel_passes_and_a_wrong_one_does_not(loaded, dtype, monkeypat
 
     for broken in (inaccurate, undecided):
         monkeypatch.setattr(kernel, "block_sparse_attention", broken)
-        assert not check_kernel(handler(loaded, 1.0), q, k, v, scale=0.125, causal=True).passed
+        assert not check_kernel(handler(loaded, 1.0), q, k, v, scoring=SCORING).passed
 
 
 def test_predictions_are_those_of_whole_logits(loaded, monkeypatch):

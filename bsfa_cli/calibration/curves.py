@@ -6,6 +6,7 @@ the query position, three things are enough:
 
     count   candidate tiles by grid cell
     mass    the softmax mass they carry, mean over the rows of their query tile, by grid cell
+    effect  the same, each tile's mass times how far leaving it out moves the residual stream (see effect.py)
     reach   query tiles by the number of leading grid values whose bound stays within each mass level; a bound is the
             sum, over dropped tiles, of the largest mass that any row gives them: no row of the query tile drops more
 
@@ -18,7 +19,7 @@ dropped is the gap that the kernel meets, and the skip rate read from the curve 
 
 For top-k (the BSFA authors' recipe) the midpoint between the k-th and k+1-th largest maximum of the tiles off the
 diagonal is summed per query tile at the artifact's knots. Key tile 0 takes part in that ranking, as in the authors'
-code, also where the gate exempts it.
+code, also where the gate exempts it. Query tiles that a sample ends within are left out.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Plan:
     def bytes_per_head(self) -> int:
         """Size of one query head's curves in memory, on the device."""
         cells = sum(len(grid) + 1 for grid in GRIDS.values())
-        return self.octaves * cells * (8 + 8 + 4 * len(LEVELS)) + 8 * len(self.ranks) * len(self.knot_tiles)
+        return self.octaves * cells * (8 + 8 + 8 + 4 * len(LEVELS)) + 8 * len(self.ranks) * len(self.knot_tiles)
 
 
 class ModuleCurves:
@@ -117,7 +118,8 @@ class ModuleCurves:
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tiles": ((plan.octaves,), torch.int64)}
         for gate, grid in GRIDS.items():
             cells = len(grid) + 1
-            layout[f"{gate}.count"] = layout[f"{gate}.mass"] = ((heads, plan.octaves, cells), torch.int64)
+            for name in ("count", "mass", "effect"):
+                layout[f"{gate}.{name}"] = ((heads, plan.octaves, cells), torch.int64)
             layout[f"{gate}.reach"] = ((heads, plan.octaves, len(LEVELS), cells), torch.int32)
         layout["top_k.sum"] = ((len(plan.ranks), heads, len(plan.knot_tiles)), torch.float64)
         layout["top_k.samples"] = ((len(plan.knot_tiles),), torch.int64)
@@ -128,17 +130,18 @@ class ModuleCurves:
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
 
-    def add(self, statistics: TileStatistics) -> None:
+    def add(self, statistics: TileStatistics, weight: torch.Tensor | None = None) -> None:
         """Add one sequence that starts at position 0; fields [1, Hq, query tiles, key tiles]. Never waits for the
-        device.
+        device. `weight` [Hq, query tiles, key tiles] makes effect of mass; without it both are the same.
         """
         query_tiles, key_tiles = statistics.gap.shape[2:]
         at_once = max(1, TILES_AT_ONCE // (query_tiles * key_tiles))
         for first in range(0, self.heads, at_once):
             heads = slice(first, min(first + at_once, self.heads))
-            self._add_heads(heads, *(x[0, heads] for x in statistics), counted=first == 0)
+            moved = 1.0 if weight is None else weight[heads]
+            self._add_heads(heads, *(x[0, heads] for x in statistics), moved, counted=first == 0)
 
-    def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, counted: bool) -> None:
+    def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, moved, counted: bool) -> None:
         candidate = gap.isfinite()
         octaves = self._octaves[: gap.shape[1]]
         active = candidate[0].any(-1)  # geometry: the same for every head
@@ -147,23 +150,24 @@ class ModuleCurves:
         weights = (
             candidate.long(),
             torch.where(candidate, mass_mean.double() * FIXED_POINT, 0.0).round_().long(),
+            torch.where(candidate, (mass_mean * moved).double() * FIXED_POINT, 0.0).round_().long(),
             torch.where(candidate, mass_worst.double() * FIXED_POINT, 0.0).ceil_().long(),
         )
         for gate, value in (("gap", gap), ("absolute", maximum)):
             self._bin(gate, heads, value, candidate, weights, octaves, active)
-        self._rank(heads, maximum, gap, candidate, counted)
+        self._rank(heads, maximum, gap, candidate, active, counted)
 
     def _bin(self, gate: str, heads: slice, value, candidate, weights, octaves, active) -> None:
         grid = self._grids[gate]
         cell = torch.bucketize(torch.where(candidate, value, torch.inf), grid, right=True)  # [H, Q, K]
-        count, mass, worst = (
+        *sums, worst = (
             torch.zeros(*value.shape[:2], len(grid) + 1, dtype=torch.int64, device=value.device).scatter_add_(
                 2, cell, w
             )
             for w in weights
         )
-        self.tensors[f"{gate}.count"][heads].index_add_(1, octaves, count)
-        self.tensors[f"{gate}.mass"][heads].index_add_(1, octaves, mass)
+        for name, cells in zip(("count", "mass", "effect"), sums, strict=True):
+            self.tensors[f"{gate}.{name}"][heads].index_add_(1, octaves, cells)
         bound = worst[..., :-1].cumsum(-1).double() / FIXED_POINT  # [H, Q, grid]
         levels = self._levels.expand(*bound.shape[:2], -1).contiguous()
         within = torch.searchsorted(bound, levels, right=True)  # [H, Q, levels]: grid values whose bound <= level
@@ -173,9 +177,11 @@ class ModuleCurves:
         ones = active.int()[None, :, None].expand_as(within).flatten(1)
         reach.view(reach.shape[0], -1).scatter_add_(1, target, ones)
 
-    def _rank(self, heads: slice, maximum, gap, candidate, counted: bool) -> None:
-        present = self._knot_tiles < gap.shape[1]
+    def _rank(self, heads: slice, maximum, gap, candidate, active, counted: bool) -> None:
         tiles = self._knot_tiles.clamp(max=gap.shape[1] - 1)
+        # A query tile that the sequence ends within is judged by no gate, whatever it could choose from.
+        judged = active | (self._first_diagonal(gap) <= 1)
+        present = (self._knot_tiles < gap.shape[1]) & judged[tiles]
         sink = (gap[..., :1] == torch.inf) & (self._first_diagonal(gap)[None, :, None] > 0)
         voting = candidate.clone()
         voting[..., :1] |= sink

@@ -15,6 +15,7 @@ from bsfa_kernels.thresholds import Reached, interpolate
 
 from ..errors import UsageError
 from .curves import FIXED_POINT, GRIDS, LEVELS, Plan, octave
+from .effect import LARGEST
 
 BISECTIONS = 60
 
@@ -28,6 +29,7 @@ class Table:
     values: torch.Tensor  # float64 [entries]: -inf, then the grid
     dropped: torch.Tensor  # int64 [N, P, entries]: tiles dropped
     mass: torch.Tensor  # float64 [N, P, entries]: mass dropped, summed over query tiles
+    effect: torch.Tensor  # float64 [N, P, entries]: the same, weighed by what it does to the residual stream
     within: torch.Tensor  # int32 [N, P, levels, entries]: query tiles whose bound stays within the level
     candidates: torch.Tensor  # int64 [N, P]
     tiles: torch.Tensor  # int64 [N, P]: query tiles with a candidate
@@ -44,8 +46,9 @@ class Table:
             heads = tensors[f"{gate}.count"].shape[0]
             modules[path] = slice(first, first + heads)
             first += heads
-        count, mass, reach = (
-            torch.cat([tensors[f"{gate}.{name}"] for tensors in curves.values()]) for name in ("count", "mass", "reach")
+        count, mass, effect, reach = (
+            torch.cat([tensors[f"{gate}.{name}"] for tensors in curves.values()])
+            for name in ("count", "mass", "effect", "reach")
         )
         tiles = torch.cat([t["tiles"].expand(t[f"{gate}.count"].shape[0], -1) for t in curves.values()])
         return cls(
@@ -54,6 +57,7 @@ class Table:
             torch.tensor([-math.inf, *GRIDS[gate]], dtype=torch.float64),
             _from_zero(count),
             _from_zero(mass).double() / FIXED_POINT,
+            _from_zero(effect).double() / FIXED_POINT,
             reach.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1),
             count.sum(-1),
             tiles,
@@ -70,23 +74,33 @@ def _from_zero(cells: torch.Tensor) -> torch.Tensor:
 
 
 def target_skip(table: Table, rate: float) -> torch.Tensor:
-    """Choice [N, P] that drops `rate` of all candidate tiles, shared out so that the mass dropped is least.
+    """Choice [N, P] that drops `rate` of all candidate tiles, shared out so that the mass dropped is least."""
+    return _cheapest(table, rate, table.mass)
 
-    The least-mass choices for a price per dropped tile trace the lower convex hull; the price is bisected, and units
+
+def effect_skip(table: Table, rate: float) -> torch.Tensor:
+    """The same, shared out so that the residual stream moves least."""
+    return _cheapest(table, rate, table.effect)
+
+
+def _cheapest(table: Table, rate: float, cost: torch.Tensor) -> torch.Tensor:
+    """Choice [N, P] that drops `rate` of all candidate tiles for the least `cost` [N, P, entries].
+
+    The cheapest choices for a price per dropped tile trace the lower convex hull; the price is bisected, and units
     go over from the cheaper to the dearer choice one by one until the rate is reached. Raises UsageError where even
     the highest threshold of the grid drops too little.
     """
     wanted = _wanted(table, rate)
 
     def cheapest(price: float) -> torch.Tensor:
-        return table.tightened((table.mass - price * table.dropped.double()).argmin(-1))
+        return table.tightened((cost - price * table.dropped.double()).argmin(-1))
 
     def count(choice: torch.Tensor) -> torch.Tensor:
         return table.dropped.gather(-1, choice[..., None])[..., 0]
 
     low = torch.zeros_like(table.candidates)
     high = table.tightened(torch.full_like(low, len(table.values) - 1))
-    below, above = 0.0, 2.0  # a tile's mass is at most 1, so a price of 2 drops all that the grid can
+    below, above = 0.0, 2.0 * LARGEST  # more than any tile costs, so that it drops all that the grid can
     for _ in range(BISECTIONS):
         price = (below + above) / 2
         choice = cheapest(price)
@@ -95,7 +109,7 @@ def target_skip(table: Table, rate: float) -> torch.Tensor:
         else:
             below, low = price, choice
     more = (count(high) - count(low)).flatten()
-    dearer = (table.mass.gather(-1, high[..., None]) - table.mass.gather(-1, low[..., None])).flatten()
+    dearer = (cost.gather(-1, high[..., None]) - cost.gather(-1, low[..., None])).flatten()
     order = torch.where(more > 0, dearer / more.clamp(min=1), math.inf).argsort(stable=True)
     reached = int(count(low).sum()) + more[order].cumsum(0)
     changed = order[: int(torch.searchsorted(reached, wanted)) + 1]
@@ -155,12 +169,18 @@ def top_k(curves: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, k: int) 
     """
     below, above = neighbours(plan, k)
     low, high = (
-        torch.cat([t["top_k.sum"][rank] / t["top_k.samples"].clamp(min=1) for t in curves.values()])
+        torch.cat([_means(tensors["top_k.sum"][rank], tensors["top_k.samples"]) for tensors in curves.values()])
         for rank in map(plan.ranks.index, (above, below))
     )
     if below == above:
         return low
     return torch.where(low.isfinite(), low.lerp(high, math.log(above / k) / math.log(above / below)), -torch.inf)
+
+
+def _means(sums: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Means [N, knots] of sums; a knot of no sample, such as one that all end within, has those of the one before."""
+    counted = torch.where(samples > 0, torch.arange(len(samples)), 0).cummax(0).values
+    return (sums / samples.clamp(min=1))[:, counted]
 
 
 def neighbours(plan: Plan, k: int) -> tuple[int, int]:

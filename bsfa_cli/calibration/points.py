@@ -18,7 +18,10 @@ from .store import Curves, Run
 FITTED, HELD_OUT = "fitted", "held-out"
 AIMED = 1e-3  # how near to the rate asked for a search for it stops
 NEAR = 0.02  # of a rate asked for, from which on a point says nothing
-CHOICES = {"target-skip": fit.target_skip, "even-skip": fit.even_skip, "one-threshold": fit.one_threshold}
+CHOICES = {
+    "target-skip": fit.target_skip, "effect-skip": fit.effect_skip, "even-skip": fit.even_skip,
+    "one-threshold": fit.one_threshold,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Request:
     """One point: a recipe and what is asked of it.
 
     "top-k" K; "max-dropped-mass" E; and for a skip rate R "target-skip" (shared out over heads so that the mass dropped
-    is least), "even-skip" (the same in every head) or "one-threshold" (for the whole model).
+    is least), "effect-skip" (so that the residual stream moves least), "even-skip" (the same in every head) or
+    "one-threshold" (for the whole model).
     """
 
     recipe: str
@@ -65,26 +69,28 @@ class Report:
 
 
 def make_requests(
-    top_k: Sequence[int], target_skip: Sequence[float], one_threshold: Sequence[float],
+    top_k: Sequence[int], target_skip: Sequence[float], effect_skip: Sequence[float], one_threshold: Sequence[float],
     max_dropped_mass: Sequence[float], gate: str,
 ) -> list[Request]:  # fmt: skip
     """The points that were asked for. Raises UsageError for values that cannot be meant, or none at all."""
-    if not (top_k or target_skip or one_threshold or max_dropped_mass):
+    if not (top_k or target_skip or effect_skip or one_threshold or max_dropped_mass):
         raise UsageError(
-            "which operating points? give --top-k K, --target-skip R, --one-threshold R or --max-dropped-mass E, "
-            "repeatedly"
+            "which operating points? give --top-k K, --target-skip R, --effect-skip R, --one-threshold R or "
+            "--max-dropped-mass E, repeatedly"
         )
     for k in top_k:
         if k < 1:
             raise UsageError(f"--top-k must be at least 1, got {k}")
     for option, values in (
-        ("--target-skip", target_skip), ("--one-threshold", one_threshold), ("--max-dropped-mass", max_dropped_mass),
+        ("--target-skip", target_skip), ("--effect-skip", effect_skip), ("--one-threshold", one_threshold),
+        ("--max-dropped-mass", max_dropped_mass),
     ):  # fmt: skip
         for value in values:
             if not 0 < value < 1:
                 raise UsageError(f"{option} must lie between 0 and 1, got {value:g}")
     requests = [Request("top-k", k, "absolute") for k in top_k]
     requests += [Request("target-skip", rate, gate) for rate in target_skip]
+    requests += [Request("effect-skip", rate, gate) for rate in effect_skip]
     requests += [Request("one-threshold", rate, gate) for rate in one_threshold]
     requests += [Request("max-dropped-mass", most, gate) for most in max_dropped_mass]
     names = [request.name for request in requests]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -239,7 +240,14 @@ def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves],
 def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torch.device) -> None:
     """One dense prefill of the model without its output head, collecting into `curves`."""
     tokens = torch.tensor([sample.tokens], device=device)
-    with attach(model, {path: Collector(module) for path, module in curves.items()}):
+    collectors = {
+        path: Collector(module, model.get_submodule(path), model.get_submodule(path.rpartition(".")[0]))
+        for path, module in curves.items()
+    }
+    with ExitStack() as stack:
+        for collector in collectors.values():
+            stack.enter_context(collector)
+        stack.enter_context(attach(model, collectors))
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     if not bool(hidden.isfinite().all()):
         raise InputError(

@@ -27,7 +27,7 @@ from ..files import write_whole
 from ..order import natural, ordered
 from .curves import ModuleCurves, Plan
 
-SCHEMA = 1
+SCHEMA = 2  # 1 lacks the effect on the residual stream
 ROLES = ("fit", "heldout")
 MAX_BYTES = 16 << 30
 MANIFEST_KEYS = ("schema", "model", "data", "options", "modules", "samples", "software")

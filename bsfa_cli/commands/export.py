@@ -28,6 +28,9 @@ def export(
     target_skip: Annotated[
         list[float] | None, Option(help="Skip this share of tiles, where the least mass is lost. Repeatable.")
     ] = None,
+    effect_skip: Annotated[
+        list[float] | None, Option(help="Skip this share where the residual stream moves least. Repeatable.")
+    ] = None,
     one_threshold: Annotated[
         list[float] | None,
         Option(help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable."),
@@ -87,7 +90,7 @@ def export(
         raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
     if (data is not None or length is not None) and not searching:
         raise UsageError("--data and --length belong to --largest-skip-with; other points need no texts")
-    asked = (top_k or [], target_skip or [], one_threshold or [], max_dropped_mass or [])
+    asked = (top_k or [], target_skip or [], effect_skip or [], one_threshold or [], max_dropped_mass or [])
     if from_official is not None and (any(asked) or searching):
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
 

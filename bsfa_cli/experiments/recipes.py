@@ -43,6 +43,7 @@ RECIPES = {  # by name: how thresholds are chosen, and for which gate
     "shared skip, absolute": ("target-skip", "absolute"),
     "one lambda, gap": ("one-threshold", "gap"),
     "shared skip, gap": ("target-skip", "gap"),
+    "shared by effect, gap": ("effect-skip", "gap"),
     "max dropped mass, gap": ("max-dropped-mass", "gap"),
 }
 QUANTILE, TILE, KEPT = 0.99, (64, 128), 0.99
