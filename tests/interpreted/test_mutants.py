@@ -12,8 +12,8 @@ from bsfa_kernels.portable import FLOAT32_DOT, larger
 from kernel_cases import Case, check
 from whole_tiles import Prompt
 
-CASE = Case(1, 2, 1, 190, 190, 16, TileShape(16, 32), gate="both", dtype=torch.float16)
-PADDED = Case(3, 2, 1, 150, 150, 16, TileShape(16, 32), causal=False, gate="gap", padded=True)
+CASE = Case(1, 1, 1, 112, 112, 16, TileShape(16, 32), gate="both", dtype=torch.float16)
+PADDED = Case(2, 1, 1, 70, 70, 16, TileShape(16, 32), causal=False, gate="gap", padded=True)
 
 
 @triton.jit
@@ -43,7 +43,9 @@ def with_a_tile_of_v_read_as_zero(
 
 
 @triton.jit
-def with_one_key_too_few(s, q_position, first_key, length, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
+def with_one_key_too_few(
+    s, q_position, first_key, length, window, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+):
     key = first_key + tl.arange(0, KEYS)
     last = length - 1
     if CAUSAL:
