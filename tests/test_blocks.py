@@ -14,7 +14,7 @@ SHAPE = (2, 4, 7, 4)  # batch, query heads, query tiles, key tiles
 
 def attention(backend: str, gate: Gate = Gate(), **options):  # noqa: B008 - frozen
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 100, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 112, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     return block_sparse_attention(
         q, k, v, gate, tile=TILE, return_lse=True, return_counts=True, backend=backend, **options
     )
