@@ -12,7 +12,7 @@ from .compare_table import METRICS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 500, 76, 24, 80, 84
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 516, 76, 24, 80, 100
 LABEL, GREYS = 110, 125  # characters in a line
 COLOURS = 7  # of the style
 OWN, PAPER, DENSE = "bsfa", "bsfa_top_k", "dense"
@@ -107,8 +107,8 @@ def _draw(figure: Figure, panel, lines: dict[str, list[Place]]) -> None:
         said = wrap(
             f"grey, beaten everywhere in this picture: {', '.join(name.replace('_', ' ') for name in grey)}", LABEL
         )
-        for i, row in enumerate(said[:2]):
-            figure.text(LEFT / WIDTH, (28 - 16 * i) / HEIGHT, row, alpha=0.75, fontsize=11)
+        for i, row in enumerate(said[:3]):
+            figure.text(LEFT / WIDTH, (44 - 16 * i) / HEIGHT, row, alpha=0.75, fontsize=11)
 
 
 def _colour(rank: int) -> str:
