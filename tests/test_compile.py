@@ -48,10 +48,7 @@ LISTS = [(BF16, 128, True, "", False), (BF16, 128, True, "g", True), (FP16, 128,
 # spilled and accesses in the loops, without a gate and with the gap gate. More than 0 is a debt (kernels/NOTES.md).
 SCORING = [
     ("ws", BF16, 64, (0, 0), (0, 0)),
-    ("s", BF16, 64, (0, 0), (0, 0)),
-    ("s", BF16, 128, (56, 0), (56, 0)),
     ("w", BF16, 128, (28, 0), (136, 52)),
-    ("c", BF16, 128, (156, 60), (1028, 481)),
     ("wcs", BF16, 96, (124, 48), (836, 526)),
 ]
 

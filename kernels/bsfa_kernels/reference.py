@@ -167,8 +167,8 @@ def attention(
         if sinks is not None:  # one more key, of no value
             s = torch.cat([s, sinks[h].to(dtype).expand(len(s), 1)], -1)
             values.append(torch.zeros_like(values[0][:1]))
-        seen = s.amax(-1) > -torch.inf
-        out[b, h, rows] = torch.where(seen[:, None], weights(s) @ torch.cat(values, 0), 0)
+        blind = s.amax(-1) == -torch.inf
+        out[b, h, rows] = (weights(s) @ torch.cat(values, 0)).masked_fill(blind[:, None], 0)
         lse[b, h, rows] = s.logsumexp(-1)
     return ReferenceOutput(out, lse, kept, candidates)
 
