@@ -219,7 +219,9 @@ def check_statistics(case: Case, backend: str, device: str = "cpu"):
     """tile_statistics of `backend` against the float64 reference."""
     q, k, v = case.inputs("cpu")
     options = case.options("cpu")
-    lse = block_sparse_attention(q, k, v, return_lse=True, backend="reference", **options).lse
+    lse = block_sparse_attention(
+        q, k, v, return_lse=True, backend="reference", **options, **attention_sinks(case, "cpu")
+    ).lse
     expected = tile_statistics(q, k, lse, backend="reference", **options)
     actual = tile_statistics(q.to(device), k.to(device), lse.to(device), backend=backend, **case.options(device))
     for name in expected._fields:

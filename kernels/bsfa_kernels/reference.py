@@ -178,8 +178,10 @@ def weights(s: torch.Tensor) -> torch.Tensor:
     return s.softmax(-1)
 
 
-def statistics(q, k, *, scoring, spans, tile, keep_sink, query_tiles, key_tiles, sinks=None, dtype=torch.float64):
-    """What every tile holds, with nothing dropped: see ReferenceStatistics. Shapes as in `attention`."""
+def statistics(q, k, *, scoring, spans, tile, keep_sink, query_tiles, key_tiles, lse=None, dtype=torch.float64):
+    """What every tile holds, with nothing dropped: see ReferenceStatistics. Shapes as in `attention`; `lse`
+    [B, Hq, Tq] of the dense attention, of these scores alone where it is not given.
+    """
     batch, heads, q_rows, _ = q.shape
     group = heads // k.shape[1]
     q, k = q.to(dtype), k.to(dtype)
@@ -192,13 +194,14 @@ def statistics(q, k, *, scoring, spans, tile, keep_sink, query_tiles, key_tiles,
         whole = span.whole(query_tile, q_rows, tile)
         order = plan.forced() + plan.candidates()
         tiles = {j: tile_scores(q[b, h], k[b, h // group], span, query_tile, j, scoring, tile)[0] for j in order}
-        lse = torch.cat([tiles[j] for j in order], -1).logsumexp(-1)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks[h].to(dtype))
-        running_max = torch.full_like(lse, -torch.inf)
+        if lse is None:
+            row_lse = torch.cat([tiles[j] for j in order], -1).logsumexp(-1)
+        else:
+            row_lse = lse[b, h, span.rows(query_tile, q_rows, tile)].to(dtype)
+        running_max = torch.full_like(row_lse, -torch.inf)
         for j in order:
             row_max = tiles[j].amax(-1)
-            mass = (tiles[j] - lse[:, None]).exp().sum(-1)
+            mass = (tiles[j] - row_lse[:, None]).exp().sum(-1)
             maximum[b, h, t, j] = row_max.amax()
             judged = whole and j not in plan.forced()
             gap[b, h, t, j] = (row_max - running_max).amax() if judged else torch.inf

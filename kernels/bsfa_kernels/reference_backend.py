@@ -40,5 +40,5 @@ def tile_statistics(request: Request, lse: torch.Tensor):
         keep_sink=request.keep_sink,
         query_tiles=request.query_tiles,
         key_tiles=request.key_tiles,
-        sinks=request.sinks,
+        lse=lse,
     )
