@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import (
     SparseAttention,
     attach,
@@ -18,6 +17,7 @@ from bsfa_kernels.thresholds import Thresholds
 
 from ..errors import InputError
 from ..prefill_tiles import Attending
+from ..suites.run import dense_handlers
 from .layers import DroppedMass, MeasuringAttention, skip_rate
 from .logits import Head, Predictions
 
@@ -43,7 +43,7 @@ def verify_points(
     attn_implementation="bsfa".
     """
     modules = attention_modules(model)
-    reachable = [path for path in modules if modules[path].dense_reason is None]
+    exact_handlers = dense_handlers(model)
     head = Head(model)
     handlers = {point: SparseAttention.for_model(thresholds, modules, point, backend=backend) for point in points}
     checked = _spread(list(handlers[points[0]]), 3)
@@ -56,7 +56,7 @@ def verify_points(
     attending = {point: Attending(model) for point in points}
     for sample in samples:
         tokens = torch.tensor(sample.tokens, device=model.device)
-        with attach(model, dict.fromkeys(reachable, DenseAttention())):
+        with attach(model, exact_handlers):
             exact = head.hidden(tokens)
         step()
         with attach(model, whole):

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import SparseAttention, attach, attention_modules
 
 from ..calibration import fit, points
 from ..calibration.store import Run
 from ..errors import UsageError
 from ..models.load import LoadedModel
+from ..suites.run import dense_handlers
 from ..suites.statistics import Z, wilson
 from .logits import Head
 
@@ -97,9 +97,8 @@ class Search:
         self._modules = attention_modules(self.model)
         self._head = Head(self.model)
         self._tokens = [torch.tensor(text.tokens, device=self.model.device) for text in texts]
-        able = [path for path, module in self._modules.items() if module.dense_reason is None]
         self._exact = []
-        with attach(self.model, dict.fromkeys(able, DenseAttention())):
+        with attach(self.model, dense_handlers(self.model)):
             for tokens in self._tokens:
                 self._exact.append(self._head.hidden(tokens))
                 step()

@@ -140,7 +140,7 @@ def tile_statistics(
             tile.keys,
             keep_sink,
             backend,
-        )
+        )  # fmt: skip
     )
 
 
