@@ -61,7 +61,7 @@ def check_writable(path: Path) -> None:
     """Find out before the work, not after it, and say where a folder is made for it. Raises UsageError."""
     from bsfa_kernels.files import destination
 
-    from .presentation.console import note
+    from .console import note
 
     try:
         folder = destination(path).parent

@@ -43,7 +43,7 @@ def no_model(monkeypatch):
 def run(monkeypatch, capsys):
     """Run a command line in this process: run("env", "--json") has .code, .out and .err."""
     from bsfa_cli import app
-    from bsfa_cli.presentation.console import console
+    from bsfa_cli.console import console
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["bsfa", *map(str, arguments)])

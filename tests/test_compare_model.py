@@ -11,12 +11,12 @@ import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.integrations.transformers import attention_modules
 
-from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.comparison import methods, model
 from bsfa_cli.comparison import run as comparison
 from bsfa_cli.comparison.handlers import Stopwatch
+from bsfa_cli.data.questions import TextQuestion
+from bsfa_cli.data.texts import load_texts
 from bsfa_cli.models.load import load_model
-from bsfa_cli.suites.questions import TextQuestion
 from bsfa_cli.suites.run import Examiner
 
 CPU, TILE = torch.device("cpu"), TileShape()

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bsfa_cli.calibration import data
-from bsfa_cli.calibration.data import data_hash, load_texts
-from bsfa_cli.calibration.generated_text import KINDS, generate
+from bsfa_cli.data import texts as data
+from bsfa_cli.data.generated_text import KINDS, generate
+from bsfa_cli.data.texts import data_hash, load_texts
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.models.random_weights import build_tokenizer
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from test_presentation import cell, row
 
-from bsfa_cli.presentation import compare_readme, console, profile_table, readme, report
+from bsfa_cli import console
+from bsfa_cli.presentation import compare_readme, profile_table, readme, report
 from bsfa_cli.presentation.dense_kernels import without_flash_attention_3
 from bsfa_cli.timing.plan import FA3
 

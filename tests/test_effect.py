@@ -6,7 +6,7 @@ from bsfa_kernels import TileShape
 
 from bsfa_cli.calibration import effect, fit, run
 from bsfa_cli.calibration.curves import ModuleCurves, Plan
-from bsfa_cli.calibration.data import Sample
+from bsfa_cli.data.texts import Sample
 from bsfa_cli.models.load import load_model
 
 HEADS, KV_HEADS, DIM, HIDDEN = 4, 2, 8, 24

@@ -12,8 +12,8 @@ from random_llama import build, build_tokenizer
 
 from bsfa_cli.calibration import fit, points
 from bsfa_cli.calibration import run as calibration
-from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.calibration.store import Run
+from bsfa_cli.data.texts import load_texts
 from bsfa_cli.errors import UsageError
 from bsfa_cli.models.load import load_model
 from bsfa_cli.verification import search

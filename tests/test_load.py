@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
+from bsfa_cli.data import vocabulary
+from bsfa_cli.data.questions import Plan, is_bundled
 from bsfa_cli.errors import InputError, MachineError, UsageError
 from bsfa_cli.models import load, random_weights
 from bsfa_cli.models.load import explain_memory, load_model, resolve_device, resolve_dtype
-from bsfa_cli.suites import vocabulary
-from bsfa_cli.suites.questions import Plan, is_bundled
 
 TINY = dict(
     vocab_size=257, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=32,

@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bsfa_cli import console
 from bsfa_cli.errors import InputError, UsageError
-from bsfa_cli.presentation import console, figures, plot, profile_table, readme
+from bsfa_cli.presentation import figures, plot, profile_table, readme
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -200,7 +201,7 @@ def test_readme_and_plots_are_in_step_with_the_stored_results():
 
 
 def test_people_and_pipes_get_no_colour_codes():
-    script = "from bsfa_cli.presentation.console import note; note('plain [red]text[/red]')"
+    script = "from bsfa_cli.console import note; note('plain [red]text[/red]')"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}, cwd=ROOT
     )

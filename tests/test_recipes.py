@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from bsfa_cli.calibration.points import Request
+from bsfa_cli.data.questions import Plan
 from bsfa_cli.errors import InputError
 from bsfa_cli.experiments import recipes
-from bsfa_cli.suites.questions import Plan
 from bsfa_cli.suites.run import Answer, Score
 
 

@@ -9,16 +9,17 @@ import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.integrations.transformers import attention_modules
 
-from bsfa_cli.calibration.data import load_texts
 from bsfa_cli.comparison import methods
 from bsfa_cli.comparison.handlers import MethodAttention, Stopwatch
+from bsfa_cli.data import ruler, tasks
+from bsfa_cli.data.questions import HELD_OUT, Plan, TextQuestion, as_text, is_bundled, parse_names
+from bsfa_cli.data.texts import load_texts
+from bsfa_cli.data.vocabulary import build_tokenizer
 from bsfa_cli.errors import InputError, UsageError
+from bsfa_cli.metrics import statistics
 from bsfa_cli.models import random_weights
 from bsfa_cli.models.load import load_model
-from bsfa_cli.suites import ruler, statistics, tasks
-from bsfa_cli.suites.questions import HELD_OUT, Plan, TextQuestion, as_text, is_bundled, parse_names
 from bsfa_cli.suites.run import Examiner, Score, dense_handlers, examine, match, mode
-from bsfa_cli.suites.vocabulary import build_tokenizer
 from bsfa_cli.training import model
 
 SHAPE = {**model.TOY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from bsfa_cli.suites import document, tasks, templates
-from bsfa_cli.suites.vocabulary import IDS, WORDS, build_tokenizer
-from bsfa_cli.suites.words import CLASSES, OTHERS
+from bsfa_cli.data import document, tasks, templates
+from bsfa_cli.data.vocabulary import IDS, WORDS, build_tokenizer
+from bsfa_cli.data.words import CLASSES, OTHERS
 
 
 def make(name, length=1024, rows=3, seed=0, **options):

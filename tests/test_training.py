@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bsfa_cli.data import tasks
 from bsfa_cli.presentation import figures
-from bsfa_cli.suites import tasks
 from bsfa_cli.training import curriculum, curves, model
 from bsfa_cli.training.loop import Budget, Trainer
 

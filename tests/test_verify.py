@@ -14,13 +14,13 @@ from gap_thresholds import TILE, thresholds
 
 from bsfa_cli.commands.verify import verify
 from bsfa_cli.errors import GateFailed, InputError, UsageError
+from bsfa_cli.metrics.logits import Head, Predictions
 from bsfa_cli.models.load import load_model
 from bsfa_cli.presentation import verify_table
 from bsfa_cli.verification import run as verification
 from bsfa_cli.verification.gates import Gates
 from bsfa_cli.verification.kernel import check_kernel
 from bsfa_cli.verification.layers import DroppedMass, MeasuringAttention
-from bsfa_cli.verification.logits import Head, Predictions
 
 pytestmark = pytest.mark.usefixtures("random_model")
 SCORING = Scoring(0.125, True)
@@ -254,7 +254,7 @@ def test_a_right_kernel_passes_and_a_wrong_one_does_not(loaded, dtype, monkeypat
 
 
 def test_predictions_are_those_of_whole_logits(loaded, monkeypatch):
-    from bsfa_cli.verification import logits as module
+    from bsfa_cli.metrics import logits as module
 
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 16 * 257)
     tokens = torch.arange(50) * 7 % 257

@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 import pytest
 from gap_thresholds import thresholds
 
+from bsfa_cli.data import ruler
+from bsfa_cli.data.questions import Plan
 from bsfa_cli.errors import UsageError
 from bsfa_cli.models.load import load_model
 from bsfa_cli.presentation import figures
 from bsfa_cli.presentation.heat_map import heat_map
-from bsfa_cli.suites import ruler
-from bsfa_cli.suites.questions import Plan
 from bsfa_cli.suites.run import Answer, Examiner, Score, dense_handlers, examine
 from bsfa_cli.suites.summary import summarise
 from bsfa_cli.verification.gates import Gates

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 
+from ..data.texts import is_generated, names
 from ..errors import InputError, UsageError
 from . import fit
 from .curves import octave
-from .data import is_generated, names
 from .store import Curves, Run
 
 FITTED, HELD_OUT = "fitted", "held-out"

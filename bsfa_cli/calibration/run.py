@@ -13,12 +13,12 @@ from bsfa_kernels import TileShape
 from bsfa_kernels.integrations.transformers import AttentionModule, attach, attention_modules
 
 from .. import environment
+from ..console import console, duration, note, progress
+from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
 from ..models.load import LoadedModel, explain_memory
-from ..presentation.console import console, duration, note, progress
 from .collector import Collector
 from .curves import TILES_AT_ONCE, ModuleCurves, Plan
-from .data import Sample, data_hash, is_generated
 from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4

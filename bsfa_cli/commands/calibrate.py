@@ -56,10 +56,10 @@ def calibrate(
     given = joined(data)
 
     from ..calibration import run
-    from ..calibration.data import check_source, default_data, load_texts, remarks
+    from ..console import note, print_json
+    from ..data.texts import check_source, default_data, load_texts, remarks
     from ..environment import resolve_device
     from ..models.load import check_positions, load_model
-    from ..presentation.console import note, print_json
 
     place = resolve_device(device)
     length = length or DEFAULT_LENGTH[place.type]

@@ -34,14 +34,14 @@ def capture(
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
 
-    from ..calibration.data import check_source, default_data, load_texts, remarks
     from ..calibration.run import chosen_modules, parse_layers
     from ..comparison import tensors
     from ..comparison.capture import capture as run
+    from ..console import note, print_json
+    from ..data.texts import check_source, default_data, load_texts, remarks
     from ..environment import resolve_device
     from ..files import check_writable, write_whole
     from ..models.load import check_positions, explain_memory, load_model
-    from ..presentation.console import note, print_json
 
     check_writable(output)
     place = resolve_device(device)

@@ -98,15 +98,15 @@ def compare(
 
     from bsfa_kernels import TileShape
 
-    from ..calibration.data import check_source
     from ..comparison import run as bench
     from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
     from ..comparison.tensors import CapturedSource, StructuredSource
+    from ..console import beginner, note, note_speeds, print_json, progress
+    from ..data.questions import Plan, parse_names
+    from ..data.texts import check_source
     from ..environment import resolve_device
     from ..files import check_writable, write_json
     from ..presentation import compare_table
-    from ..presentation.console import beginner, note, note_speeds, print_json, progress
-    from ..suites.questions import Plan, parse_names
     from ..timing.sweep import resolve_dtype
 
     asked_for = named(methods)
@@ -126,7 +126,7 @@ def compare(
         check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
-        from ..calibration.data import default_data, remarks
+        from ..data.texts import default_data, remarks
 
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         check_source(given_data, wanted[0])
@@ -236,7 +236,7 @@ def _loaded(model: str, given, place, dtype: str, longest: int):
 
 
 def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
-    from ..calibration.data import load_texts
+    from ..data.texts import load_texts
 
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
     if any(len(text.tokens) < length for text in texts):
@@ -245,6 +245,6 @@ def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
 
 
 def _questions(loaded, names: str, length: int, count: int, seed: int, ask_at: float) -> list:
-    from ..suites.questions import Plan, parse_names
+    from ..data.questions import Plan, parse_names
 
     return list(Plan(parse_names(names), (length,), count, seed, ask_at=ask_at).questions_for(loaded.tokenizer))

@@ -8,7 +8,7 @@ from ..options import Config, Json
 def env(json: Json = False, config: Config = None) -> None:
     """Show versions, the GPU, which attention backends can run here and which baselines are installed, and why not."""
     from .. import environment
-    from ..presentation.console import note, print_json
+    from ..console import note, print_json
 
     facts = environment.describe() | {"backends": environment.backends(), "baselines": environment.baselines()}
     if json:

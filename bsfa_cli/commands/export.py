@@ -94,8 +94,8 @@ def export(
     if from_official is not None and (any(asked) or searching):
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
 
+    from ..console import note, print_json
     from ..files import check_writable, write_whole
-    from ..presentation.console import note, print_json
 
     check_writable(output)
     reports, left_out = [], {}
@@ -103,8 +103,8 @@ def export(
         artifact = _official(from_official, model)
     else:
         from ..calibration import points
-        from ..calibration.data import stand_in
         from ..calibration.store import Run
+        from ..data.texts import stand_in
         from ..presentation import points_table
 
         requests = points.make_requests(*asked, gate) if any(asked) or not searching else []
@@ -170,11 +170,11 @@ def _search(
     """(the points that keep the limits, {point: what was measured}, {point: why there is none})."""
     from functools import partial
 
-    from ..calibration.data import check_source, data_hash
     from ..calibration.points import Request
+    from ..console import note, progress
+    from ..data.texts import check_source, data_hash
     from ..environment import resolve_device
     from ..models.load import check_positions, explain_memory, load_model
-    from ..presentation.console import note, progress
     from ..verification.search import Search
 
     options = run.manifest["options"]
@@ -214,7 +214,7 @@ def _search(
 
 def _texts(run: Run, data: str, samples: int, length: int, tokenizer) -> list:
     """Texts that the run has not seen. Raises InputError where there are none."""
-    from ..calibration.data import load_texts, shared_files
+    from ..data.texts import load_texts, shared_files
 
     options, seen = run.manifest["options"], set()
     if shared_files(data, options["data"]):

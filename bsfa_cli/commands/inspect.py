@@ -26,8 +26,8 @@ def inspect(
     if path is None:
         raise UsageError("which file? give thresholds, a run directory, captured layers or a stored result")
 
+    from ..console import note, print_json
     from ..inspection import inspect as look
-    from ..presentation.console import note, print_json
     from ..presentation.profile_table import aligned
 
     found = look(path)

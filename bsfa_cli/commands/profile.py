@@ -74,10 +74,10 @@ def profile(
 
     import torch
 
+    from ..console import beginner, note, note_speeds, print_json, progress
     from ..environment import resolve_device
     from ..files import check_writable, write_json, write_whole
     from ..presentation import profile_table
-    from ..presentation.console import beginner, note, note_speeds, print_json, progress
     from ..timing import compare, run
 
     device = resolve_device(device)
@@ -94,7 +94,7 @@ def profile(
     given = joined(data)
     artifact = None if thresholds is None else _artifact(thresholds, point)
     if end_to_end is not None:
-        from ..calibration.data import check_source
+        from ..data.texts import check_source
 
         check_source(given, max(plan.lengths))
     result = run.empty(plan, device)
@@ -117,7 +117,7 @@ def profile(
             run.sweep_cells(plan, device, result, seconds, save, beginner(display, "sweep"))
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
-        from ..calibration.data import default_data, remarks
+        from ..data.texts import default_data, remarks
         from ..models.load import check_positions
         from ..timing.prefill import Prefill
 

@@ -27,9 +27,9 @@ def report(
 
     from .. import verification
     from ..comparison import matching
+    from ..console import note, print_json
     from ..files import check_writable, read_result, write_whole
     from ..presentation import figures
-    from ..presentation.console import note, print_json
     from ..presentation.report import page
     from ..timing import compare
 

@@ -120,10 +120,10 @@ def verify(
     points = [each.name for each in artifact.points] if point is None else [point]
     artifact.index(points[0])
 
+    from ..console import note, print_json
     from ..environment import describe
     from ..files import check_writable, write_json
     from ..models.load import check_positions, load_model, resolve_device
-    from ..presentation.console import note, print_json
     from ..verification import FORMAT, KIND, run
 
     device = resolve_device(device)
@@ -182,10 +182,10 @@ class _Job(NamedTuple):
 
 def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse predictions on texts."""
-    from ..calibration.data import data_hash, default_data, load_texts, remarks
+    from ..console import note, progress
+    from ..data.texts import data_hash, default_data, load_texts, remarks
     from ..models.load import explain_memory
     from ..presentation import verify_table
-    from ..presentation.console import note, progress
     from ..verification import run
 
     loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
@@ -231,12 +231,12 @@ def _tasks(
     job: _Job, spec: str, lengths: tuple[int, ...], count: int, heat_map: Path | None, save: Path | None
 ) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse answers to questions."""
+    from ..console import note, progress
+    from ..data import ruler
     from ..files import write_whole
     from ..models.load import explain_memory
     from ..presentation import figures, tasks_table
-    from ..presentation.console import note, progress
     from ..presentation.heat_map import heat_map as draw
-    from ..suites import ruler
     from ..suites.run import mode
     from ..verification import tasks
 
@@ -280,8 +280,8 @@ def _tasks(
 
 def _count(spec: str, lengths: str | None, count: int) -> int:
     """How many questions will be asked."""
-    from ..suites import ruler
-    from ..suites.questions import parse_names
+    from ..data import ruler
+    from ..data.questions import parse_names
 
     if _is_file(spec):
         return len(ruler.read(Path(spec).expanduser()))
@@ -289,8 +289,8 @@ def _count(spec: str, lengths: str | None, count: int) -> int:
 
 
 def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> list:
-    from ..suites import ruler
-    from ..suites.questions import Plan, parse_names
+    from ..data import ruler
+    from ..data.questions import Plan, parse_names
 
     if _is_file(spec):
         return ruler.read(Path(spec).expanduser())
@@ -306,9 +306,9 @@ def _check_inputs(
     artifact: Thresholds, data: str | None, length: int, tasks: str | None, sizes: tuple[int, ...], count: int
 ) -> None:
     """Raise for texts and questions that can be refused without the model."""
-    from ..calibration.data import check_source
-    from ..suites import ruler
-    from ..suites.questions import Plan, parse_names
+    from ..data import ruler
+    from ..data.questions import Plan, parse_names
+    from ..data.texts import check_source
 
     if tasks is None:
         shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
@@ -323,7 +323,7 @@ def _check_inputs(
 
 def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> Iterator:
     """The questions of a plan as text, where the model is asked them as tokens."""
-    from ..suites.questions import Plan, parse_names
+    from ..data.questions import Plan, parse_names
 
     plan = Plan(parse_names(spec), lengths, count, seed)
     return (plan.write(*place, tokenizer) for place in plan.places())
@@ -331,7 +331,7 @@ def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokeniz
 
 def _judge_control(control: dict | None, judge: Callable[[dict], list[str]]) -> list[str]:
     """The failure of a negative control that passed."""
-    from ..presentation.console import note
+    from ..console import note
 
     if control is None:
         return []
@@ -371,7 +371,7 @@ def _held_out_seed(provenance) -> int:
 
 def _overlap(provenance, data: str, texts_hash: str) -> str | None:
     """A warning where the texts are, or may be, those that the thresholds were calibrated on."""
-    from ..calibration.data import shared_files
+    from ..data.texts import shared_files
 
     calibrated = provenance.get("data")
     calibrated = calibrated if isinstance(calibrated, dict) else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import exp, log
 
-from ..suites.statistics import wilson
+from ..metrics.statistics import wilson
 
 KIND, FORMAT = "bsfa compare", 1
 TIMES = (0.9, 0.75, 0.6, 0.5)  # of the fastest dense kernel's

@@ -18,14 +18,14 @@ from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import AttentionModule, attach
 
 from ..errors import BsfaError
+from ..metrics.logits import Head, Predictions
+from ..metrics.statistics import paired, wilson
 from ..models.load import LoadedModel
 from ..suites.run import Examiner
-from ..suites.statistics import paired, wilson
 from ..timing import flash_attention
 from ..timing.baselines import CPU_SDPA, SDPA
 from ..timing.interleave import Begin, Contender, Timing, first_call, measure, unseen
 from ..timing.libraries import Library
-from ..verification.logits import Head, Predictions
 from .handlers import DenseAttention, FlashAttention, MethodAttention, Stopwatch
 from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method

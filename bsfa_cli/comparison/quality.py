@@ -8,7 +8,7 @@ import torch
 from bsfa_kernels import Attention, TileShape, block_sparse_attention, explain
 from bsfa_kernels.tiles import tile_counts
 
-from ..distance import relative, squares
+from ..metrics.distance import relative, squares
 from ..verification.layers import DroppedMass
 from .methods import Choice, attend
 

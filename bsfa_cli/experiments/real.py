@@ -18,16 +18,16 @@ import torch
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import SparseAttention, attach, attention_modules
 
-from ..calibration.data import Sample, data_hash, load_texts
+from ..data.texts import Sample, data_hash, load_texts
 from ..environment import describe, resolve_device
 from ..errors import UsageError
 from ..files import write_json, write_whole
+from ..metrics.logits import Head, Predictions
 from ..models.load import LoadedModel, check_positions, load_model
 from ..prefill_tiles import Attending
 from ..presentation import figures
 from ..presentation.real_plot import real_plot
 from ..verification.layers import skip_rate
-from ..verification.logits import Head, Predictions
 from ..verification.run import everything
 from . import end
 from .recipes import RECIPES, TILE, calibrated, contenders

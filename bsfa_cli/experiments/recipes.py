@@ -19,9 +19,10 @@ from pathlib import Path
 from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
 
 from ..calibration import fit, points, run
-from ..calibration.data import TASKS, load_texts
 from ..calibration.points import Request
 from ..calibration.store import Run
+from ..data.questions import Plan, parse_names
+from ..data.texts import TASKS, load_texts
 from ..environment import describe, resolve_device
 from ..errors import InputError
 from ..files import write_json, write_whole
@@ -29,7 +30,6 @@ from ..models.load import LoadedModel, load_model
 from ..options import numbers
 from ..presentation import figures
 from ..presentation.recipes_plot import recipes_plot
-from ..suites.questions import Plan, parse_names
 from ..suites.run import Answer, Examiner, dense_handlers, examine, mode
 from ..suites.summary import summarise
 from . import end

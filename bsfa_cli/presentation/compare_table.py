@@ -24,7 +24,7 @@ METRICS = {  # path into a row: (words, larger is better)
 
 def show_cell(cell: dict) -> None:
     """One cell: every row, then the methods' first metric at equal time and at equal density."""
-    from .console import note
+    from ..console import note
 
     note(f"\n{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
     if cell["fastest_dense"]:
@@ -46,7 +46,7 @@ def present(cell: dict) -> list[str]:
 
 def show_matched(cell: dict, metric: str) -> None:
     """One metric of every method at equal time and equal density."""
-    from .console import note
+    from ..console import note
 
     for title, headings, table in matched_tables(cell, metric):
         note(f"\n  {title}")
@@ -124,7 +124,7 @@ def row_texts(row: dict) -> tuple[str, ...]:
 
 def show_break_even(result: dict) -> None:
     """From which length on each method is no slower than the fastest dense kernel, selection included."""
-    from .console import note
+    from ..console import note
 
     rows = break_even_rows(result)
     if rows:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..console import console, note
 from ..order import shortened
-from .console import console, note
 
 VAGUE = 0.5  # a bound above half of a row's mass says nothing
 

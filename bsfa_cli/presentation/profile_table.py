@@ -49,7 +49,7 @@ def head_shape(cell: dict) -> str:
 
 def show_cell(cell: dict) -> None:
     """Print one cell to stderr."""
-    from .console import note
+    from ..console import note
 
     note(f"\n{cell['length']:,} tokens, {head_shape(cell)}, {cell['tile']} tiles, backend {cell['backend']}")
     note(f"  data {cell['data']}")
@@ -95,7 +95,7 @@ def verdict(cell: dict) -> str:
 
 def show_prefill(entry: dict) -> None:
     """Print one end-to-end comparison to stderr."""
-    from .console import note
+    from ..console import note
 
     note("")
     note(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .console import console, note
+from ..console import console, note
 from .verify_table import percent
 
 

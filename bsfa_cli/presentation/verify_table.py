@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..console import console, note
 from ..order import shortened
-from .console import console, note
 
 WORST = 5  # modules that are shown without being asked for
 

@@ -1,1 +1,1 @@
-"""Retrieval tasks: what `bsfa verify --tasks` asks a model and what the bundled model was trained on."""
+"""Asking a model questions and counting what it answers, dense and sparse."""

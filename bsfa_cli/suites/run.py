@@ -20,9 +20,9 @@ import torch
 from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
 
+from ..data.questions import TextQuestion, TokenQuestion
+from ..metrics.logits import Head
 from ..prefill_tiles import Attending
-from ..verification.logits import Head
-from .questions import TextQuestion, TokenQuestion
 
 TEACHER_FORCED, GENERATED = "teacher-forced", "generated"
 

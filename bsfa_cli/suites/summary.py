@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import statistics
+from ..metrics import statistics
 from .run import Answer
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..distance import relative, squares
+from ..metrics.distance import relative, squares
 from .interleave import Contender, first_call
 
 

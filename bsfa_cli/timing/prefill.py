@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from ..calibration.data import load_texts
+from ..data.texts import load_texts
 from ..errors import InputError
 from ..prefill_tiles import Attending
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA

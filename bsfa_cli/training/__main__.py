@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ..suites import tasks
+from ..data import tasks
 from . import curriculum, model
 from .loop import Budget, Trainer
 

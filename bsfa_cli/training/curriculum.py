@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..suites import document, tasks
-from ..suites.vocabulary import WORDS
+from ..data import document, tasks
+from ..data.vocabulary import WORDS
 
 REPEATS = "repeats"
 KINDS = (REPEATS, *tasks.NAMES)

@@ -18,7 +18,7 @@ from bsfa_kernels.files import write_together
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from ..suites.questions import HELD_OUT
+from ..data.questions import HELD_OUT
 from . import curriculum
 from .curriculum import KINDS, Phase, Rows
 

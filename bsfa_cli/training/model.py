@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from ..data import tasks
+from ..data.questions import HELD_OUT
+from ..data.vocabulary import BEGIN, END, IDS, PAD, WORDS, build_tokenizer
 from ..files import write_whole
 from ..models.random_weights import LABEL_KEY
-from ..suites import tasks
-from ..suites.questions import HELD_OUT
-from ..suites.vocabulary import BEGIN, END, IDS, PAD, WORDS, build_tokenizer
 
 LABEL = "trained on synthetic retrieval tasks only: says little about other models"
 FULL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,

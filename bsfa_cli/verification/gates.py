@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from ..suites import statistics
+from ..metrics import statistics
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from bsfa_kernels.integrations.transformers import (
 from bsfa_kernels.thresholds import Thresholds
 
 from ..errors import InputError
+from ..metrics.logits import Head, Predictions
 from ..prefill_tiles import Attending
 from ..suites.run import dense_handlers
 from .layers import DroppedMass, MeasuringAttention, skip_rate
-from .logits import Head, Predictions
 
 # Above every score: drops every tile that a gate may drop.
 ABSURD = 1e30

@@ -20,10 +20,10 @@ from bsfa_kernels.integrations.transformers import SparseAttention, attach, atte
 from ..calibration import fit, points
 from ..calibration.store import Run
 from ..errors import UsageError
+from ..metrics.logits import Head
+from ..metrics.statistics import Z, wilson
 from ..models.load import LoadedModel
 from ..suites.run import dense_handlers
-from ..suites.statistics import Z, wilson
-from .logits import Head
 
 TOP1, KL, PERPLEXITY = "top1", "kl", "perplexity-increase"
 METRICS = {TOP1: True, KL: False, PERPLEXITY: False}  # whether larger is better

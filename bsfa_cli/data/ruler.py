@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..calibration.data import check_text, read_text, records
 from ..errors import InputError, UsageError
 from ..files import write_whole
 from . import tasks
 from .questions import TextQuestion
+from .texts import check_text, read_text, records
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel

@@ -122,7 +122,7 @@ def print_json(data) -> None:
     import json
     import sys
 
-    from ..order import ordered
-    from ..streams import write
+    from .order import ordered
+    from .streams import write
 
     write(sys.stdout, json.dumps(ordered(data), indent=2, allow_nan=False) + "\n")

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..errors import InputError, UsageError
-from ..suites import questions
-from . import generated_text
+from . import generated_text, questions
 
 MESSAGES = "messages"
 TEXT_KEYS = ("text", "input_text", "input", MESSAGES, "prompt")  # the first that a line has is read
