@@ -26,16 +26,20 @@ IDS = {word: index for index, word in enumerate(WORDS)}
 RANGES = {name: (IDS[members[0]], IDS[members[-1]]) for name, members in CLASSES.items()}
 
 
-def build_tokenizer():
-    """PreTrainedTokenizerFast that gives the tokens of a generated text back exactly, with BOS in front."""
+def build_tokenizer(words: list[str] = WORDS, special: tuple[str, ...] = ()):
+    """PreTrainedTokenizerFast that gives the tokens of a generated text back exactly, with BOS in front.
+
+    The words in `special` are split off wherever they stand, as <image> must be.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(vocab=IDS, unk_token=UNKNOWN, continuing_subword_prefix=CONTINUING))
+    ids = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token=UNKNOWN, continuing_subword_prefix=CONTINUING))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix=CONTINUING), decoders.Replace(" :", ":")])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, IDS[BEGIN])])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, ids[BEGIN])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, **({"additional_special_tokens": list(special)} if special else {}),
     )  # fmt: skip

@@ -33,6 +33,11 @@ class Phase:
     rows: int
     repeats: float
 
+    @property
+    def revisited(self) -> bool:
+        """Whether later phases come back to it: it has questions."""
+        return self.repeats < 1
+
 
 # Short to long, and the longer ones once more.
 FULL = (
@@ -56,7 +61,7 @@ REVISIT = 0.25  # share of the time spent on earlier lengths, so that they are n
 def choose(phases: tuple[Phase, ...], progress: float, rng: random.Random) -> Phase:
     """The phase of `progress` (0 to 1), or now and then an earlier one with questions."""
     now = next((index for index, phase in enumerate(phases) if progress < phase.until), len(phases) - 1)
-    earlier = [phase for phase in phases[:now] if phase.repeats < 1 and phase.length < phases[now].length]
+    earlier = [phase for phase in phases[:now] if phase.revisited and phase.length < phases[now].length]
     return rng.choice(earlier) if earlier and rng.random() < REVISIT else phases[now]
 
 

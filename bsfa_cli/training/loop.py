@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,12 @@ class Budget:
 
 
 class Trainer:
-    """AdamW on the answers' tokens of a LlamaForCausalLM. `out` gets checkpoint/ and log.jsonl."""
+    """AdamW on the answers' tokens of a LlamaForCausalLM. `out` gets checkpoint/ and log.jsonl.
+
+    A subclass for another kind of document has its own `kinds`, `_batches` and `_losses`.
+    """
+
+    kinds: tuple[str, ...] = KINDS
 
     def __init__(self, model, phases: tuple[Phase, ...], budget: Budget, *, seed: int, learning_rate: float, out: Path):
         self.model, self.phases, self.budget, self.seed, self.out = model, phases, budget, seed, out
@@ -61,14 +67,15 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.position = Position()
         self._printed = -math.inf
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+        vectors = [parameter for parameter in trained if parameter.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
             lr=learning_rate, betas=(0.9, 0.98), fused=self.device.type == "cuda",
         )  # fmt: skip
         if self.device.type == "cuda":
-            for layer in model.model.layers:
+            for layer in model.get_decoder().layers:
                 layer.compile(dynamic=False)
 
     def run(self, stop_after: float = math.inf) -> None:
@@ -85,43 +92,58 @@ class Trainer:
         start = time.monotonic()
         chunk, progress = self.position.chunk, self.budget.progress(self.position)
         rng = random.Random(f"bsfa training {self.seed} {chunk}")
-        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62) & ~HELD_OUT)
         phase = curriculum.choose(self.phases, progress, rng)
-        rows = curriculum.draw(phase, STEPS_PER_CHUNK, rng, generator)
         results = []
-        for step in range(STEPS_PER_CHUNK):
+        for step, batch in enumerate(self._batches(phase, rng)):
             rate = self._rate(chunk * STEPS_PER_CHUNK + step, progress)
-            results.append(self._step(rows.slice(step * phase.rows, (step + 1) * phase.rows), rate))
-        by_kind = _by_kind(rows.kind, *(torch.cat(column) for column in zip(*results, strict=True)))
+            results.append(self._step(batch, rate))
+        by_kind = _by_kind(self.kinds, *(torch.cat(column) for column in zip(*results, strict=True)))
         seconds = time.monotonic() - start
         self.position = Position(chunk + 1, self.position.seconds + seconds)
         self.log({
             "step": (chunk + 1) * STEPS_PER_CHUNK, "progress": round(progress, 4),
             "seconds": round(self.position.seconds, 2), "length": phase.length, "rows": phase.rows,
-            "learning_rate": rate, "tokens_per_second": round(rows.tokens.numel() / seconds), "kinds": by_kind,
+            "learning_rate": rate, "tokens_per_second": round(STEPS_PER_CHUNK * phase.rows * phase.length / seconds),
+            "kinds": by_kind,
         })  # fmt: skip
 
     def _rate(self, step: int, progress: float) -> float:
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
         return self.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
-    def _step(self, rows: Rows, rate: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One update. Per row: mean loss of the answers, share of their tokens right, last question right."""
+    def _batches(self, phase: Phase, rng: random.Random) -> Iterator[Rows]:
+        """What STEPS_PER_CHUNK steps train on."""
+        generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62) & ~HELD_OUT)
+        rows = curriculum.draw(phase, STEPS_PER_CHUNK, rng, generator)
+        for step in range(STEPS_PER_CHUNK):
+            yield rows.slice(step * phase.rows, (step + 1) * phase.rows)
+
+    def _step(self, batch, rate: float) -> tuple[torch.Tensor, ...]:
+        """One update; returns what `_losses` does."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        kind, loss, *found = self._losses(batch)
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return kind, loss.detach(), *found
+
+    def _losses(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Per row: kind, mean loss of the answers, share of their tokens right, last question right."""
+        with self.autocast():
             hidden = self.model.model(input_ids=rows.tokens, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[:, :-1])
         targets, weight = rows.tokens[:, 1:], rows.weight[:, 1:]
         logits, choices = logits.float(), torch.cat([targets[..., None], rows.others[:, 1:]], -1)
         chosen = logits.gather(-1, choices.clamp(min=0)).masked_fill(choices < 0, -torch.inf)
         loss = ((logits.logsumexp(-1) - chosen.logsumexp(-1)) * weight).sum(1)
-        loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         right = (logits.detach().argmax(-1, keepdim=True) == choices).any(-1)
-        return loss.detach(), (right * weight).sum(1), (right | ~rows.final[:, 1:]).all(1)
+        return rows.kind, loss, (right * weight).sum(1), (right | ~rows.final[:, 1:]).all(1)
+
+    def autocast(self):
+        """bfloat16 on a GPU, nothing on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def log(self, entry: dict) -> None:
         """Append to log.jsonl; every ten seconds, print [loss/last question right] by kind."""
@@ -140,10 +162,11 @@ class Trainer:
         """Weights, moments and position, each under 16 MiB, to out/checkpoint."""
         folder = self.out / "checkpoint"
         named = dict(self.model.named_parameters())
+        trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         metadata = {"chunk": str(self.position.chunk), "seconds": repr(self.position.seconds)}
         contents = {"weights": {name: parameter.detach() for name, parameter in named.items()}}
         for moment in MOMENTS if self.position.chunk else ():
-            contents[moment] = {name: self.optimizer.state[parameter][moment] for name, parameter in named.items()}
+            contents[moment] = {name: self.optimizer.state[parameter][moment] for name, parameter in trained.items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_together(
             {
@@ -154,9 +177,9 @@ class Trainer:
             }
         )
 
-    def load(self) -> None:
-        """Go on from out/checkpoint."""
-        folder = self.out / "checkpoint"
+    def load(self, folder: Path | None = None) -> None:
+        """Go on from `folder`, by default out/checkpoint."""
+        folder = folder or self.out / "checkpoint"
         with safe_open(folder / "weights.safetensors", "pt") as file:
             metadata = file.metadata()
         self.position = Position(int(metadata["chunk"]), float(metadata["seconds"]))
@@ -165,18 +188,20 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             with torch.no_grad():
                 parameter.copy_(tensors["weights"][name])
+            if not parameter.requires_grad:
+                continue
             self.optimizer.state[parameter] = {
                 "step": step.clone() if self.device.type == "cuda" else step.cpu().clone(),
                 **{moment: tensors[moment][name].to(self.device) for moment in MOMENTS},
             }
 
 
-def _by_kind(kind: torch.Tensor, *columns: torch.Tensor) -> dict[str, list[float]]:
+def _by_kind(kinds: tuple[str, ...], kind: torch.Tensor, *columns: torch.Tensor) -> dict[str, list[float]]:
     """Means of the columns [loss, token accuracy, last question right] by kind."""
-    one_hot = torch.nn.functional.one_hot(kind, len(KINDS)).float()
+    one_hot = torch.nn.functional.one_hot(kind, len(kinds)).float()
     means = torch.stack([column.float() @ one_hot for column in columns], 1) / one_hot.sum(0)[:, None]
     return {
         name: [round(value, 4) for value in row]
-        for name, row in zip(KINDS, means.tolist(), strict=True)
+        for name, row in zip(kinds, means.tolist(), strict=True)
         if not math.isnan(row[0])
     }

@@ -1,0 +1,130 @@
+"""What the vision-language model is trained on when, and its batches, drawn in NumPy by workers beside the GPU.
+
+Described documents have words where others have images, and ten times as many frames in as many tokens: looking up by
+number, mark and content forms on them. Looking at the latest frame ties what images show to those words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data import frame_tasks
+from ..data.frame_tasks import CAPTIONING, IDS, IMAGE, NAMES, NEEDLE, RETRIEVAL, Ask, Frames, compose, frames_in
+from ..data.frames import ATTRIBUTES, SIZES
+
+LOOK, DESCRIBED = "look", "described "
+KINDS = (LOOK, *NAMES, *(DESCRIBED + name for name in NAMES))
+WEIGHTS = np.array([1.5, 1.0, 1.5, 1.0, 0.5])  # of NAMES among questions
+DESCRIBED_FRAMES_A_QUESTION = 2
+
+
+@dataclass(frozen=True)
+class FramePhase:
+    """Until the share `until` of the budget: `rows` documents of `length` tokens a step, with `questions` each, `look`
+    of them about the frame just before; this share of steps is `described`.
+    """
+
+    until: float
+    length: int
+    rows: int
+    questions: int
+    look: float
+    described: float
+    revisited = True
+
+
+FULL = (
+    FramePhase(0.05, 1024, 64, 12, 0.6, 0.6),
+    FramePhase(0.20, 1024, 64, 12, 0.25, 0.3),
+    FramePhase(0.32, 4096, 16, 40, 0.15, 0.15),
+    FramePhase(0.44, 16384, 4, 128, 0.1, 0.05),
+    FramePhase(0.95, 32768, 2, 224, 0.05, 0.0),
+    FramePhase(1.00, 65536, 1, 384, 0.05, 0.0),
+)
+TOY = (FramePhase(0.5, 512, 8, 8, 0.5, 0.5), FramePhase(1.0, 512, 8, 8, 0.3, 0.3))
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """tokens int16 [N, T]; images [n], places in the bank in order of appearance, and marks [n] bool, which of them are
+    marked; image_at [n * TOKENS], flat positions of image tokens. For each answer token: predicting (the flat position
+    before it), target, question (ascending from 0). kind [Q], indices into KINDS.
+    """
+
+    tokens: np.ndarray
+    images: np.ndarray
+    marks: np.ndarray
+    image_at: np.ndarray
+    predicting: np.ndarray
+    target: np.ndarray
+    question: np.ndarray
+    kind: np.ndarray
+
+
+def draw(phase: FramePhase, described: bool, seed: int, bank: np.ndarray) -> FrameBatch:
+    """One step's documents, about frames of a bank with values [B, 5]."""
+    rng = np.random.default_rng(seed)
+    if described:
+        questions = max(
+            1, min(8 * phase.questions, frames_in(phase.length, 0, True) // DESCRIBED_FRAMES_A_QUESTION // 2)
+        )
+        values = rng.integers(0, SIZES, (phase.rows, frames_in(phase.length, questions, True), len(SIZES)))
+        images = np.zeros((phase.rows, 0), dtype=np.int64)
+    else:
+        questions = phase.questions
+        images = rng.integers(0, len(bank), (phase.rows, frames_in(phase.length, questions)))
+        values = bank[images].astype(np.int64)
+    count = values.shape[1]
+    marked = rng.integers(0, max(1, count // 2), phase.rows)
+    tokens = np.empty((phase.rows, phase.length), dtype=np.int16)
+    kinds, predicting, target, question = [], [], [], []
+    for row in range(phase.rows):
+        frames = Frames.of(values[row], int(marked[row]), rng, described)
+        asks, found = _asks(frames, questions, 0.0 if described else phase.look, rng)
+        tokens[row], answers = compose(phase.length, frames, asks, rng)
+        for kind, where in zip(found, answers, strict=True):
+            positions = np.arange(where.start, where.stop)
+            predicting.append(row * phase.length + positions - 1)
+            target.append(tokens[row, where])
+            question.append(np.full(len(positions), len(kinds)))
+            kinds.append(KINDS.index(DESCRIBED + kind if described else kind))
+    return FrameBatch(
+        tokens, images.ravel(), (np.arange(count) == marked[:, None]).ravel()[: images.size],
+        np.flatnonzero(tokens.ravel() == IDS[IMAGE]), np.concatenate(predicting),
+        np.concatenate(target).astype(np.int64), np.concatenate(question), np.array(kinds),
+    )  # fmt: skip
+
+
+def _asks(frames: Frames, count: int, look: float, rng: np.random.Generator) -> tuple[list[Ask], list[str]]:
+    """(questions, ascending in where they stand; the kind of each, LOOK among them)."""
+    total = len(frames.labels)
+    unique = frames.unique()
+    attributes = rng.integers(0, len(ATTRIBUTES), count)
+    drawn = rng.choice(len(NAMES), count, p=WEIGHTS / WEIGHTS.sum())
+    looks, targets, later = rng.random(count) < look, rng.integers(0, total, count), rng.random(count)
+    asks = []
+    for index in range(count):
+        kind, target = NAMES[drawn[index]], int(targets[index])
+        if looks[index]:
+            asks.append((Ask(CAPTIONING, target, target + 1), LOOK))
+            continue
+        if kind == NEEDLE:
+            target = frames.marked
+        elif kind == RETRIEVAL and len(unique):
+            target = int(unique[target % len(unique)])
+        elif kind == RETRIEVAL:
+            kind = CAPTIONING
+        after = target + 1 + int(later[index] * (total - target))
+        asks.append((Ask(kind, target, min(after, total), int(attributes[index])), kind))
+    asks.sort(key=lambda pair: pair[0].after)
+    return [ask for ask, _ in asks], [kind for _, kind in asks]
+
+
+def document_for_test(task: str, length: int, depth: int, bank: np.ndarray, rng: np.random.Generator):
+    """(tokens [T], images [F], marked frame, where the answer stands): one question at the end, about a frame of that
+    tenth of the document.
+    """
+    images = rng.permutation(len(bank))[: frames_in(length)]
+    return (images, *frame_tasks.one_question(task, length, depth, bank[images].astype(np.int64), rng))
