@@ -62,8 +62,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Frames:
-    """A document's frames: labels [F] and subtitles [F], token ids; values [F, 5], indices into ATTRIBUTES; which one is
-    marked; and whether they are described in words.
+    """A document's frames: labels [F] and subtitles [F], token ids; values [F, 5], indices into ATTRIBUTES; which one
+    is marked; and whether they are described in words.
     """
 
     labels: np.ndarray

@@ -44,13 +44,11 @@ def render(values: Sequence[int], seed: int, *, held_out: bool, marked: bool = F
     colour, shape, place, digit, ground = (int(value) for value in values)
     image = Image.new("RGB", (SIDE, SIDE), _shade(list(GROUNDS.values())[ground], rng))
     draw = ImageDraw.Draw(image)
-    _draw_shape(
-        draw, SHAPES[shape], _centre(place, rng), rng.uniform(11, 16), _shade([*COLOURS.values()][colour], rng), rng
-    )
-    others = [other for other in range(len(PLACES)) if other != place]
-    _draw_digit(
-        image, digit, _centre(others[rng.integers(3)], rng), dark=ground == 1 or ground == 2, rng=rng, held_out=held_out
-    )
+    fill = _shade(list(COLOURS.values())[colour], rng)
+    _draw_shape(draw, SHAPES[shape], _centre(place, rng), rng.uniform(11, 16), fill, rng)
+    elsewhere = _centre([other for other in range(len(PLACES)) if other != place][rng.integers(3)], rng)
+    dark = list(GROUNDS)[ground] in ("white", "gray")
+    _draw_digit(image, digit, elsewhere, dark=dark, rng=rng, held_out=held_out)
     noise = rng.integers(-8, 9, (SIDE, SIDE, 1), dtype=np.int16)
     pixels = np.clip(np.asarray(image, dtype=np.int16) + noise, 0, 255).astype(np.uint8)
     return mark(pixels) if marked else pixels
@@ -115,10 +113,8 @@ def _draw_shape(draw, shape: str, centre, radius: float, fill, rng: np.random.Ge
             ))
         )  # fmt: skip
     else:
-        corner = math.atan2(0.4, 1.2) / (2 * math.pi)
-        polygon(
-            *((turn, math.hypot(1.2, 0.4)) for turn in (0.25 - corner, 0.25 + corner, 0.75 - corner, 0.75 + corner))
-        )
+        half, corner = math.hypot(1.2, 0.4), math.atan2(0.4, 1.2) / (2 * math.pi)
+        polygon(*((turn, half) for turn in (0.25 - corner, 0.25 + corner, 0.75 - corner, 0.75 + corner)))
 
 
 def _draw_digit(image, digit: int, centre, *, dark: bool, rng: np.random.Generator, held_out: bool) -> None:

@@ -10,7 +10,7 @@ bit HELD_OUT are for evaluation; training and calibration draw without it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
@@ -37,6 +37,16 @@ class TokenQuestion:
     length: int
     depth: int | None  # tenth of the document, 0 to 9; None where the whole document is asked about
     batch: tasks.Batch
+
+    @property
+    def tokens(self) -> list[int]:
+        """The document, question and answer included."""
+        return self.batch.tokens[0].tolist()
+
+    @property
+    def extra(self) -> Mapping[str, torch.Tensor] | None:
+        """What the model's forward takes besides tokens."""
+        return None
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ model head is applied to a few hundred positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -48,9 +49,11 @@ class Head:
         if not error <= 0.02 * expected.abs().max():
             raise InputError(f"{type(model).__name__} computes its logits in a way that bsfa verify does not know")
 
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [T, hidden] of one sequence of tokens [T], in a single prefill."""
-        return self.base(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+    def hidden(self, tokens: torch.Tensor, extra: Mapping[str, torch.Tensor] = MappingProxyType({})) -> torch.Tensor:
+        """Final hidden states [T, hidden] of one sequence of tokens [T], in a single prefill. `extra` is what else the
+        model's forward takes: pixel values.
+        """
+        return self.base(input_ids=tokens[None], use_cache=False, **extra).last_hidden_state[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [T, vocabulary] of hidden states [T, hidden]."""

@@ -26,6 +26,8 @@ from .random_weights import LABEL_KEY
 
 # Made by `python -m bsfa_cli.training`.
 BUNDLED, BUNDLED_ID = Path(__file__).parent / "retrieval", "bsfa/retrieval-llama"
+# Made by `python -m bsfa_cli.training.vision`.
+FRAMES, FRAMES_ID = Path(__file__).parent / "frames", "bsfa/frames-llava"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.spm")
 
@@ -77,7 +79,8 @@ def load_model(
     attn_implementation: str | dict[str, str] = "bsfa",
     check_config: Callable[[Any], None] = lambda config: None,
 ) -> LoadedModel:
-    """The model of a directory, GGUF file or Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one.
+    """The model of a directory, GGUF file or Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one,
+    FRAMES_ID for the bundled vision-language model.
 
     `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. `check_config` may
     refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
@@ -91,8 +94,8 @@ def load_model(
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
-    bundled = name_or_path in (None, BUNDLED_ID)
-    source = str(BUNDLED) if bundled else _source(os.fspath(name_or_path))
+    bundled = {None: BUNDLED, BUNDLED_ID: BUNDLED, FRAMES_ID: FRAMES}.get(name_or_path)
+    source = _source(os.fspath(bundled or name_or_path))
     with quiet():
         config = _read_config(source)
         check_config(config)
@@ -103,7 +106,8 @@ def load_model(
                 del model.config.quantization_config  # its weights are plain numbers now, as any checkpoint's
             _check_causal(source, model)
             model = model.to(device).eval()
-    identity = _identity(model, BUNDLED_ID if bundled else _name(source), getattr(config, "_commit_hash", None))
+    name = {BUNDLED: BUNDLED_ID, FRAMES: FRAMES_ID}.get(bundled) or _name(source)
+    identity = _identity(model, name, getattr(config, "_commit_hash", None))
     return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None))
 
 

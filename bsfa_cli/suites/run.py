@@ -70,10 +70,13 @@ class Examiner:
 
     def _force(self, question: TokenQuestion) -> Score:
         batch = question.batch
-        hidden = self._head.hidden(batch.tokens[0].to(self.model.device))
+        hidden = self._head.hidden(batch.tokens[0].to(self.model.device), self._extra(question))
         logits = self._head.logits(hidden[batch.predicting])
         right = batch.right(logits.argmax(-1)[None].cpu())
         return Score(bool(right.all()), float(right.double().mean()))
+
+    def _extra(self, question: TokenQuestion) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in (question.extra or {}).items()}
 
     @torch.no_grad()
     def generate(self, question: TextQuestion) -> str:

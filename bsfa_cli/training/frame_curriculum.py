@@ -17,13 +17,13 @@ from ..data.frames import ATTRIBUTES, SIZES
 LOOK, DESCRIBED = "look", "described "
 KINDS = (LOOK, *NAMES, *(DESCRIBED + name for name in NAMES))
 WEIGHTS = np.array([1.5, 1.0, 1.5, 1.0, 0.5])  # of NAMES among questions
-DESCRIBED_FRAMES_A_QUESTION = 2
+DESCRIBED_QUESTIONS = 2  # for each in a document of images
 
 
 @dataclass(frozen=True)
 class FramePhase:
     """Until the share `until` of the budget: `rows` documents of `length` tokens a step, with `questions` each, `look`
-    of them about the frame just before; this share of steps is `described`.
+    of them about the frame just before. Of the rows, `described` have words in place of images.
     """
 
     until: float
@@ -31,19 +31,19 @@ class FramePhase:
     rows: int
     questions: int
     look: float
-    described: float
+    described: int
     revisited = True
 
 
 FULL = (
-    FramePhase(0.05, 1024, 64, 12, 0.6, 0.6),
-    FramePhase(0.20, 1024, 64, 12, 0.25, 0.3),
-    FramePhase(0.32, 4096, 16, 40, 0.15, 0.15),
-    FramePhase(0.44, 16384, 4, 128, 0.1, 0.05),
-    FramePhase(0.95, 32768, 2, 224, 0.05, 0.0),
-    FramePhase(1.00, 65536, 1, 384, 0.05, 0.0),
+    FramePhase(0.05, 1024, 64, 12, 0.6, 28),
+    FramePhase(0.20, 1024, 64, 12, 0.25, 16),
+    FramePhase(0.32, 4096, 16, 40, 0.15, 3),
+    FramePhase(0.44, 16384, 4, 128, 0.1, 0),
+    FramePhase(0.95, 32768, 2, 224, 0.05, 0),
+    FramePhase(1.00, 65536, 1, 384, 0.05, 0),
 )
-TOY = (FramePhase(0.5, 512, 8, 8, 0.5, 0.5), FramePhase(1.0, 512, 8, 8, 0.3, 0.3))
+TOY = (FramePhase(0.5, 512, 6, 8, 0.5, 3), FramePhase(1.0, 512, 6, 8, 0.3, 2))
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,25 @@ class FrameBatch:
     kind: np.ndarray
 
 
-def draw(phase: FramePhase, described: bool, seed: int, bank: np.ndarray) -> FrameBatch:
+def draw(phase: FramePhase, seed: int, bank: np.ndarray) -> FrameBatch:
     """One step's documents, about frames of a bank with values [B, 5]."""
     rng = np.random.default_rng(seed)
-    if described:
-        questions = max(
-            1, min(8 * phase.questions, frames_in(phase.length, 0, True) // DESCRIBED_FRAMES_A_QUESTION // 2)
-        )
-        values = rng.integers(0, SIZES, (phase.rows, frames_in(phase.length, questions, True), len(SIZES)))
-        images = np.zeros((phase.rows, 0), dtype=np.int64)
-    else:
-        questions = phase.questions
-        images = rng.integers(0, len(bank), (phase.rows, frames_in(phase.length, questions)))
-        values = bank[images].astype(np.int64)
-    count = values.shape[1]
-    marked = rng.integers(0, max(1, count // 2), phase.rows)
+    rows = phase.rows - phase.described
+    images = rng.integers(0, len(bank), (rows, frames_in(phase.length, phase.questions)))
+    shown = [
+        Frames.of(values, rng.integers(max(1, len(values) // 2)), rng) for values in bank[images].astype(np.int64)
+    ]  # fmt: skip
+    questions = DESCRIBED_QUESTIONS * phase.questions
+    shape = (phase.described, frames_in(phase.length, questions, True), len(SIZES))
+    told = [
+        Frames.of(values, rng.integers(max(1, len(values) // 2)), rng, described=True)
+        for values in rng.integers(0, SIZES, shape)
+    ]  # fmt: skip
     tokens = np.empty((phase.rows, phase.length), dtype=np.int16)
     kinds, predicting, target, question = [], [], [], []
-    for row in range(phase.rows):
-        frames = Frames.of(values[row], int(marked[row]), rng, described)
-        asks, found = _asks(frames, questions, 0.0 if described else phase.look, rng)
+    for row, frames in enumerate((*shown, *told)):
+        described = frames.described
+        asks, found = _asks(frames, questions if described else phase.questions, 0 if described else phase.look, rng)
         tokens[row], answers = compose(phase.length, frames, asks, rng)
         for kind, where in zip(found, answers, strict=True):
             positions = np.arange(where.start, where.stop)
@@ -91,7 +90,7 @@ def draw(phase: FramePhase, described: bool, seed: int, bank: np.ndarray) -> Fra
             question.append(np.full(len(positions), len(kinds)))
             kinds.append(KINDS.index(DESCRIBED + kind if described else kind))
     return FrameBatch(
-        tokens, images.ravel(), (np.arange(count) == marked[:, None]).ravel()[: images.size],
+        tokens, images.ravel(), np.concatenate([np.arange(len(f.labels)) == f.marked for f in shown]),
         np.flatnonzero(tokens.ravel() == IDS[IMAGE]), np.concatenate(predicting),
         np.concatenate(target).astype(np.int64), np.concatenate(question), np.array(kinds),
     )  # fmt: skip

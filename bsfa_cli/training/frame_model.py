@@ -1,4 +1,4 @@
-"""The bundled vision-language model: a LLaVA with a small CLIP tower and a Llama text side, its export, its accuracy."""
+"""The bundled vision-language model: a LLaVA of a small CLIP tower and a Llama, its export, its accuracy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from ..data import frame_tasks
+from ..data.frame_questions import pixel_values
 from ..data.frame_tasks import IDS, IMAGE, WORDS
-from ..data.frames import PATCH, SIDE
+from ..data.frames import MARK, MARK_WIDTH, PATCH, SIDE, TOKENS
 from ..data.vocabulary import BEGIN, END, PAD, build_tokenizer
 from ..models.random_weights import LABEL_KEY
 from . import frame_curriculum
@@ -38,8 +39,9 @@ def build(shape: dict[str, dict[str, int]], seed: int):
     )  # fmt: skip
     vision = CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=64, **shape["vision"])
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IDS[IMAGE], vision_feature_layer=-1,
-        vision_feature_select_strategy="default", tie_word_embeddings=True, attn_implementation="sdpa",
+        vision_config=vision, text_config=text, image_token_index=IDS[IMAGE], image_seq_length=TOKENS,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=True,
+        attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
@@ -48,19 +50,14 @@ def build(shape: dict[str, dict[str, int]], seed: int):
     return model
 
 
-def pixel_values(frames: torch.Tensor) -> torch.Tensor:
-    """float32 [F, 3, SIDE, SIDE], -1 to 1, of uint8 [F, SIDE, SIDE, 3]: what the exported image processor gives."""
-    return frames.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
 def build_processor():
     """LlavaProcessor of this model's texts and frames."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     images = CLIPImageProcessorPil(
-        do_resize=True, size={"height": SIDE, "width": SIDE}, do_center_crop=False, crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        do_resize=True, size={"height": SIDE, "width": SIDE}, do_center_crop=False,
+        crop_size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
     return LlavaProcessor(
         images, build_tokenizer(WORDS, (IMAGE,)), patch_size=PATCH, vision_feature_select_strategy="default",
@@ -68,15 +65,20 @@ def build_processor():
     )  # fmt: skip
 
 
-def export(model, folder: Path) -> None:
-    """The model in bfloat16 as a Hugging Face checkpoint, with its processor."""
+def exported(model):
+    """A copy in bfloat16 with the configuration that is saved."""
     from transformers import LlavaForConditionalGeneration
 
     config = type(model.config).from_dict({**model.config.to_dict(), "dtype": "bfloat16"})
     config.update({LABEL_KEY: LABEL})
     copy = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
-    copy.save_pretrained(folder)
+    return copy
+
+
+def export(model, folder: Path) -> None:
+    """The model in bfloat16 as a Hugging Face checkpoint, with its processor."""
+    exported(model).save_pretrained(folder)
     build_processor().save_pretrained(folder)
 
 
@@ -86,7 +88,7 @@ def accuracy(
 ) -> tuple[float, float]:
     """(share of questions answered exactly, share of answer tokens right), one question a document, in one prefill.
 
-    `bank` uint8 [B, SIDE, SIDE, 3], on the model's device, and its values [B, 5] are of frames that were not trained on.
+    `bank` uint8 [B, SIDE, SIDE, 3], on the model's device, and its values [B, 5] are of held-out frames.
     """
     exact = right = 0.0
     for index in range(documents):
@@ -108,8 +110,6 @@ def accuracy(
 
 def marked_frames(frames: torch.Tensor, marks: np.ndarray | torch.Tensor) -> torch.Tensor:
     """The frames uint8 [F, SIDE, SIDE, 3] with a border where `marks` [F] is true, as `frames.mark` draws it."""
-    from ..data.frames import MARK, MARK_WIDTH
-
     edge = torch.ones(SIDE, SIDE, dtype=torch.bool, device=frames.device)
     edge[MARK_WIDTH:-MARK_WIDTH, MARK_WIDTH:-MARK_WIDTH] = False
     marks = torch.as_tensor(marks).to(frames.device, non_blocking=True)

@@ -23,7 +23,6 @@ from ..data.questions import HELD_OUT
 from . import curriculum
 from .curriculum import KINDS, Phase, Rows
 
-STEPS_PER_CHUNK = 16
 WARMUP_STEPS = 200
 CHECKPOINT_SECONDS = 100.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,6 +59,7 @@ class Trainer:
     """
 
     kinds: tuple[str, ...] = KINDS
+    chunk_steps = 16
 
     def __init__(self, model, phases: tuple[Phase, ...], budget: Budget, *, seed: int, learning_rate: float, out: Path):
         self.model, self.phases, self.budget, self.seed, self.out = model, phases, budget, seed, out
@@ -95,15 +95,15 @@ class Trainer:
         phase = curriculum.choose(self.phases, progress, rng)
         results = []
         for step, batch in enumerate(self._batches(phase, rng)):
-            rate = self._rate(chunk * STEPS_PER_CHUNK + step, progress)
+            rate = self._rate(chunk * self.chunk_steps + step, progress)
             results.append(self._step(batch, rate))
         by_kind = _by_kind(self.kinds, *(torch.cat(column) for column in zip(*results, strict=True)))
         seconds = time.monotonic() - start
         self.position = Position(chunk + 1, self.position.seconds + seconds)
         self.log({
-            "step": (chunk + 1) * STEPS_PER_CHUNK, "progress": round(progress, 4),
+            "step": (chunk + 1) * self.chunk_steps, "progress": round(progress, 4),
             "seconds": round(self.position.seconds, 2), "length": phase.length, "rows": phase.rows,
-            "learning_rate": rate, "tokens_per_second": round(STEPS_PER_CHUNK * phase.rows * phase.length / seconds),
+            "learning_rate": rate, "tokens_per_second": round(self.chunk_steps * phase.rows * phase.length / seconds),
             "kinds": by_kind,
         })  # fmt: skip
 
@@ -112,10 +112,10 @@ class Trainer:
         return self.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
     def _batches(self, phase: Phase, rng: random.Random) -> Iterator[Rows]:
-        """What STEPS_PER_CHUNK steps train on."""
+        """What the steps of a chunk train on."""
         generator = torch.Generator(self.device).manual_seed(rng.getrandbits(62) & ~HELD_OUT)
-        rows = curriculum.draw(phase, STEPS_PER_CHUNK, rng, generator)
-        for step in range(STEPS_PER_CHUNK):
+        rows = curriculum.draw(phase, self.chunk_steps, rng, generator)
+        for step in range(self.chunk_steps):
             yield rows.slice(step * phase.rows, (step + 1) * phase.rows)
 
     def _step(self, batch, rate: float) -> tuple[torch.Tensor, ...]:
@@ -184,7 +184,7 @@ class Trainer:
             metadata = file.metadata()
         self.position = Position(int(metadata["chunk"]), float(metadata["seconds"]))
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("weights", *MOMENTS)}
-        step = torch.tensor(float(self.position.chunk * STEPS_PER_CHUNK), device=self.device)
+        step = torch.tensor(float(self.position.chunk * self.chunk_steps), device=self.device)
         for name, parameter in self.model.named_parameters():
             with torch.no_grad():
                 parameter.copy_(tensors["weights"][name])

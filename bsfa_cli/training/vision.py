@@ -23,10 +23,11 @@ import torch
 from transformers.utils import logging
 
 from ..data import frame_tasks
+from ..data.frame_questions import pixel_values
 from ..data.frames import SIDE, SIZES, render
 from . import frame_curriculum, frame_model
 from .frame_curriculum import FrameBatch, FramePhase
-from .loop import STEPS_PER_CHUNK, Budget, Trainer
+from .loop import Budget, Trainer
 
 BANK, TEST_BANK = 32768, 4096  # frames
 EVALUATED = {8192: 40, 16384: 40, 32768: 40, 65536: 20}  # documents a task, by length
@@ -34,8 +35,8 @@ TEST_SEED = 1 << 32
 
 
 def render_bank(count: int, held_out: bool, pool) -> tuple[np.ndarray, np.ndarray]:
-    """(values int64 [count, 5], pixels uint8 [count, SIDE, SIDE, 3]) of frames with any attributes."""
-    values = np.random.default_rng(int(held_out)).integers(0, SIZES, (count, len(SIZES)))
+    """(values int8 [count, 5], pixels uint8 [count, SIDE, SIDE, 3]) of frames with any attributes."""
+    values = np.random.default_rng(int(held_out)).integers(0, SIZES, (count, len(SIZES)), np.int8)
     pixels = np.empty((count, SIDE, SIDE, 3), dtype=np.uint8)
     chunks = np.array_split(np.arange(count), max(1, count // 256))
     rendered = pool.imap(partial(_render_some, values=values, held_out=held_out), chunks)
@@ -55,6 +56,7 @@ class FrameTrainer(Trainer):
     """
 
     kinds = frame_curriculum.KINDS
+    chunk_steps = 48  # workers begin anew with each chunk
 
     def __init__(self, model, phases: tuple[FramePhase, ...], budget: Budget, *, values, pixels, pool, **options):
         super().__init__(model, phases, budget, **options)
@@ -62,7 +64,7 @@ class FrameTrainer(Trainer):
         self.embedding_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def _batches(self, phase: FramePhase, rng: random.Random) -> Iterator[FrameBatch]:
-        steps = [(phase, rng.random() < phase.described, rng.getrandbits(62)) for _ in range(STEPS_PER_CHUNK)]
+        steps = [(phase, rng.getrandbits(62)) for _ in range(self.chunk_steps)]
         yield from self.pool.imap(partial(_draw, bank=self.values), steps)
 
     def _losses(self, batch: FrameBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,12 +76,11 @@ class FrameTrainer(Trainer):
         llava = self.model.model
         with self.autocast():
             embedded = llava.get_input_embeddings()(tokens.long()).to(self.embedding_dtype).flatten(0, 1)
-            if len(batch.images):
-                frames = frame_model.marked_frames(self.pixels[self._send(batch.images)], self._send(batch.marks))
-                # As LlavaModel.get_image_features: the last layer's states without the class token.
-                seen = llava.vision_tower(frame_model.pixel_values(frames)).last_hidden_state[:, 1:]
-                seen = llava.multi_modal_projector(seen)
-                embedded = embedded.index_copy(0, image_at, seen.to(self.embedding_dtype).flatten(0, 1))
+            frames = frame_model.marked_frames(self.pixels[self._send(batch.images)], self._send(batch.marks))
+            # As LlavaModel.get_image_features: the last layer's states without the class token.
+            seen = llava.vision_tower(pixel_values(frames)).last_hidden_state[:, 1:]
+            seen = llava.multi_modal_projector(seen).to(self.embedding_dtype).flatten(0, 1)
+            embedded = embedded.index_copy(0, image_at, seen)
             embedded = embedded.view(*tokens.shape, -1)
             hidden = llava.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[predicting])
@@ -96,7 +97,7 @@ class FrameTrainer(Trainer):
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def _draw(step: tuple[FramePhase, bool, int], bank: np.ndarray) -> FrameBatch:
+def _draw(step: tuple[FramePhase, int], bank: np.ndarray) -> FrameBatch:
     return frame_curriculum.draw(*step, bank)
 
 
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for checkpoint/ and log.jsonl")
     parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="checkpoint folder to go on from")
     parser.add_argument("--export", type=Path, metavar="MODEL", help="write the model of --resume there, and end")
-    parser.add_argument("--chunks", type=int, help="train this many chunks of 16 steps instead of --minutes")
+    parser.add_argument("--chunks", type=int, help="train this many chunks of 48 steps instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--toy", action="store_true", help="a smaller model at 512 tokens, for a CPU")
@@ -156,8 +157,8 @@ def main() -> None:
 
 
 def evaluate(trainer: FrameTrainer, lengths: dict[int, int], values: np.ndarray, pixels: torch.Tensor) -> None:
-    """Accuracy of the model in bfloat16, as it is exported, on held-out frames and digits, to the log."""
-    model = trainer.model.to(torch.bfloat16 if trainer.device.type == "cuda" else torch.float32).eval()
+    """Accuracy of the model as it is exported, on held-out frames and digits, to the log."""
+    model = frame_model.exported(trainer.model).to(trainer.device).eval()
     for length, documents in lengths.items():
         start = time.monotonic()
         found = {

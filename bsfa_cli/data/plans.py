@@ -1,0 +1,21 @@
+"""What --tasks asks for: questions about text, or about frames."""
+
+from __future__ import annotations
+
+from . import frame_tasks
+from .frame_questions import FramePlan
+from .questions import Plan, parse_names
+
+FRAMES = "frames"
+
+
+def plan(
+    spec: str, lengths: tuple[int, ...], questions: int, seed: int = 0, *, held_out: bool = True, ask_at: float = 1.0
+) -> Plan:
+    """The plan of "all" (tasks about text), "frames" (all about frames) or task names of one of the two kinds.
+
+    Raises UsageError as `Plan` and `FramePlan`.
+    """
+    names = frame_tasks.NAMES if spec == FRAMES else parse_names(spec)
+    kind = FramePlan if set(names) & set(frame_tasks.NAMES) else Plan
+    return kind(names, lengths, questions, seed, held_out, ask_at)
