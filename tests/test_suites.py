@@ -77,7 +77,7 @@ def test_another_tokenizer_gets_text_of_its_own_length():
     plan = Plan(("multi-value", "records"), (3000,), 1)
     for question in plan.questions_for(tokenizer):
         assert isinstance(question, TextQuestion)
-        tokens = plan.document(question.task, 3000, 0, tokenizer)
+        tokens, _ = plan.document(question.task, 3000, 0, tokenizer)
         assert 2900 < len(tokens) <= 3000
         assert tokenizer.decode(tokens).startswith(question.text)
         assert question.text.endswith(question.lead) and question.lead.startswith("Answer:")

@@ -233,13 +233,14 @@ def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves],
     if device.type == "cuda":
         path, module = next(iter(curves.items()))
         tokens = sample.tokens[: 4 * max(plan.tile.rows, plan.tile.keys)]
-        forward(model, replace(sample, tokens=tokens), {path: ModuleCurves(plan, module.heads, device)}, device)
+        forward(model, replace(sample, tokens=tokens, extra=None), {path: ModuleCurves(plan, module.heads, device)}, device)
 
 
 @torch.inference_mode()
 def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torch.device) -> None:
     """One dense prefill of the model without its output head, collecting into `curves`."""
     tokens = torch.tensor([sample.tokens], device=device)
+    extra = {name: tensor.to(device, model.dtype) for name, tensor in (sample.extra or {}).items()}
     collectors = {
         path: Collector(module, model.get_submodule(path), model.get_submodule(path.rpartition(".")[0]))
         for path, module in curves.items()
@@ -248,7 +249,7 @@ def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torc
         for collector in collectors.values():
             stack.enter_context(collector)
         stack.enter_context(attach(model, collectors))
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids=tokens, use_cache=False, **extra).last_hidden_state
     if not bool(hidden.isfinite().all()):
         raise InputError(
             f"the model's output is not finite on sample {sample.id}, although its weights are ({hidden.dtype})"

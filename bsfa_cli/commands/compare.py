@@ -42,7 +42,7 @@ def compare(
     data: Data = None,
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
     tasks: Annotated[
-        str | None, Option(help="Inside a model: all, or tasks separated by commas, held out from calibration.")
+        str | None, Option(help="Inside a model: all, frames, or tasks separated by commas, held out from calibration.")
     ] = None,
     questions: Annotated[int, Option(min=1, help="Questions a task and length, for --tasks.")] = 20,
     ask_at: Annotated[
@@ -102,7 +102,7 @@ def compare(
     from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
     from ..comparison.tensors import CapturedSource, StructuredSource
     from ..console import beginner, note, note_speeds, print_json, progress
-    from ..data.questions import Plan, parse_names
+    from ..data.plans import plan
     from ..data.texts import check_source
     from ..environment import resolve_device
     from ..files import check_writable, write_json
@@ -131,7 +131,7 @@ def compare(
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         check_source(given_data, wanted[0])
         for n in wanted if tasks else ():
-            Plan(parse_names(tasks), (n,), questions, seed, ask_at=ask_at)
+            plan(tasks, (n,), questions, seed, ask_at=ask_at)
         given, calibration = _thresholds(run, thresholds, shown)
         chosen(methods, calibration, True, settings)
         loaded = _loaded(model, given, place, dtype, wanted[-1])
@@ -245,6 +245,6 @@ def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
 
 
 def _questions(loaded, names: str, length: int, count: int, seed: int, ask_at: float) -> list:
-    from ..data.questions import Plan, parse_names
+    from ..data.plans import plan
 
-    return list(Plan(parse_names(names), (length,), count, seed, ask_at=ask_at).questions_for(loaded.tokenizer))
+    return list(plan(names, (length,), count, seed, ask_at=ask_at).questions_for(loaded.tokenizer))

@@ -39,7 +39,7 @@ def verify(
     ] = None,
     tasks: Annotated[
         str | None,
-        Option(help="Ask questions instead: all, task names (single,multi-key,...), or a RULER .jsonl file."),
+        Option(help="Ask questions instead: all, frames, task names (single,multi-key,...), or a RULER .jsonl file."),
     ] = None,
     questions: Annotated[int, Option(min=1, help="With --tasks: questions for each task and length.")] = 20,
     lengths: Annotated[str | None, Option(help="With --tasks: several, e.g. 4096,32768, instead of --length.")] = None,
@@ -281,20 +281,20 @@ def _tasks(
 def _count(spec: str, lengths: str | None, count: int) -> int:
     """How many questions will be asked."""
     from ..data import ruler
-    from ..data.questions import parse_names
+    from ..data.plans import names_of
 
     if _is_file(spec):
         return len(ruler.read(Path(spec).expanduser()))
-    return count * len(parse_names(spec)) * (1 if lengths is None else len(_lengths(lengths)))
+    return count * len(names_of(spec)) * (1 if lengths is None else len(_lengths(lengths)))
 
 
 def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> list:
     from ..data import ruler
-    from ..data.questions import Plan, parse_names
+    from ..data.plans import plan
 
     if _is_file(spec):
         return ruler.read(Path(spec).expanduser())
-    return list(Plan(parse_names(spec), lengths, count, seed).questions_for(tokenizer))
+    return list(plan(spec, lengths, count, seed).questions_for(tokenizer))
 
 
 def _is_file(spec: str) -> bool:
@@ -307,7 +307,7 @@ def _check_inputs(
 ) -> None:
     """Raise for texts and questions that can be refused without the model."""
     from ..data import ruler
-    from ..data.questions import Plan, parse_names
+    from ..data.plans import plan
     from ..data.texts import check_source
 
     if tasks is None:
@@ -318,15 +318,15 @@ def _check_inputs(
     elif _is_file(tasks):
         ruler.read(Path(tasks).expanduser())
     else:
-        Plan(parse_names(tasks), sizes, count)
+        plan(tasks, sizes, count)
 
 
 def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> Iterator:
     """The questions of a plan as text, where the model is asked them as tokens."""
-    from ..data.questions import Plan, parse_names
+    from ..data.plans import plan
 
-    plan = Plan(parse_names(spec), lengths, count, seed)
-    return (plan.write(*place, tokenizer) for place in plan.places())
+    planned = plan(spec, lengths, count, seed)
+    return (planned.write(*place, tokenizer) for place in planned.places())
 
 
 def _judge_control(control: dict | None, judge: Callable[[dict], list[str]]) -> list[str]:

@@ -12,13 +12,14 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from ..errors import UsageError
 from . import frame_tasks, tasks
-from .frame_tasks import IDS, WORDS
+from .frame_tasks import WORDS
 from .frames import SIZES, render
 from .questions import Plan, TokenQuestion
 
@@ -69,14 +70,20 @@ class FramePlan(Plan):
                 raise UsageError(f"tasks about frames have {SHORTEST} to {longest} tokens, got {length}")
 
     def questions_for(self, tokenizer) -> Iterator[FrameQuestion]:
-        """Raises UsageError for the tokenizer of another model."""
-        if not is_bundled(tokenizer):
+        """Raises UsageError as `check`."""
+        self.check(tokenizer)
+        for place in self.places():
+            yield self.draw(*place)
+
+    def check(self, tokenizer) -> None:
+        """Raise UsageError for the tokenizer of another model, or where Pillow is missing."""
+        if find_spec("PIL") is None:
+            raise UsageError("tasks about frames need Pillow: pip install pillow")
+        if not frame_tasks.is_bundled(tokenizer):
             raise UsageError(
                 f"{', '.join(self.tasks)}: only the bundled vision-language model is asked about frames "
                 "(MODEL bsfa/frames-llava)"
             )
-        for place in self.places():
-            yield self.draw(*place)
 
     def draw(self, task: str, length: int, index: int) -> FrameQuestion:
         """Question `index` of a task and length."""
@@ -93,14 +100,14 @@ class FramePlan(Plan):
         seed = int(rng.integers(1 << 40))
         return FrameQuestion(task, length, depth, batch, values.astype(np.int8), marked, seed, self.held_out)
 
+    def document(self, task: str, length: int, index: int, tokenizer) -> tuple[list[int], Mapping[str, torch.Tensor]]:
+        """Tokens of a document, its question and its answer; and its pixel values."""
+        question = self.draw(task, length, index)
+        return question.tokens, question.extra
+
     def write(self, task: str, length: int, index: int, tokenizer):
         """Raises UsageError: a question about frames is no text."""
         raise UsageError("questions about frames cannot be written as text")
-
-
-def is_bundled(tokenizer) -> bool:
-    """Whether `tokenizer` is the bundled vision-language model's."""
-    return len(tokenizer) == len(IDS) and tokenizer.get_vocab() == IDS
 
 
 def pixel_values(frames: torch.Tensor) -> torch.Tensor:

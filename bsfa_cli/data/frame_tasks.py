@@ -169,3 +169,8 @@ def _nearest(unique: np.ndarray, target: int, before: int) -> int:
     if not len(among):
         raise ValueError("no frame can be told from the others by its description")
     return int(among[np.abs(among - target).argmin()])
+
+
+def is_bundled(tokenizer) -> bool:
+    """Whether `tokenizer` is the bundled vision-language model's."""
+    return len(tokenizer) == len(IDS) and tokenizer.get_vocab() == IDS

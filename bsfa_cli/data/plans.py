@@ -9,13 +9,18 @@ from .questions import Plan, parse_names
 FRAMES = "frames"
 
 
+def names_of(spec: str) -> tuple[str, ...]:
+    """The tasks of "all" (those about text), "frames" (those about frames) or names; `plan` refuses unknown ones."""
+    return frame_tasks.NAMES if spec == FRAMES else parse_names(spec)
+
+
 def plan(
     spec: str, lengths: tuple[int, ...], questions: int, seed: int = 0, *, held_out: bool = True, ask_at: float = 1.0
 ) -> Plan:
-    """The plan of "all" (tasks about text), "frames" (all about frames) or task names of one of the two kinds.
+    """The plan of what `names_of` reads: tasks of one of the two kinds.
 
     Raises UsageError as `Plan` and `FramePlan`.
     """
-    names = frame_tasks.NAMES if spec == FRAMES else parse_names(spec)
+    names = names_of(spec)
     kind = FramePlan if set(names) & set(frame_tasks.NAMES) else Plan
     return kind(names, lengths, questions, seed, held_out, ask_at)

@@ -18,7 +18,7 @@ from itertools import count
 import torch
 
 from ..errors import InputError, UsageError
-from . import document, tasks
+from . import document, frame_tasks, tasks
 from .vocabulary import CONTINUING, IDS, PAIRS, RANGES, WORDS, build_tokenizer
 
 HELD_OUT = 1 << 31  # a CPU's generator looks at the lower 32 bits of its seed only
@@ -112,13 +112,19 @@ class Plan:
 
     def questions_for(self, tokenizer) -> Iterator[TokenQuestion | TextQuestion]:
         """Token questions where `tokenizer` is the bundled one, else texts of the plan's lengths in its tokens."""
+        self.check(tokenizer)
         ours = is_bundled(tokenizer)
-        if not ours and self.ask_at < 1:
+        for place in self.places():
+            yield self.draw(*place) if ours else self.write(*place, tokenizer)
+
+    def check(self, tokenizer) -> None:
+        """Raise UsageError for the tokenizer of a model that cannot be asked these questions."""
+        if frame_tasks.is_bundled(tokenizer):
+            raise UsageError("the bundled vision-language model knows no tasks about text; ask it tasks about frames")
+        if not is_bundled(tokenizer) and self.ask_at < 1:
             raise UsageError(
                 "only the bundled model can be asked before the end of a text; others generate their answer"
             )
-        for place in self.places():
-            yield self.draw(*place) if ours else self.write(*place, tokenizer)
 
     def places(self) -> Iterator[tuple[str, int, int]]:
         """(task, length, number) of every question."""
@@ -150,11 +156,13 @@ class Plan:
         lead = text[text.rindex(ANSWER) :]
         return TextQuestion(task, length, question.depth, text, question.outputs, "all", spare, lead)
 
-    def document(self, task: str, length: int, index: int, tokenizer) -> list[int]:
-        """Tokens of `tokenizer` of the document, its question and its answer. Errors as in `write`."""
+    def document(self, task: str, length: int, index: int, tokenizer) -> tuple[list[int], None]:
+        """Tokens of `tokenizer` of the document, its question and its answer; and what else the model takes, nothing.
+        Errors as in `write`.
+        """
         if is_bundled(tokenizer):
-            return self.draw(task, length, index).batch.tokens[0].tolist()
-        return self._sized(task, length, index, tokenizer)[1]
+            return self.draw(task, length, index).tokens, None
+        return self._sized(task, length, index, tokenizer)[1], None
 
     def _shortest(self, length: int, tokenizer) -> int:
         """The next length that all of this plan's questions fit into; those are drawn anew for each length."""

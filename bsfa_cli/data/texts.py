@@ -14,13 +14,17 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
-from . import generated_text, questions
+from . import frame_tasks, generated_text, plans, questions
+
+if TYPE_CHECKING:
+    import torch
 
 MESSAGES = "messages"
 TEXT_KEYS = ("text", "input_text", "input", MESSAGES, "prompt")  # the first that a line has is read
@@ -30,15 +34,19 @@ MOST_COMMAS = 8  # that the name of a file may hold
 MAX_FILE_BYTES = 1 << 30
 # A token rarely stands for more characters than this; more of a text need not be tokenised to fill a sample.
 CHARACTERS_PER_TOKEN = 12
+TASK_NAMES = (*questions.tasks.NAMES, *frame_tasks.NAMES, questions.ALL, plans.FRAMES)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence: `id` names it within its data, `source` says where it stands there."""
+    """One sequence: `id` names it within its data, `source` says where it stands there. `extra` is what the model's
+    forward takes besides the tokens, {name: tensor}: pixel values, their grids, token types.
+    """
 
     id: str
     tokens: tuple[int, ...]
     source: str
+    extra: Mapping[str, torch.Tensor] | None = None
 
 
 def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0, shortest: int = 1) -> list[Sample]:
@@ -120,7 +128,7 @@ def check_source(spec: str | None, length: int) -> None:
     """Raise, as `load_texts`, for what can be refused without a model: None is the default and always there."""
     for source in () if spec is None else sources(spec):
         if source.startswith(TASKS):
-            questions.Plan(questions.parse_names(source.removeprefix(TASKS)), (length,), 1)
+            plans.plan(source.removeprefix(TASKS), (length,), 1)
         else:
             next(_samples(source, 1, 1, 0, _Characters()), None)
 
@@ -133,7 +141,7 @@ def _parts(spec: str) -> list[str]:
         longest = min(len(rest), MOST_COMMAS + 1)
         size = next((n for n in range(longest, 1, -1) if os.path.exists(os.path.expanduser(",".join(rest[:n])))), 1)
         part, rest = ",".join(rest[:size]).strip(), rest[size:]
-        if parts and parts[-1].startswith(TASKS) and part in (*questions.tasks.NAMES, questions.ALL):
+        if parts and parts[-1].startswith(TASKS) and part in TASK_NAMES:
             parts[-1] += f",{part}"
         elif part:
             parts.append(part)
@@ -193,6 +201,8 @@ class _Characters:
 
 def default_data(tokenizer) -> str:
     """What is read where no data is named: the tasks for the bundled model, which knows no other words."""
+    if frame_tasks.is_bundled(tokenizer):
+        return f"{TASKS}{plans.FRAMES}"
     return f"{TASKS}{questions.ALL}" if questions.is_bundled(tokenizer) else f"{BUILTIN}mixed"
 
 
@@ -210,10 +220,12 @@ def _name(part: str) -> str:
 
 
 def data_hash(samples: list[Sample]) -> str:
-    """sha256 over the ids and tokens of the samples, in order."""
+    """sha256 over the ids and tokens of the samples, and the images of those that have some, in order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.tokens]).encode() + b"\n")
+        for name, tensor in sorted((sample.extra or {}).items()):
+            digest.update(f"{name} {list(tensor.shape)}\n".encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -235,13 +247,13 @@ def _tokenize(tokenizer, text: str, length: int | None = None) -> list[int]:
 
 
 def _tasks(spec: str, samples: int, length: int, seed: int, tokenizer) -> list[Sample]:
-    names = questions.parse_names(spec.removeprefix(TASKS))
-    plan = questions.Plan(names, (length,), samples, seed, held_out=False)
+    plan = plans.plan(spec.removeprefix(TASKS), (length,), samples, seed, held_out=False)
+    plan.check(tokenizer)
     found = []
     for i in range(samples):
-        name, index = names[i % len(names)], i // len(names)
-        tokens = plan.document(name, length, index, tokenizer)
-        found.append(Sample(f"{name}-{index}", tuple(tokens), f"{TASKS}{name} seed {seed} question {index}"))
+        name, index = plan.tasks[i % len(plan.tasks)], i // len(plan.tasks)
+        tokens, extra = plan.document(name, length, index, tokenizer)
+        found.append(Sample(f"{name}-{index}", tuple(tokens), f"{TASKS}{name} seed {seed} question {index}", extra))
     return found
 
 

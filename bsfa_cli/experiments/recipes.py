@@ -21,7 +21,8 @@ from bsfa_kernels.integrations.transformers import SparseAttention, attention_mo
 from ..calibration import fit, points, run
 from ..calibration.points import Request
 from ..calibration.store import Run
-from ..data.questions import Plan, parse_names
+from ..data.plans import names_of, plan
+from ..data.questions import Plan
 from ..data.texts import TASKS, load_texts
 from ..environment import describe, resolve_device
 from ..errors import InputError
@@ -166,22 +167,22 @@ def main() -> int:
 def measured(options: argparse.Namespace) -> dict:
     """Calibrate, export, ask: JSON of the whole experiment."""
     loaded = load_model(options.model, device=resolve_device("auto"))
-    names = parse_names(options.tasks)
+    names = names_of(options.tasks)
     lengths = numbers(options.lengths, int, "--lengths takes whole numbers of tokens")
-    plan = Plan(names, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
+    planned = plan(options.tasks, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
     spec = TASKS + options.calibrate_on
     with tempfile.TemporaryDirectory() as folder:
         begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run", TOP_K)
         found = contenders(loaded, begun, tuple(options.recipe or RECIPES), RATES)
-    answers = measure(loaded, found, plan, 60 * options.minutes)
+    answers = measure(loaded, found, planned, 60 * options.minutes)
     asked = answers[DENSE]
     return {
         "model": loaded.identity, "label": loaded.label, "environment": describe(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."), "tile": "x".join(map(str, TILE)),
         "calibration": {"data": spec, "length": options.calibrate_length, "samples": options.samples,
                         "hash": begun.manifest["data"]["hash"], "quantile": QUANTILE},
-        "evaluation": {"tasks": names, "lengths": lengths, "seed": plan.seed, "mode": mode(asked[0].question),
-                       "questions": len(asked), "planned": len(plan)},
+        "evaluation": {"tasks": names, "lengths": lengths, "seed": planned.seed, "mode": mode(asked[0].question),
+                       "questions": len(asked), "planned": len(planned)},
         "dense": summarise(asked, asked), "recipes": table(answers),
     }  # fmt: skip
 

@@ -22,6 +22,10 @@ def show(result: dict, failures: list[str]) -> None:
         table.add_section()
         for length, part in result["by_length"].items():
             table.add_row(f"{int(length):,} tokens", *_cells(part))
+    if len(result["by_modality"]) > 1:
+        table.add_section()
+        for modality, part in result["by_modality"].items():
+            table.add_row(f"read from {modality}", *_cells(part))
     table.add_section()
     table.add_row("all", *_cells(result))
     console().print(table)

@@ -9,7 +9,8 @@ from .run import Answer
 
 
 def summarise(answers: Sequence[Answer], dense: Sequence[Answer]) -> dict:
-    """JSON: all together, by_task, by_length, by_length_and_depth (a list), and the names of the worst tasks.
+    """JSON: all together, by_task, by_length, by_length_and_depth (a list), by_modality (of what questions about frames
+    are answered from; empty for others), and the names of the worst tasks.
 
     Each part has questions, exact (share), exact_interval (Wilson, 95 %), share, skip (None where nothing was counted),
     dense (share exact), and `statistics.paired` of the exact answers.
@@ -32,6 +33,7 @@ def summarise(answers: Sequence[Answer], dense: Sequence[Answer]) -> dict:
         "by_length_and_depth": [
             {"length": length, "depth": depth, **part} for (length, depth), part in sorted(places.items())
         ],
+        "by_modality": groups(lambda question: getattr(question, "modality", None)),
         "worst_task": min(by_task, key=lambda name: by_task[name]["exact"]),
         "worst_retention": min(retained, key=retained.get) if retained else None,
     }
