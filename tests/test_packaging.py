@@ -51,6 +51,7 @@ def test_a_plain_installation_finds_its_own_files(installed, tmp_path):
         "from bsfa_cli.models import load\n"
         "assert (load.BUNDLED / 'model.safetensors').is_file() and (load.BUNDLED / 'tokenizer.json').is_file()\n"
         "from bsfa_cli.presentation import figures\nassert figures.STYLE.is_file()\n"
+        "from bsfa_cli.data import frames\nassert len(frames.digit_images(True)) == 10\n"
         "print(bsfa_cli.__file__, bsfa_kernels.__file__, plan._folder(), *plan.available(), sep='\\n')"
     )
     lines = python(code, tmp_path).splitlines()

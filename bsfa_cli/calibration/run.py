@@ -233,7 +233,9 @@ def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves],
     if device.type == "cuda":
         path, module = next(iter(curves.items()))
         tokens = sample.tokens[: 4 * max(plan.tile.rows, plan.tile.keys)]
-        forward(model, replace(sample, tokens=tokens, extra=None), {path: ModuleCurves(plan, module.heads, device)}, device)
+        forward(
+            model, replace(sample, tokens=tokens, extra=None), {path: ModuleCurves(plan, module.heads, device)}, device
+        )
 
 
 @torch.inference_mode()

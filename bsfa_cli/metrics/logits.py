@@ -6,8 +6,7 @@ model head is applied to a few hundred positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 
 import torch
 
@@ -49,7 +48,7 @@ class Head:
         if not error <= 0.02 * expected.abs().max():
             raise InputError(f"{type(model).__name__} computes its logits in a way that bsfa verify does not know")
 
-    def hidden(self, tokens: torch.Tensor, extra: Mapping[str, torch.Tensor] = MappingProxyType({})) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         """Final hidden states [T, hidden] of one sequence of tokens [T], in a single prefill. `extra` is what else the
         model's forward takes: pixel values.
         """

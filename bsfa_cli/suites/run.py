@@ -70,7 +70,7 @@ class Examiner:
 
     def _force(self, question: TokenQuestion) -> Score:
         batch = question.batch
-        hidden = self._head.hidden(batch.tokens[0].to(self.model.device), self._extra(question))
+        hidden = self._head.hidden(batch.tokens[0].to(self.model.device), **self._extra(question))
         logits = self._head.logits(hidden[batch.predicting])
         right = batch.right(logits.argmax(-1)[None].cpu())
         return Score(bool(right.all()), float(right.double().mean()))

@@ -1,5 +1,6 @@
 """What the vision-language model is trained on when, and its batches, drawn in NumPy by workers beside the GPU.
 
+Repeated random tokens first: their loss reaches every position, and the heads that look back for a match form from it.
 Described documents have words where others have images, and ten times as many frames in as many tokens: looking up by
 number, mark and content forms on them. Looking at the latest frame ties what images show to those words.
 """
@@ -11,19 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data import frame_tasks
-from ..data.frame_tasks import CAPTIONING, IDS, IMAGE, NAMES, NEEDLE, RETRIEVAL, Ask, Frames, compose, frames_in
+from ..data.frame_tasks import CAPTIONING, IDS, IMAGE, NAMES, NEEDLE, RETRIEVAL, WORDS, Ask, Frames, compose, frames_in
 from ..data.frames import ATTRIBUTES, SIZES
 
-LOOK, DESCRIBED = "look", "described "
-KINDS = (LOOK, *NAMES, *(DESCRIBED + name for name in NAMES))
+LOOK, REPEATS, DESCRIBED = "look", "repeats", "described "
+KINDS = (LOOK, REPEATS, *NAMES, *(DESCRIBED + name for name in NAMES))
 WEIGHTS = np.array([1.5, 1.0, 1.5, 1.0, 0.5])  # of NAMES among questions
-DESCRIBED_QUESTIONS = 2  # for each in a document of images
+DESCRIBED_QUESTIONS = 3  # for each in a document of images
+SHORTEST_PERIOD, TOKENS_A_REPEAT = 8, 16  # of repeats: tokens, and those that count as one question
 
 
 @dataclass(frozen=True)
 class FramePhase:
     """Until the share `until` of the budget: `rows` documents of `length` tokens a step, with `questions` each, `look`
-    of them about the frame just before. Of the rows, `described` have words in place of images.
+    of them about the frame just before. Of the rows, `described` have words in place of images, and `repeats` are the
+    same random words again and again.
     """
 
     until: float
@@ -32,18 +35,19 @@ class FramePhase:
     questions: int
     look: float
     described: int
+    repeats: int = 0
     revisited = True
 
 
 FULL = (
-    FramePhase(0.05, 1024, 64, 12, 0.6, 28),
-    FramePhase(0.20, 1024, 64, 12, 0.25, 16),
+    FramePhase(0.05, 1024, 64, 12, 0.6, 20, 14),
+    FramePhase(0.20, 1024, 64, 12, 0.25, 14, 4),
     FramePhase(0.32, 4096, 16, 40, 0.15, 3),
     FramePhase(0.44, 16384, 4, 128, 0.1, 0),
     FramePhase(0.95, 32768, 2, 224, 0.05, 0),
     FramePhase(1.00, 65536, 1, 384, 0.05, 0),
 )
-TOY = (FramePhase(0.5, 512, 6, 8, 0.5, 3), FramePhase(1.0, 512, 6, 8, 0.3, 2))
+TOY = (FramePhase(0.5, 512, 6, 8, 0.5, 2, 2), FramePhase(1.0, 512, 6, 8, 0.3, 2))
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class FrameBatch:
 def draw(phase: FramePhase, seed: int, bank: np.ndarray) -> FrameBatch:
     """One step's documents, about frames of a bank with values [B, 5]."""
     rng = np.random.default_rng(seed)
-    rows = phase.rows - phase.described
+    rows = phase.rows - phase.described - phase.repeats
     images = rng.integers(0, len(bank), (rows, frames_in(phase.length, phase.questions)))
     shown = [
         Frames.of(values, rng.integers(max(1, len(values) // 2)), rng) for values in bank[images].astype(np.int64)
@@ -89,11 +93,25 @@ def draw(phase: FramePhase, seed: int, bank: np.ndarray) -> FrameBatch:
             target.append(tokens[row, where])
             question.append(np.full(len(positions), len(kinds)))
             kinds.append(KINDS.index(DESCRIBED + kind if described else kind))
+    for row in range(rows + phase.described, phase.rows):
+        tokens[row], period = _repeats(phase.length, rng)
+        for positions in np.array_split(np.arange(period, phase.length), (phase.length - period) // TOKENS_A_REPEAT):
+            predicting.append(row * phase.length + positions - 1)
+            target.append(tokens[row, positions])
+            question.append(np.full(len(positions), len(kinds)))
+            kinds.append(KINDS.index(REPEATS))
     return FrameBatch(
         tokens, images.ravel(), np.concatenate([np.arange(len(f.labels)) == f.marked for f in shown]),
         np.flatnonzero(tokens.ravel() == IDS[IMAGE]), np.concatenate(predicting),
         np.concatenate(target).astype(np.int64), np.concatenate(question), np.array(kinds),
     )  # fmt: skip
+
+
+def _repeats(length: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(tokens [length], their period), periods spread evenly over their logarithm: the short ones teach first."""
+    period = int(SHORTEST_PERIOD * (length / 2 / SHORTEST_PERIOD) ** rng.random())
+    segment = rng.integers(IDS[IMAGE] + 1, len(WORDS), period)
+    return segment[np.arange(length) % period], period
 
 
 def _asks(frames: Frames, count: int, look: float, rng: np.random.Generator) -> tuple[list[Ask], list[str]]:

@@ -113,5 +113,7 @@ def marked_frames(frames: torch.Tensor, marks: np.ndarray | torch.Tensor) -> tor
     edge = torch.ones(SIDE, SIDE, dtype=torch.bool, device=frames.device)
     edge[MARK_WIDTH:-MARK_WIDTH, MARK_WIDTH:-MARK_WIDTH] = False
     marks = torch.as_tensor(marks).to(frames.device, non_blocking=True)
-    colour = torch.tensor(MARK, dtype=torch.uint8, device=frames.device)
+    colour = torch.empty(3, dtype=torch.uint8, device=frames.device)
+    for channel, value in enumerate(MARK):
+        colour[channel] = value  # a tensor made of Python's numbers would wait for the GPU
     return torch.where((marks[:, None, None] & edge)[..., None], colour, frames)

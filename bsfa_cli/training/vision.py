@@ -133,7 +133,7 @@ def main() -> None:
         return
 
     # Forked before CUDA is up.
-    with multiprocessing.get_context("fork").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+    with multiprocessing.get_context("fork").Pool(max(1, len(os.sched_getaffinity(0)) - 1)) as pool:
         few = 16 if options.toy else 1
         values, pixels = render_bank(BANK // few, False, pool)
         test_values, test_pixels = render_bank(TEST_BANK // few, True, pool)
