@@ -30,7 +30,7 @@ NAMES ?= fa3-fwd
 GPU_PYTHON ?= 3.12
 PLATFORMS := manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
-PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml matplotlib setuptools \
+PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml matplotlib pillow setuptools \
             pytest pytest-timeout pytest-xdist ruff kernels
 
 export TOKENIZERS_PARALLELISM = false
