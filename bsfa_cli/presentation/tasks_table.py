@@ -25,7 +25,7 @@ def show(result: dict, failures: list[str]) -> None:
     if len(result["by_modality"]) > 1:
         table.add_section()
         for modality, part in result["by_modality"].items():
-            table.add_row(f"read from {modality}", *_cells(part))
+            table.add_row(f"from {modality}", *_cells(part))
     table.add_section()
     table.add_row("all", *_cells(result))
     console().print(table)
