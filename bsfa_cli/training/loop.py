@@ -183,12 +183,13 @@ class Trainer:
         with safe_open(folder / "weights.safetensors", "pt") as file:
             metadata = file.metadata()
         self.position = Position(int(metadata["chunk"]), float(metadata["seconds"]))
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("weights", *MOMENTS)}
+        moments = MOMENTS if self.position.chunk else ()
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("weights", *moments)}
         step = torch.tensor(float(self.position.chunk * self.chunk_steps), device=self.device)
         for name, parameter in self.model.named_parameters():
             with torch.no_grad():
                 parameter.copy_(tensors["weights"][name])
-            if not parameter.requires_grad:
+            if not (moments and parameter.requires_grad):
                 continue
             self.optimizer.state[parameter] = {
                 "step": step.clone() if self.device.type == "cuda" else step.cpu().clone(),

@@ -151,7 +151,7 @@ def main() -> None:
             trainer.load(options.resume)
             print(f"going on after {trainer.position.seconds:.0f} s of training", file=sys.stderr)
         trainer.run(60 * options.stop_after - (time.monotonic() - began))
-    evaluate(trainer, {512: 40} if options.toy else EVALUATED, test_values, torch.from_numpy(test_pixels).to(device))
+    evaluate(trainer, {640: 4} if options.toy else EVALUATED, test_values, torch.from_numpy(test_pixels).to(device))
     if device.type == "cuda":
         print(f"most GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", file=sys.stderr)
 
