@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, make_spans, reference, tile_statistics
+from bsfa_kernels import (
+    BlockLists,
+    Gate,
+    TileShape,
+    block_sparse_attention,
+    make_spans,
+    reference,
+    reference_backend,
+    tile_statistics,
+)
+from bsfa_kernels.backends import FUSED
 from bsfa_kernels.request import query_tiles
 
 SENTINEL = float("nan")
@@ -93,6 +104,27 @@ class Case:
         )
 
 
+@contextmanager
+def preparation_of(case: Case, backend: str, device: str, scores: str):
+    """While entered, the reference takes Q and K as `backend` prepares them on `device`, so that only what follows is
+    compared: its own preparation may differ by a step where a value stands at a half.
+    """
+    if scores == "exact" or backend not in FUSED:
+        yield
+        return
+    from bsfa_kernels import int8
+
+    def prepare(request):
+        q, k = (x.transpose(1, 2).to(device, case.dtype).transpose(1, 2) for x in (request.q, request.k))
+        spans = None if request.spans is None else request.spans.to(device)
+        prepared = int8.prepare(replace(request, q=q, k=k, spans=spans))
+        return type(prepared)(*(None if x is None else x.cpu() for x in prepared))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_backend, "prepare", prepare)
+        yield
+
+
 def attention_sinks(case: Case, device) -> dict:
     """Keyword arguments: logits that weigh little in some heads and nearly all in others."""
     return dict(sinks=torch.linspace(-4, 6, case.heads, device=device)) if case.sinks else {}
@@ -126,10 +158,18 @@ def thresholds(case: Case, statistics) -> Gate:
     )
 
 
-def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float:
-    """Run `case` on `backend` against the float64 reference (on the CPU). Returns the share of candidates dropped."""
+def check(case: Case, backend: str, device: str = "cpu", seed: int = 0, scores: str = "exact") -> float:
+    """Run `case` on `backend` against the float64 reference (on the CPU). Returns the share of candidates dropped.
+
+    int8 scores are those of the backend's own preparation, which has tests of its own.
+    """
+    with preparation_of(case, backend, device, scores):
+        return _check(case, backend, device, seed, scores)
+
+
+def _check(case: Case, backend: str, device: str, seed: int, scores: str) -> float:
     q, k, v = case.inputs("cpu", seed)
-    options = case.options("cpu")
+    options = case.options("cpu") | dict(scores=scores)
     exact = block_sparse_attention(
         q, k, v, return_lse=True, backend="reference", **options, **attention_sinks(case, "cpu")
     )
@@ -138,12 +178,12 @@ def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float
         q.double(), k.double(), v.double(), gate, blocks=case.block_lists("cpu", seed), return_lse=True,
         return_counts=True, backend="reference", **options, **attention_sinks(case, "cpu"),
     )  # fmt: skip
-    result = on_device(case, q, k, v, gate, backend, device, seed)
+    result = on_device(case, q, k, v, gate, backend, device, seed, scores)
 
     assert torch.equal(result.candidates, expected.candidates), "candidate tiles"
     assert torch.equal(result.kept, expected.kept), "kept tiles"
     assert result.out.isfinite().all(), "output was not written everywhere, or is not finite"
-    within_rounding(result.out, expected.out, rounded_attention(case, q, k, v, gate, seed), scores_range(q, k))
+    within_rounding(result.out, expected.out, rounded_attention(case, q, k, v, gate, seed, scores), scores_range(q, k))
     hidden = expected.lse.isinf()
     assert torch.equal(result.lse.isinf(), hidden), "rows without keys"
     assert not (~hidden).any() or (result.lse - expected.lse)[~hidden].abs().max() < 1e-4, "logsumexp"
@@ -151,10 +191,10 @@ def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> float
     return 1 - expected.kept.sum().item() / total if total else 0.0
 
 
-def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: int = 0):
+def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: int = 0, scores: str = "exact"):
     """The call on `device`, its results back on the CPU."""
     q, k, v = (x.transpose(1, 2).to(device).transpose(1, 2) for x in (q, k, v))
-    options = case.options(device)
+    options = case.options(device) | dict(scores=scores)
     poison(q)
     result = block_sparse_attention(
         q, k, v, gate.to(device), blocks=case.block_lists(device, seed), return_lse=True, return_counts=True,
@@ -163,7 +203,7 @@ def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: 
     return type(result)(*(x.cpu() for x in result))
 
 
-def rounded_attention(case: Case, q, k, v, gate: Gate, seed: int = 0) -> torch.Tensor:
+def rounded_attention(case: Case, q, k, v, gate: Gate, seed: int = 0, scores: str = "exact") -> torch.Tensor:
     """The error model: float64 throughout, but weights exp(score - row maximum) and output rounded to the case's dtype,
     as every kernel must round them to feed them to matrix units and to store them.
     """
@@ -171,7 +211,7 @@ def rounded_attention(case: Case, q, k, v, gate: Gate, seed: int = 0) -> torch.T
     with rounded:
         result = block_sparse_attention(
             q.double(), k.double(), v.double(), gate, blocks=case.block_lists("cpu", seed), backend="reference",
-            **case.options("cpu"), **attention_sinks(case, "cpu"),
+            scores=scores, **case.options("cpu"), **attention_sinks(case, "cpu"),
         )  # fmt: skip
     return result.out.to(case.dtype).double()
 
@@ -215,15 +255,22 @@ def within_rounding(out, exact, rounded, score_range: float) -> None:
     assert worst <= 1, f"a row is off by {worst:.2g} times what rounding explains"
 
 
-def check_statistics(case: Case, backend: str, device: str = "cpu"):
-    """tile_statistics of `backend` against the float64 reference."""
+def check_statistics(case: Case, backend: str, device: str = "cpu", scores: str = "exact"):
+    """tile_statistics of `backend` against the float64 reference; int8 scores as in `check`."""
+    with preparation_of(case, backend, device, scores):
+        _check_statistics(case, backend, device, scores)
+
+
+def _check_statistics(case: Case, backend: str, device: str, scores: str):
     q, k, v = case.inputs("cpu")
-    options = case.options("cpu")
+    options = case.options("cpu") | dict(scores=scores)
     lse = block_sparse_attention(
         q, k, v, return_lse=True, backend="reference", **options, **attention_sinks(case, "cpu")
     ).lse
     expected = tile_statistics(q, k, lse, backend="reference", **options)
-    actual = tile_statistics(q.to(device), k.to(device), lse.to(device), backend=backend, **case.options(device))
+    actual = tile_statistics(
+        q.to(device), k.to(device), lse.to(device), backend=backend, **case.options(device) | dict(scores=scores)
+    )
     for name in expected._fields:
         a, e = getattr(actual, name).cpu(), getattr(expected, name)
         finite = e.isfinite()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
 RUNTIME = dict(
     lse_ptr="*fp32", kept_ptr="*i32", candidates_ptr="*i32", absolute_ptr="*fp32", gap_ptr="*fp32", spans_ptr="*i32",
-    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", sinks_ptr="*fp32", scale="fp32", softcap="fp32",
+    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", sinks_ptr="*fp32", q_scale_ptr="*fp32",
+    k_scale_ptr="*fp32", q_shift_ptr="*fp32", scale="fp32", softcap="fp32",
     window="i32", q_offset="i32",
-    q_rows="i32", k_rows="i32", tiles="i32",
+    q_rows="i32", k_rows="i32", tiles="i32", k_scales="i32",
     absolute_tiles="i32", gap_tiles="i32", room="i32",
 )  # fmt: skip
 
@@ -70,15 +72,22 @@ class MachineCode:
         return sum(instruction.startswith(opcode) for instruction in self.instructions)
 
 
-def compile_kernel(kernel, signature: dict, constants: dict, capability: int, folder: Path, **options) -> MachineCode:
-    """Compile for `capability`, in an empty cache under `folder` so that ptxas runs and speaks."""
+def compile_kernel(
+    kernel, signature: dict, constants: dict, capability: int, folder: Path, aligned: Collection[str] = (), **options
+) -> MachineCode:
+    """Compile for `capability`, in an empty cache under `folder` so that ptxas runs and speaks. The arguments `aligned`
+    are multiples of 16, as Triton finds at a launch.
+    """
     source = GluonASTSource if kernel.is_gluon() else ASTSource
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants
+    }
     target, said = GPUTarget("cuda", capability, 32), io.StringIO()
     with triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
         triton.knobs.cache.dir = str(folder / "cache")
         triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source(kernel, types, constants), target=target, options=options)
+        compiled = triton.compile(source(kernel, types, constants, attributes), target=target, options=options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     disassemble = [triton.knobs.nvidia.nvdisasm.path, cubin]
@@ -128,21 +137,29 @@ def portable(
     capability: int,
     lists: bool = False,
     scoring: str = "",
+    int8: bool = False,
 ) -> MachineCode:
     """The triton backend's kernel as it is launched: causal, gap gate, no spans; with `lists`, block lists; `scoring`
-    as in `hopper`.
+    as in `hopper`; with `int8`, int8 scores.
     """
     from bsfa_kernels import portable as module
 
-    name, block_d = NAMES[dtype], module.columns(head_dim)
-    q, kv = (f"tensordesc<{name}[1, 1, {n}, {block_d}]>" for n in (rows, keys))
-    signature = RUNTIME | dict(q_desc=q, k_desc=kv, v_desc=kv, out_ptr=f"*{name}")
+    operand = torch.int8 if int8 else dtype
+    name, block_d = NAMES[dtype], module.columns(head_dim, operand)
+    q, k, v = (
+        f"tensordesc<{NAMES[element]}[1, 1, {n}, {block_d}]>"
+        for element, n in ((operand, rows), (operand, keys), (dtype, keys))
+    )
+    signature = RUNTIME | dict(q_desc=q, k_desc=k, v_desc=v, out_ptr=f"*{name}")
     constants = dict(
         absolute_ptr=None, spans_ptr=None, HEADS=32, GROUP=4, D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
         CAUSAL=True, KEEP_SINK=True, WINDOWED="w" in scoring, CAPPED="c" in scoring,
     )  # fmt: skip
     if "s" not in scoring:
         constants |= dict(sinks_ptr=None)
+    shifted = "c" in scoring or "s" in scoring
+    constants |= dict.fromkeys(() if int8 else ("q_scale_ptr", "k_scale_ptr"))
+    constants |= dict.fromkeys(() if int8 and shifted else ("q_shift_ptr",))
     if not lists:
         constants |= dict(entries_ptr=None, lengths_ptr=None)
     launch = module.launch_shape(dtype, head_dim, rows)
@@ -159,3 +176,24 @@ def schedule(folder: Path, width: int, forced: bool, causal: bool) -> MachineCod
         FORCED=forced, BLOCK=module.BLOCK,
     )  # fmt: skip
     return compile_kernel(module._schedule, signature, constants, 90, folder)
+
+
+def preparation(folder: Path, kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> MachineCode:
+    """A kernel of int8.py as it is launched for tiles of 128 keys: no spans, `q_shift` wanted."""
+    from bsfa_kernels import int8 as module
+    from bsfa_kernels import quantise
+
+    name, wide, block = NAMES[dtype], quantise.columns(head_dim), quantise.rotation_block(head_dim)
+    signature = RUNTIME | dict(
+        q_ptr=f"*{name}", k_ptr=f"*{name}", sums_ptr="*fp32", mean_ptr="*fp32", q8_ptr="*i8", k8_ptr="*i8",
+        batch_stride="i32", head_stride="i32", row_stride="i32", split="i32", splits="i32", steps="i32",
+    )  # fmt: skip
+    constants = dict(D=head_dim, BLOCK=block, BLOCKS=wide // block, UNIT=quantise.unit(block), spans_ptr=None)
+    constants |= dict(SPLITS=module.SPLITS, KEYS=128, GROUP=4, HEADS=32 if kernel == "_quantise_queries" else 8)
+    constants |= dict(ROWS=module.SUMMED if kernel == "_sum_keys" else module.ROWS)
+    function = getattr(module, kernel)
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    aligned = [argument for argument in function.arg_names if argument.endswith(("_ptr", "_stride"))]
+    return compile_kernel(
+        function, signature, constants, capability, folder, aligned, **module.launch_shape(kernel, 128, wide)
+    )

@@ -125,6 +125,29 @@ def test_portable_with_block_lists_uses_tensor_cores_and_fits_as_well(capability
     assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_portable_int8_scores_are_integer_products_of_tensor_cores(capability, head_dim, tmp_path):
+    code = sass.portable(tmp_path, BF16, head_dim, 64, 128, capability, int8=True)
+    assert not code.serialized, code.notes
+    assert code.count("IGMMA" if capability == 90 else "IMMA") >= head_dim // 32 * 2
+    assert code.count("HGMMA" if capability == 90 else "HMMA") >= 16  # PV
+    assert code.shared <= SMALLEST_SHARED
+
+
+@pytest.mark.parametrize("kernel", ["_sum_keys", "_quantise_keys", "_quantise_queries"])
+@pytest.mark.parametrize("capability, head_dim", [(80, 128), (90, 128), (90, 64), (90, 256)])
+def test_int8_preparation_moves_16_bytes_at_a_time_without_spills(capability, head_dim, kernel, tmp_path):
+    code = sass.preparation(tmp_path, kernel, BF16, head_dim, capability)
+    assert code.spilled == 0 and not code.serialized
+    assert code.shared <= (HOPPER_SHARED if capability == 90 else SMALLEST_SHARED)
+    loads = [opcode for opcode in code.instructions if opcode.startswith(("LDG.E", "LDGSTS"))]
+    assert any(opcode.endswith(".128") for opcode in loads) and not any("U16" in opcode for opcode in loads)
+    if kernel != "_sum_keys":
+        assert code.count("HGMMA" if capability == 90 else "HMMA") >= 4
+        assert "STG.E.128" in code.instructions and code.count("STG.E.U8") == 0
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=label)
 @pytest.mark.parametrize("width, forced", [(1, False), (3, True)])
 def test_streams_of_block_lists_compile(width, forced, causal, tmp_path):

@@ -36,13 +36,14 @@ def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
 
 def operator_arguments(
     q, k, v, absolute=None, gap=None, spans=None, blocks=None, sinks=None, q_offset=0, scale=0.25, window=None,
-    softcap=None, causal=True, sink=True, lse=True, counts=True, backend="auto",
+    softcap=None, causal=True, sink=True, lse=True, counts=True, scores="exact",
+    backend="auto",
 ):  # fmt: skip
     lists = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     tile = (TILE.rows, TILE.keys)
     return (
         q, k, v, absolute, gap, spans, *lists, sinks, q_offset, scale, window, softcap, causal, *tile, sink, lse,
-        counts, backend,
+        counts, scores, backend,
     )  # fmt: skip
 
 
@@ -69,6 +70,8 @@ ATTENTION = {
     "block-lists-spans": lambda: operator_arguments(
         *tensors(), spans=make_spans(2), blocks=lists(4), causal=False, backend="reference"
     ),
+    "int8": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), lse=False, scores="int8"),
+    "int8-spans": lambda: operator_arguments(*tensors(), spans=make_spans(2), sinks=torch.zeros(4), scores="int8"),
     "half-strided": lambda: operator_arguments(
         *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(dtype=torch.bfloat16)), gap=thresholds(-1.0)
     ),
@@ -81,12 +84,12 @@ def test_attention_is_a_sound_operator(arguments):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("spans", [None, "padded"])
-def test_tile_statistics_is_a_sound_operator(causal, spans):
+@pytest.mark.parametrize("spans, scores", [(None, "exact"), ("padded", "exact"), ("padded", "int8")])
+def test_tile_statistics_is_a_sound_operator(causal, spans, scores):
     q, k, v = tensors()
     spans = spans and make_spans(2, torch.tensor([0, -5]), torch.tensor([0, -5]))
     lse = block_sparse_attention(q, k, v, causal=causal, spans=spans, return_lse=True, tile=TILE).lse
-    arguments = (q, k, lse, spans, 0, 0.25, None, None, causal, TILE.rows, TILE.keys, True, "auto")
+    arguments = (q, k, lse, spans, 0, 0.25, None, None, causal, TILE.rows, TILE.keys, True, scores, "auto")
     torch.library.opcheck(torch.ops.bsfa.tile_statistics, arguments)
 
 
@@ -167,6 +170,7 @@ REFUSED = [
         r"block lists must be given for \[batch, query heads, query tiles\] = \[2, 4, 2\], got \[2, 4, 1\]",
     ),
     (dict(blocks=lists().to("meta")), r"block lists are on meta, but q is on cpu"),
+    (dict(scores="fp8"), r"scores must be one of exact, int8, got 'fp8'"),
     (dict(backend="cuda"), r"backend must be 'auto' or one of hopper, triton, torch, reference; got 'cuda'"),
 ]
 
@@ -208,6 +212,13 @@ def test_a_demanded_backend_serves_the_call(name):
     assert (chosen, passed_over) == (name, {})
 
 
+def test_a_backend_without_int8_scores_never_takes_such_a_call(monkeypatch):
+    monkeypatch.setattr(backends, "load", lambda module: SimpleNamespace(unsupported=lambda request: None))
+    assert backends.choose(request())[0] == "hopper"
+    with pytest.raises(BackendUnavailable, match="backend 'hopper' cannot serve this call: it has no int8 scores"):
+        backends.choose(request(scores="int8"), "hopper")
+
+
 def test_a_demanded_backend_that_cannot_says_so():
     with pytest.raises(BackendUnavailable, match="^backend 'hopper' cannot serve this call: tensors are on cpu; "):
         block_sparse_attention(Q, K, V, backend="hopper")
@@ -241,6 +252,6 @@ def test_a_gpu_with_little_shared_memory_is_a_reason(monkeypatch, room, served):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
     q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 64, 256))
-    reason = portable.unsupported(SimpleNamespace(q=q, tile=TileShape(64, 128), query_tiles=1))
+    reason = portable.unsupported(SimpleNamespace(q=q, tile=TileShape(64, 128), query_tiles=1, scores="exact"))
     assert reason is None if served else "head dim 256" in reason and "101376" in reason
-    assert portable.unsupported(SimpleNamespace(q=q, tile=TileShape(128, 64), query_tiles=1)) is None
+    assert portable.unsupported(SimpleNamespace(q=q, tile=TileShape(128, 64), query_tiles=1, scores="exact")) is None

@@ -19,6 +19,7 @@ class Prompt:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     gap: float = 0.6
+    scores: str = "exact"
 
     def tensors(self, batch: int = 1):
         generator = torch.Generator().manual_seed(self.length)
@@ -30,7 +31,16 @@ class Prompt:
 
     def attend(self, q, k, v, gate=Gate(), **options):  # noqa: B008 - frozen
         return block_sparse_attention(
-            q, k, v, gate, tile=self.tile, backend=self.backend, return_counts=True, return_lse=True, **options
+            q,
+            k,
+            v,
+            gate,
+            tile=self.tile,
+            backend=self.backend,
+            return_counts=True,
+            return_lse=True,
+            scores=self.scores,
+            **options,
         )
 
     def spans(self, start: int, lengths) -> torch.Tensor:
@@ -93,11 +103,13 @@ def right_padded_chunks(prompt: Prompt, short: int, cut: int) -> None:
 
 
 def nan_scores_are_kept(prompt: Prompt, gates: tuple[Gate, ...]) -> None:
-    """A NaN in a key of a tile that every gate would drop shows in the output of every row that sees it."""
+    """A NaN in a key of a tile that every gate would drop shows in the output of every row that sees it; with int8
+    scores, of every row that sees its tile.
+    """
     q, k, v = prompt.tensors()
-    at = 2 * prompt.tile.keys + 3  # behind the sink
+    at = 2 * prompt.tile.keys + (3 if prompt.scores == "exact" else 0)  # behind the sink
     k = k.clone()
-    k[:, :, at, 0] = torch.nan
+    k[:, :, 2 * prompt.tile.keys + 3, 0] = torch.nan
     for gate in gates:
         result = prompt.attend(q, k, v, gate.to(prompt.device))
         hidden = result.out[:, :, :at].isfinite().all() and result.out[:, :, at:].isnan().any(-1).all()

@@ -17,7 +17,7 @@ import torch
 from . import backends
 from .blocks import BlockLists
 from .gates import Gate
-from .request import Request, query_tiles
+from .request import SCORES, Request, query_tiles
 from .tiles import TileShape
 
 OPEN = Gate()
@@ -59,6 +59,7 @@ def block_sparse_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    scores: str = "exact",
     return_lse: bool = False,
     return_counts: bool = False,
     backend: str = "auto",
@@ -76,8 +77,9 @@ def block_sparse_attention(
     per batch, query head and query tile: ceil((q_offset + Tq) / rows) - q_offset // rows tiles, with `spans`
     ceil(Tq / rows) + 1. `window`: a query sees its last `window` keys, its own included (causal only; tiles before it
     are not visited). `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: attention sinks, one more logit a
-    head in the softmax, of value 0. `backend`: "auto" takes the fastest that can serve the call, a name demands that
-    one.
+    head in the softmax, of value 0. `scores`: "exact", or "int8", from Q and K rounded to 8 bits, so no longer BSFA's
+    exact scores (quantise.py says how, and what of it depends on the call). `backend`: "auto" takes the fastest that
+    can serve the call, a name demands that one.
 
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
@@ -87,13 +89,13 @@ def block_sparse_attention(
     _check(q, k, v, scale, q_offset, spans)
     gate = gate.expanded(q.shape[1], q.device)
     _check_gate(q, gate)
-    _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks)
+    _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores)
     if blocks is not None:
         _check_blocks(blocks, q, q_offset, spans, tile)
     indices, counts = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     out, lse, kept, candidates = torch.ops.bsfa.attention(
         q, k, v, gate.absolute, gate.gap, spans, indices, counts, _sinks(sinks), q_offset, _scale(q, scale), window,
-        softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, backend,
+        softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, scores, backend,
     )  # fmt: skip
     return Attention(
         out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
@@ -113,6 +115,7 @@ def tile_statistics(
     keep_sink: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    scores: str = "exact",
     backend: str = "auto",
 ) -> TileStatistics:
     """What each tile of the dense attention holds: all a threshold is ever chosen from.
@@ -122,7 +125,7 @@ def tile_statistics(
     count by way of `lse`.
     """
     _check(q, k, k, scale, q_offset, spans)
-    _check_scoring(q, k, causal, q_offset, spans, window, softcap, None)
+    _check_scoring(q, k, causal, q_offset, spans, window, softcap, None, scores)
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
     return TileStatistics(
@@ -139,6 +142,7 @@ def tile_statistics(
             tile.rows,
             tile.keys,
             keep_sink,
+            scores,
             backend,
         )  # fmt: skip
     )
@@ -152,6 +156,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
         options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
         options.get("blocks"), options.get("window"), options.get("softcap"), options.get("sinks"),
+        options.get("scores", "exact"),
     )  # fmt: skip
     name, _, passed_over = backends.choose(request)
     return name, passed_over
@@ -203,7 +208,9 @@ def _check_gate(q, gate):
             raise ValueError(f"gate '{name}' is on {thresholds.device}, but q is on {q.device}")
 
 
-def _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks):
+def _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores):
+    if scores not in SCORES:
+        raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
     if window is not None:
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be a positive number of keys, got {window!r}")
@@ -256,12 +263,13 @@ def _attention(
     keep_sink: bool,
     want_lse: bool,
     want_counts: bool,
+    scores: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     request = Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
         want_lse, want_counts, None if block_indices is None else BlockLists(block_indices, block_counts), window,
-        softcap, sinks,
+        softcap, sinks, scores,
     )  # fmt: skip
     _, module, _ = backends.choose(request, backend)
     out, lse, kept, candidates = module.attention(request)
@@ -274,7 +282,7 @@ def _attention(
 
 @_attention.register_fake
 def _(q, k, v, absolute, gap, spans, block_indices, block_counts, sinks, q_offset, scale, window, softcap, causal,
-      tile_rows, tile_keys, keep_sink, want_lse, want_counts, backend):  # fmt: skip
+      tile_rows, tile_keys, keep_sink, want_lse, want_counts, scores, backend):  # fmt: skip
     request = Request(
         q, k, v, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, want_lse, want_counts
     )
@@ -297,11 +305,12 @@ def _tile_statistics(
     tile_rows: int,
     tile_keys: int,
     keep_sink: bool,
+    scores: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     request = Request(
-        q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False,
-        window=window, softcap=softcap,
+        q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, True, False,
+        window=window, softcap=softcap, scores=scores,
     )  # fmt: skip
     _, module, _ = backends.choose(request, backend, backends.STATISTICS)
     maximum, gap, mass_mean, mass_worst = module.tile_statistics(request, lse)
@@ -309,7 +318,7 @@ def _tile_statistics(
 
 
 @_tile_statistics.register_fake
-def _(q, k, lse, spans, q_offset, scale, window, softcap, causal, tile_rows, tile_keys, keep_sink, backend):
+def _(q, k, lse, spans, q_offset, scale, window, softcap, causal, tile_rows, tile_keys, keep_sink, scores, backend):
     request = Request(
         q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, False, False
     )

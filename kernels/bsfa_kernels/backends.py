@@ -2,7 +2,8 @@
 
 Fastest first: hopper (Gluon, sm_90), triton (any NVIDIA GPU, and Triton's interpreter), torch (blocked matmuls, any
 device), reference (the specification). A backend is a module with `unsupported(request) -> reason | None` and
-`attention(request) -> (out, lse, kept, candidates)` or `tile_statistics(request, lse)`, see api.TileStatistics.
+`attention(request) -> (out, lse, kept, candidates)` or `tile_statistics(request, lse)`, see api.TileStatistics; its
+`SCORES` are the request's `scores` that it knows, only "exact" where it has none.
 """
 
 from __future__ import annotations
@@ -39,19 +40,25 @@ def load(module: str) -> ModuleType | str:
 def reason_against(module: str, request: Request) -> str | None:
     """Why the backend in `module` cannot serve `request`, or None when it can."""
     loaded = load(module)
-    return loaded if isinstance(loaded, str) else loaded.unsupported(request)
+    if isinstance(loaded, str):
+        return loaded
+    if request.scores not in getattr(loaded, "SCORES", ("exact",)):
+        return f"it has no {request.scores} scores"
+    return loaded.unsupported(request)
 
 
 @torch.compiler.assume_constant_result
-def fused(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int) -> tuple[str | None, str]:
+def fused(
+    device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int, scores: str = "exact"
+) -> tuple[str | None, str]:
     """(the fused backend that serves such calls with tiles of rows x keys, ""), or (None, why there is none)."""
-    return _fused(device, dtype, head_dim, TileShape(rows, keys))
+    return _fused(device, dtype, head_dim, TileShape(rows, keys), scores)
 
 
 @cache
-def _fused(device, dtype, head_dim, tile) -> tuple[str | None, str]:
+def _fused(device, dtype, head_dim, tile, scores) -> tuple[str | None, str]:
     x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    request = Request(x, x, x, Gate(), 1.0, True, tile, True, 0, None, False, False)
+    request = Request(x, x, x, Gate(), 1.0, True, tile, True, 0, None, False, False, scores=scores)
     for name in FUSED:
         reason = reason_against(ATTENTION[name], request)
         if reason is None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 from .gates import column
+from .quantise import dequantised, prepare
 from .reference import Span
+from .request import SCORES as SCORES
 from .request import Request
 from .tiles import Visit, visit
 
@@ -20,10 +22,10 @@ def unsupported(request: Request) -> str | None:
 
 
 def attention(request: Request):
+    compute, request = _scored(request)
     q, k, v = request.q, request.k, request.v
-    batch, heads, q_rows, head_dim = q.shape
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(q.shape)
+    batch, heads, q_rows, _ = q.shape
+    out = v.new_zeros(batch, heads, q_rows, v.shape[3])
     lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
     kept = torch.zeros(batch, heads, request.query_tiles, dtype=torch.int32, device=q.device)
     candidates = torch.zeros_like(kept)
@@ -48,15 +50,15 @@ def attention(request: Request):
                     row_lse = torch.logaddexp(row_lse, request.sinks[h].to(compute))
                 # A row that sees nothing weighs nothing.
                 p = s.sub_(row_lse.masked_fill(row_lse == -torch.inf, 0)[:, None]).exp_()
-                out[b, h, rows] = (p @ (value if columns is None else value[columns])).to(q.dtype)
+                out[b, h, rows] = (p @ (value if columns is None else value[columns])).to(v.dtype)
                 lse[b, h, rows] = row_lse.float()
     return out, lse, kept, candidates
 
 
 def tile_statistics(request: Request, lse: torch.Tensor):
     """(maximum, gap, mass_mean, mass_worst), each float32 [B, Hq, query tiles, key tiles]; see api.TileStatistics."""
+    compute, request = _scored(request)
     q, k = request.q, request.k
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (*q.shape[:2], request.query_tiles, request.key_tiles)
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
@@ -79,6 +81,12 @@ def tile_statistics(request: Request, lse: torch.Tensor):
             gap[b, :, t, : plan.first_keys] = -torch.inf
             mass_mean[b, :, t, :end], mass_worst[b, :, t, :end] = mass.mean(1).float(), mass.amax(1).float()
     return maximum, gap, mass_mean, mass_worst
+
+
+def _scored(request: Request) -> tuple[torch.dtype, Request]:
+    """(the dtype to compute in, the call whose exact scores are the scores that `request` asks for)."""
+    compute = torch.float64 if request.q.dtype == torch.float64 else torch.float32
+    return compute, request if request.scores == "exact" else dequantised(request, prepare(request), compute)
 
 
 def _from_zero(span: Span, *tensors):

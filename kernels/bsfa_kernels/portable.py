@@ -4,12 +4,11 @@ One program computes one query tile of one head. Forced tiles come first (which 
 the main loop: ptxas serializes wgmma when it follows), then the candidates from right to left. A dropped tile costs
 its QK product and a vote. V is loaded after the vote: Triton pipelines no load whose only use is inside a branch, so
 that loading it earlier would merely wait for tiles that are dropped. With block lists a program walks its query
-tile's stream of candidates (schedule.py).
+tile's stream of candidates (schedule.py). With int8 scores Q and K are as int8.py makes them, and a tile's integers
+become float32 scores right behind their product: all else is the same.
 """
 
 from __future__ import annotations
-
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -17,22 +16,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import candidate, load_span, query_rows, visited
+from .int8 import prepare
+from .launch import FLOAT32_DOT, INTERPRETED, aligned, device_guard, interpreted
+from .request import SCORES as SCORES
 from .request import Request
 from .schedule import schedule
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
-FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MAX_HEAD_DIM = 256
 TILE_SIZES = (16, 32, 64, 128)
 MAX_GRID_Y = 65_535  # CUDA's limit, of the z axis too
 WIDE_BYTES = 112 * 1024  # shared memory of 64x128 tiles at head dim 256; sm_86 and sm_89 give a program 99 KB
-
-
-def interpreted() -> bool:
-    """True when kernels run in Triton's interpreter (TRITON_INTERPRET=1) and so on CPU tensors."""
-    return triton.knobs.runtime.interpret
 
 
 def unsupported(request: Request) -> str | None:
@@ -57,17 +51,25 @@ def unsupported(request: Request) -> str | None:
             return (
                 f"head dim {q.shape[3]} with {request.tile} tiles needs {WIDE_BYTES} bytes of shared memory, not {room}"
             )
+    if request.scores == "int8" and not interpreted():
+        if q.dtype == torch.float32:
+            return "int8 scores are for float16 and bfloat16"
+        if torch.cuda.get_device_capability(q.device) < (8, 0):
+            return (
+                f"{torch.cuda.get_device_name(q.device)} has no int8 tensor cores that Triton uses (8.0 and newer have)"
+            )
     if request.query_tiles > MAX_GRID_Y:
         return f"{request.query_tiles:,} query tiles are more than a launch can have ({MAX_GRID_Y:,})"
     return None
 
 
 def attention(request: Request):
-    q, k, v = (aligned(x) for x in (request.q, request.k, request.v))
-    batch, heads, q_rows, head_dim = q.shape
+    q, k, q_scale, k_scale, q_shift = operands(request)
+    v = aligned(request.v)
+    batch, heads, q_rows, head_dim = request.q.shape
     tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
-    block_d = columns(head_dim)
+    block_d = columns(head_dim, q.dtype)
     rows, keys = request.tile.rows, request.tile.keys
     with device_guard(q):
         entries = lengths = None
@@ -78,37 +80,28 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
             out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths,
-            request.sinks, request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q_rows,
-            k.shape[2], tiles,
+            request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0, request.window or 0,
+            request.q_offset, q_rows, k.shape[2], tiles, 0 if k_scale is None else k_scale.shape[2],
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
-            CAPPED=request.softcap is not None, **launch_shape(q.dtype, head_dim, rows),
+            CAPPED=request.softcap is not None, **launch_shape(v.dtype, head_dim, rows),
         )  # fmt: skip
     return out, lse, kept, candidates
 
 
-def columns(head_dim: int) -> int:
-    """Of a tile of Q, K or V; descriptors fill what is more than the head dim with zeros."""
-    return max(16, triton.next_power_of_2(head_dim))
+def operands(request: Request):
+    """(q, k, and of int8 scores q_scale, k_scale and q_shift, see quantise.Prepared), fit for tensor descriptors."""
+    if request.scores == "exact":
+        return aligned(request.q), aligned(request.k), None, None, None
+    prepared = prepare(request)
+    return prepared.q8, prepared.k8, prepared.q_scale, prepared.k_scale, prepared.q_shift
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a contiguous copy where its base or strides break the 16-byte rule of tensor descriptors.
-
-    The strides of axes of size 1 address nothing, but are held to the rule all the same: those are replaced.
-    """
-    size = x.element_size()
-    odd = [axis for axis, n in enumerate(x.stride()[:-1]) if n * size % 16]
-    if x.data_ptr() % 16 or any(x.shape[axis] > 1 for axis in odd):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-    return x.as_strided(x.shape, [16 if axis in odd else n for axis, n in enumerate(x.stride())]) if odd else x
-
-
-def device_guard(x: torch.Tensor):
-    """Make the tensor's GPU current while a kernel is launched."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def columns(head_dim: int, dtype: torch.dtype) -> int:
+    """Of a tile of Q and K in `dtype`, and of V; descriptors fill what is more than the head dim with zeros."""
+    return max(16, 32 // dtype.itemsize, triton.next_power_of_2(head_dim))
 
 
 def launch_shape(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
@@ -146,10 +139,36 @@ def load_threshold(thresholds_ptr, head, query_tile, tiles, whole):
 
 
 @triton.jit
-def tile_scores(q, k_desc, b, kv_head, row, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
-    """Unscaled scores of one tile in float32."""
-    k = k_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
-    return tl.dot(q, k.T, input_precision=FLOAT32_DOT)
+def load_rows(x_ptr, plane, q_rows, rows, valid):
+    """float32 [ROWS] of a tensor [B, Hq, Tq], or None."""
+    if x_ptr is None:
+        return None
+    else:
+        return tl.load(x_ptr + plane * q_rows + rows, mask=valid, other=0.0)
+
+
+@triton.jit
+def scale_of_first_tile(k_scale_ptr, kv_plane, k_scales, k_offset, KEYS: tl.constexpr):
+    """Where a KV head's scale of key tile 0 stands, or would stand (quantise.first_key_tile); None without scales."""
+    if k_scale_ptr is None:
+        return None
+    else:
+        return k_scale_ptr + kv_plane * k_scales - tl.maximum(k_offset, 0) // KEYS
+
+
+@triton.jit
+def tile_scores(
+    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
+):
+    """Scores of key tile j before `scale`, in float32. Those of int8 are the only ones with a q_scale."""
+    k = k_desc.load([b, kv_head, j * KEYS - k_offset, 0]).reshape([KEYS, BLOCK_D])
+    if q_scale is None:
+        return tl.dot(q, k.T, input_precision=FLOAT32_DOT)
+    else:
+        s = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * (q_scale * tl.load(k_scale_ptr + j))[:, None]
+        if q_shift is not None:
+            s += q_shift[:, None]
+        return s
 
 
 @triton.jit
@@ -200,14 +219,14 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
 
 @triton.jit
 def visit_candidate(
-    q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, softcap, window, absolute, gap,
-    running_max, row_sum, acc, kept,
+    q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale,
+    softcap, window, absolute, gap, running_max, row_sum, acc, kept,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
     row = j * KEYS - k_offset
-    s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
+    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
     if WINDOWED:  # the left edge
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, True)
     elif not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
@@ -240,12 +259,22 @@ def visit_candidate(
 
 
 @triton.jit(
-    do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "room", "window"]
+    do_not_specialize=[
+        "q_offset",
+        "q_rows",
+        "k_rows",
+        "tiles",
+        "k_scales",
+        "absolute_tiles",
+        "gap_tiles",
+        "room",
+        "window",
+    ]
 )
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, sinks_ptr,
-    scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, room,
+    entries_ptr, lengths_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, absolute_tiles, gap_tiles, room,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -265,6 +294,10 @@ def _forward(
     if CAPPED:
         unit = 1.0
     q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
+    plane = tl.program_id(0).to(tl.int64)
+    q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
+    q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
+    k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -277,7 +310,7 @@ def _forward(
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         row = j * KEYS - k_offset
-        s = tile_scores(q, k_desc, b, kv_head, row, BLOCK_D, KEYS)
+        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
         v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, spans_ptr is not None)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:
@@ -291,7 +324,6 @@ def _forward(
     gap = None
     if gap_ptr is not None:
         gap = load_threshold(gap_ptr, head, query_tile, gap_tiles, whole) * LOG2E
-    plane = tl.program_id(0).to(tl.int64)
     kept = 0
     if entries_ptr is None:
         candidates = end_tiles - first_tile - diagonals - sink
@@ -299,8 +331,9 @@ def _forward(
         for i in tl.range(0, candidates):
             j = candidate(i, end_tiles, first_diagonal, end_diagonal)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, softcap, window, absolute,
-                gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None, WINDOWED, CAPPED,
+                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid,
+                scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
+                spans_ptr is not None, WINDOWED, CAPPED,
             )  # fmt: skip
     else:
         entries_ptr += (plane * tiles + t) * room
@@ -311,8 +344,9 @@ def _forward(
             # Read one ahead, so that no product waits for its own index.
             following = tl.load(entries_ptr + i + 1, mask=i + 1 < count, other=0)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, k_desc, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale, softcap, window, absolute,
-                gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL, spans_ptr is not None, WINDOWED, CAPPED,
+                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid,
+                scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
+                spans_ptr is not None, WINDOWED, CAPPED,
             )  # fmt: skip
 
     if sinks_ptr is not None:

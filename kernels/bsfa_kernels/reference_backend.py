@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import reference
+from .quantise import dequantised, prepare
+from .request import SCORES as SCORES
 from .request import Request
 
 
@@ -13,6 +15,7 @@ def unsupported(request: Request) -> str | None:
 
 
 def attention(request: Request):
+    dtype, request = request.q.dtype, _scored(request)
     result = reference.attention(
         request.q,
         request.k,
@@ -27,10 +30,11 @@ def attention(request: Request):
         sinks=request.sinks,
         dtype=torch.float64,
     )
-    return result.out.to(request.q.dtype), result.lse.float(), result.kept, result.candidates
+    return result.out.to(dtype), result.lse.float(), result.kept, result.candidates
 
 
 def tile_statistics(request: Request, lse: torch.Tensor):
+    request = _scored(request)
     return reference.statistics(
         request.q,
         request.k,
@@ -42,3 +46,8 @@ def tile_statistics(request: Request, lse: torch.Tensor):
         key_tiles=request.key_tiles,
         lse=lse,
     )
+
+
+def _scored(request: Request) -> Request:
+    """The call whose exact scores are the scores that `request` asks for."""
+    return request if request.scores == "exact" else dequantised(request, prepare(request))

@@ -11,13 +11,14 @@ from .gates import Gate
 from .reference import Scoring, Span
 from .tiles import TileShape, query_tile_count
 
+SCORES = ("exact", "int8")
 UNBOUNDED = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Request:
     """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
-    `sinks` float32 [Hq].
+    `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py.
     """
 
     q: torch.Tensor
@@ -36,6 +37,7 @@ class Request:
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    scores: str = "exact"
 
     @property
     def scoring(self) -> Scoring:
@@ -48,6 +50,11 @@ class Request:
     @property
     def key_tiles(self) -> int:
         return -(-self.k.shape[2] // self.tile.keys)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the call sees what is the same for a whole row of scores: softmax and the gap gate do not."""
+        return self.want_lse or self.gate.absolute is not None or self.softcap is not None or self.sinks is not None
 
     def new_outputs(self):
         """(out, lse, kept, candidates) for a kernel to fill. With spans some rows and tiles are padding that no

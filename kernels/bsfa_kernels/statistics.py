@@ -10,38 +10,40 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .geometry import candidate, load_span, query_rows, visited
 from .portable import (
     LOG2E,
-    aligned,
     cap_scores,
     columns,
     device_guard,
     larger,
     largest,
+    load_rows,
     mask_tile,
+    operands,
+    scale_of_first_tile,
     tile_scores,
     unsupported,
 )
-from .request import Request
+from .request import SCORES, Request
 
-__all__ = ["tile_statistics", "unsupported"]
+__all__ = ["SCORES", "tile_statistics", "unsupported"]
 
 
 def tile_statistics(request: Request, lse: torch.Tensor):
     """(maximum, gap, mass_mean, mass_worst), each float32 [B, Hq, query tiles, key tiles]; see api.TileStatistics."""
-    q, k = aligned(request.q), aligned(request.k)
-    batch, heads, q_rows, head_dim = q.shape
+    q, k, q_scale, k_scale, q_shift = operands(request)
+    batch, heads, q_rows, head_dim = request.q.shape
     rows, keys = request.tile.rows, request.tile.keys
     shape = (batch, heads, request.query_tiles, request.key_tiles)
     maximum, gap = (torch.full(shape, -torch.inf, device=q.device) for _ in range(2))
     mass_mean, mass_worst = (torch.zeros(shape, device=q.device) for _ in range(2))
-    block_d = columns(head_dim)
+    block_d = columns(head_dim, q.dtype)
     stages = 3 if q.element_size() * block_d <= 256 else 1
     with device_guard(q):
         _statistics[(batch * heads, request.query_tiles)](
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
-            lse.contiguous(), maximum, gap, mass_mean, mass_worst, request.spans,
+            lse.contiguous(), maximum, gap, mass_mean, mass_worst, request.spans, q_scale, k_scale, q_shift,
             request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q_rows, k.shape[2],
-            request.query_tiles, request.key_tiles,
+            request.query_tiles, request.key_tiles, 0 if k_scale is None else k_scale.shape[2],
             HEADS=heads, GROUP=heads // k.shape[1], BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
             CAPPED=request.softcap is not None, num_warps=8 if rows >= 128 else 4, num_stages=stages,
@@ -51,13 +53,13 @@ def tile_statistics(request: Request, lse: torch.Tensor):
 
 @triton.jit
 def _visit(
-    q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max, scale,
-    softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr,
+    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count,
+    lse_log2, running_max, scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr,
     FORCED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Write one tile's four numbers; returns the running maximum in log2 units."""
-    s = tile_scores(q, k_desc, b, kv_head, j * KEYS - k_offset, BLOCK_D, KEYS)
+    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
     if MASKED:
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
     unit = scale
@@ -78,10 +80,11 @@ def _visit(
     return larger(running_max, row_max)
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles", "window"])
+@triton.jit(do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "key_tiles", "k_scales", "window"])
 def _statistics(
     q_desc, k_desc, lse_ptr, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, spans_ptr,
-    scale, softcap, window, q_offset, q_rows, k_rows, tiles, key_tiles,
+    q_scale_ptr, k_scale_ptr, q_shift_ptr,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, key_tiles, k_scales,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +104,9 @@ def _statistics(
     # +inf leaves padding rows without mass
     lse_log2 = tl.load(lse_ptr + plane * q_rows + rows, mask=valid, other=float("inf")) * LOG2E
     q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
+    q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
+    q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
+    k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     first_tile = (plane * tiles + t) * key_tiles
     maximum_ptr += first_tile
@@ -115,14 +121,14 @@ def _statistics(
     for i in range(0, diagonals + sink):
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         running_max = _visit(
-            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max,
-            scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, True, True, BLOCK_D, KEYS,
-            CAUSAL, WINDOWED, CAPPED,
+            q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, length, q_position, valid, whole,
+            row_count, lse_log2, running_max, scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr,
+            mass_worst_ptr, True, True, BLOCK_D, KEYS, CAUSAL, WINDOWED, CAPPED,
         )  # fmt: skip
     for i in tl.range(0, end_tiles - first_tile - diagonals - sink):
         j = candidate(i, end_tiles, first_diagonal, end_diagonal)
         running_max = _visit(
-            q, k_desc, b, kv_head, j, k_offset, length, q_position, valid, whole, row_count, lse_log2, running_max,
-            scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr, mass_worst_ptr, False, WINDOWED or not CAUSAL,
-            BLOCK_D, KEYS, CAUSAL and WINDOWED, WINDOWED, CAPPED,
+            q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, length, q_position, valid, whole,
+            row_count, lse_log2, running_max, scale, softcap, window, maximum_ptr, gap_ptr, mass_mean_ptr,
+            mass_worst_ptr, False, WINDOWED or not CAUSAL, BLOCK_D, KEYS, CAUSAL and WINDOWED, WINDOWED, CAPPED,
         )  # fmt: skip
