@@ -82,7 +82,7 @@ def _thresholds(path: Path) -> Inspected:
     artifact = Thresholds.read(path)
     content = path.read_bytes()
     heads = {name: tensor.shape[1] for name, tensor in artifact.tensors.items()}
-    rows = [("point", "gate", "recipe", "threshold", "keep all", "skip", "mass", "bound")]
+    rows = [("point", "scores", "gate", "recipe", "threshold", "keep all", "skip", "mass", "bound")]
     points = []
     for index, point in enumerate(artifact.points):
         values = [tensor[index].flatten() for tensor in artifact.tensors.values()]
@@ -92,7 +92,7 @@ def _thresholds(path: Path) -> Inspected:
         points.append(asdict(point) | {"least": least, "most": most, "kept_whole": kept_whole})
         reached = point.held_out or point.fitted
         rows.append((
-            point.name, point.gate, f"{point.recipe} {point.argument:g}",
+            point.name, point.scores, point.gate, f"{point.recipe} {point.argument:g}",
             f"{least:.2f} .. {most:.2f}" if finite else "none", f"{kept_whole:.0%}",
             *(("-",) * 3 if reached is None else
               (f"{reached.skip:.3f}", f"{reached.dropped_mass:.1e}", bound_words(reached.dropped_mass_bound))),

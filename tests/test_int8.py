@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans, quantise, tile_statistics
+from bsfa_kernels.integrations import mixed
 from bsfa_kernels.request import Request
 from kernel_cases import Case, check, check_statistics
 from whole_tiles import Prompt, nan_scores_are_kept
@@ -164,3 +165,20 @@ def test_scores_are_those_asked_for():
     half = [x.half() for x in (q, k, v)]
     for backend in ("torch", "reference"):
         assert attend(*half, backend=backend).out.dtype == torch.float16
+
+
+@pytest.mark.parametrize("exact_heads", [(1,), (4, 5), (0, 7), (0, 2, 4, 6)], ids=str)
+def test_some_heads_stay_exact(exact_heads):
+    """By KV head, with all of its query heads; every result is that of the head's own mode."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, heads, 90, 32, generator=generator) for heads in (8, 4, 4))
+    gate, sinks = Gate(gap=torch.linspace(-1, 1, 8)[:, None]), torch.linspace(-2, 2, 8)
+    options = dict(tile=TILE, return_lse=True, return_counts=True, sinks=sinks)
+    modes = {scores: block_sparse_attention(q, k, v, gate, scores=scores, **options) for scores in ("exact", "int8")}
+    result = mixed.attention(q, k, v, gate, exact_heads, **options)
+    for head in range(8):
+        scores = "exact" if {head, head ^ 1} & {*exact_heads} else "int8"
+        for got, wanted in zip(result, modes[scores], strict=True):
+            torch.testing.assert_close(got[:, head], wanted[:, head], rtol=1e-5, atol=1e-5)
+    bare = mixed.attention(q, k, v, gate, exact_heads, tile=TILE)
+    assert bare.lse is None and torch.equal(bare.out.isfinite(), result.out.isfinite())

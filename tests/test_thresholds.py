@@ -168,9 +168,49 @@ def pickled(legacy: bool) -> bytes:
 
 
 def earlier(metadata: dict) -> None:
-    """As schema 1 was written: its model has no `config`."""
+    """As schema 1 was written: its model has no `config`, its points no scores."""
+    second(metadata)
     metadata["schema"] = 1
     del metadata["model"]["config"]
+
+
+def second(metadata: dict) -> None:
+    """As schema 2 was written: its points have no scores."""
+    metadata["schema"] = 2
+    for point in metadata["points"]:
+        del point["scores"], point["exact_heads"]
+
+
+def test_files_of_schema_2_are_exact():
+    thresholds = Thresholds.from_bytes(rebuilt(edit_metadata=second))
+    assert [point.scores for point in thresholds.points] == ["exact", "exact"]
+    assert thresholds.points == make().points
+
+
+def test_int8_scores_and_the_heads_that_stay_exact_come_back():
+    heads = {"model.layers.1.self_attn": [0, 3]}
+    point = Point("skip-50", "gap", "target-skip", 0.5, scores="int8", exact_heads=heads)
+    other = Point("exact", "gap", "target-skip", 0.5)
+    back = Thresholds.from_bytes(make(points=(point, other)).to_bytes())
+    assert back.points == (point, other)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(scores="fp8"), "scores must be one of exact, int8, got .?fp8"),
+        (dict(exact_heads={"model.layers.1.self_attn": [0]}), "exact_heads belong to int8 scores"),
+        (dict(scores="int8", exact_heads={"elsewhere": [0]}), "exact_heads name .?elsewhere.?, which is no module"),
+        (dict(scores="int8", exact_heads={"model.layers.1.self_attn": [4]}), "name a head past its 4"),
+        (dict(scores="int8", exact_heads={"model.layers.1.self_attn": [1, 1]}), "must increase"),
+        (dict(scores="int8", exact_heads={"model.layers.1.self_attn": "01"}), "must be a list"),
+        (dict(scores="int8", exact_heads={"model.layers.1.self_attn": []}), "exact_heads of"),
+        (dict(scores="int8", exact_heads=[]), "must be a JSON object"),
+    ],
+)
+def test_wrong_scores_are_refused(fields, said):
+    with pytest.raises(ThresholdsError, match=said):
+        make(points=(Point("a", "gap", "target-skip", 0.5, **fields), Point("b", "gap", "target-skip", 0.5)))
 
 
 def test_files_of_schema_1_are_read_and_checked_by_their_hash():
@@ -240,8 +280,11 @@ MALFORMED = {
     "key of two lines": (rebuilt(lambda h: repeated(h | {"a\nb": {}}, "a\nb")), r"the key 'a\\nb' twice"),
     "field of two lines": (rebuilt(entry(FIRST, **{"a\nb": 1})), r"unknown a\\nb"),
     "id of two lines": (rebuilt(edit_metadata=lambda m: m["points"][0].update(name="a\nb")), r"name must be .* a\\nb"),
-    "schema newer": (rebuilt(edit_metadata=meta(schema=3, future=1)), "schema 3.*upgrade"),
-    "config in schema 1": (rebuilt(edit_metadata=meta(schema=1)), "model has unknown config"),
+    "schema newer": (rebuilt(edit_metadata=meta(schema=4, future=1)), "schema 4.*upgrade"),
+    "config in schema 1": (
+        rebuilt(edit_metadata=lambda m: second(m) or m.update(schema=1)), "model has unknown config"
+    ),
+    "scores in schema 2": (rebuilt(edit_metadata=meta(schema=2)), "a point has unknown exact_heads, scores"),
     "config missing": (rebuilt(edit_metadata=lambda m: m["model"].pop("config")), "model lacks config"),
     "schema text": (rebuilt(edit_metadata=meta(schema="1")), "schema must be"),
     "unknown key": (rebuilt(edit_metadata=meta(colour="red")), "unknown colour"),

@@ -1,4 +1,7 @@
-"""What an attention module runs during calibration: dense attention, and the curves of its tiles on the side."""
+"""What an attention module runs during calibration: dense attention, and the curves of its tiles on the side.
+
+With int8 scores the curves are of those; the model goes on with exact ones.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,13 @@ class Collector:
             )
         tile = self.curves.plan.tile
         options = dict(scale=scale, causal=causal, spans=spans, tile=tile, **scoring)
-        dense = block_sparse_attention(q, k, v, return_lse=True, sinks=sinks, **options)
+        dense = seen = block_sparse_attention(q, k, v, return_lse=True, sinks=sinks, **options)
+        if self.curves.plan.scores != "exact":
+            options |= dict(scores=self.curves.plan.scores)
+            seen = block_sparse_attention(q, k, v, return_lse=True, sinks=sinks, **options)
+            self.curves.add_error(seen.out, dense.out)
         query_tiles = -(-q.shape[2] // tile.rows)  # with spans the statistics may have one more, an empty one
-        statistics = tile_statistics(q, k, dense.lse, **options)
+        statistics = tile_statistics(q, k, seen.lse, **options)
         self.curves.add(TileStatistics(*(x[:, :, :query_tiles] for x in statistics)), self._weight(v, dense.out))
         return dense.out
 

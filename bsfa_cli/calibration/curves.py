@@ -17,6 +17,9 @@ bytes. Query tiles without a candidate are in none of the counts.
 The gap grid ends at 0: below it a dropped tile never holds a row's running maximum, so the gap measured with nothing
 dropped is the gap that the kernel meets, and the skip rate read from the curve is exact for the same scores.
 
+With int8 scores all of this is of those, and `int8.error` sums, by query head, what they do to its output with nothing
+dropped.
+
 For top-k (the BSFA authors' recipe) the midpoint between the k-th and k+1-th largest maximum of the tiles off the
 diagonal is summed per query tile at the artifact's knots. Key tile 0 takes part in that ranking, as in the authors'
 code, also where the gate exempts it. Query tiles that a sample ends within are left out.
@@ -24,6 +27,7 @@ code, also where the gate exempts it. Query tiles that a sample ends within are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from bsfa_kernels import TileStatistics
 
 FIXED_POINT = 1 << 40
+INT8_ERROR = "int8.error"
 # Per-row bounds are counted at these levels of dropped softmax mass.
 LEVELS = tuple(10 ** (-4 + i / 4) for i in range(16))
 # Upper limit of tiles that are binned at once: bounds the temporaries to some 0.6 GB.
@@ -55,6 +60,12 @@ def octave(query_tile: int) -> int:
     return max(query_tile, 1).bit_length() - 1
 
 
+def int8_errors(curves: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[float]]:
+    """{module path: relative output error of int8 scores by query head}; empty where a run did not measure it."""
+    sums = {path: tensors[INT8_ERROR].double() for path, tensors in curves.items() if INT8_ERROR in tensors}
+    return {path: (x[:, 0] / x[:, 1].clamp(min=1e-300)).sqrt().tolist() for path, x in sums.items()}
+
+
 def knot_tiles(query_tiles: int) -> tuple[int, ...]:
     """Query tiles at whose centres the artifact has knots: all up to 8, four an octave, every octave's last, the last.
 
@@ -74,6 +85,7 @@ class Plan:
     tile: TileShape
     longest: int  # tokens of the longest sample
     ranks: tuple[int, ...]  # k of the top-k recipe
+    scores: str = "exact"  # that statistics are of
 
     @property
     def query_tiles(self) -> int:
@@ -95,7 +107,7 @@ class Plan:
     def bytes_per_head(self) -> int:
         """Size of one query head's curves in memory, on the device."""
         cells = sum(len(grid) + 1 for grid in GRIDS.values())
-        return self.octaves * cells * (8 + 8 + 8 + 4 * len(LEVELS)) + 8 * len(self.ranks) * len(self.knot_tiles)
+        return self.octaves * cells * (8 + 8 + 8 + 4 * len(LEVELS)) + 8 * len(self.ranks) * len(self.knot_tiles) + 16
 
 
 class ModuleCurves:
@@ -122,6 +134,8 @@ class ModuleCurves:
                 layout[f"{gate}.{name}"] = ((heads, plan.octaves, cells), torch.int64)
             layout[f"{gate}.reach"] = ((heads, plan.octaves, len(LEVELS), cells), torch.int32)
         layout["top_k.sum"] = ((len(plan.ranks), heads, len(plan.knot_tiles)), torch.float64)
+        if plan.scores == "int8":
+            layout[INT8_ERROR] = ((heads, 2), torch.float64)
         layout["top_k.samples"] = ((len(plan.knot_tiles),), torch.int64)
         return layout
 
@@ -140,6 +154,14 @@ class ModuleCurves:
             heads = slice(first, min(first + at_once, self.heads))
             moved = 1.0 if weight is None else weight[heads]
             self._add_heads(heads, *(x[0, heads] for x in statistics), moved, counted=first == 0)
+
+    def add_error(self, rounded: torch.Tensor, exact: torch.Tensor) -> None:
+        """Add the squared distance of int8 scores' output [1, Hq, T, D] from exact ones', and its squared length."""
+        for head in range(self.heads):  # one at a time: float32 copies of a whole layer would be large
+            wanted = exact[:, head].float()
+            sums = self.tensors[INT8_ERROR][head]
+            sums[0] += (rounded[:, head].float() - wanted).square().sum(dtype=torch.float64)
+            sums[1] += wanted.square().sum(dtype=torch.float64)
 
     def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, moved, counted: bool) -> None:
         candidate = gap.isfinite()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
@@ -12,7 +12,7 @@ from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 from ..data.texts import is_generated, names
 from ..errors import InputError, UsageError
 from . import fit
-from .curves import octave
+from .curves import int8_errors, octave
 from .store import Curves, Run
 
 FITTED, HELD_OUT = "fitted", "held-out"
@@ -106,12 +106,15 @@ def export(
     quantile: float,
     searched: Mapping[str, object] | None = None,
     aim: str = FITTED,
+    scores: str | None = None,
+    max_int8_error: float | None = None,
 ) -> tuple[Thresholds, list[Report], dict[str, str]]:
     """The artifact, what to show of it, and {point: why it is not in it} of those that this run cannot give.
 
     `searched` says of points, by name, what was measured to find them. `aim`: which samples are to reach the skip rates
-    asked for, FITTED or HELD_OUT; the latter then check everything but that rate. Raises InputError for a run that is
-    damaged or not finished, UsageError where it gives none of the points.
+    asked for, FITTED or HELD_OUT; the latter then check everything but that rate. `scores` that the points are to run
+    with, the run's own by default; heads whose output int8 ones move by more than `max_int8_error` stay exact. Raises
+    InputError for a run that is damaged or not finished, UsageError where it gives none of the points.
     """
     plan = run.plan
     done, curves = {}, {}
@@ -141,6 +144,10 @@ def export(
         reports.append(report)
     if not rows:
         raise UsageError("; ".join(left_out.values()))
+    made_for = plan.scores
+    scores = scores or made_for
+    exact = exact_heads(run, curves["fit"], max_int8_error) if scores == "int8" else {}
+    reports = [replace(each, point=replace(each.point, scores=scores, exact_heads=exact)) for each in reports]
     values = torch.stack(rows).float()
     modules = {path: values[:, heads].contiguous() for path, heads in fitted.modules.items()}
     data, options = run.manifest["data"], run.manifest["options"]
@@ -165,9 +172,26 @@ def export(
             "software": run.manifest["software"],
             **({"searched": dict(searched)} if searched else {}),
             **({"aim": aim} if aim != FITTED else {}),
+            **({"scores": made_for} if made_for != "exact" else {}),
+            **({"max_int8_error": max_int8_error} if max_int8_error is not None else {}),
         },
     )
     return artifact, reports, left_out
+
+
+def exact_heads(run: Run, curves: Curves, limit: float | None) -> dict[str, list[int]]:
+    """{module path: query heads whose output int8 scores move by more than `limit`}. Raises UsageError for a run that
+    has not measured it.
+    """
+    if limit is None:
+        return {}
+    errors = int8_errors(curves)
+    if not errors:
+        raise UsageError(
+            f"--max-int8-error needs what int8 scores do to every head: calibrate {run.path} anew, --scores int8"
+        )
+    over = {path: [head for head, error in enumerate(found) if error > limit] for path, found in errors.items()}
+    return {path: heads for path, heads in over.items() if heads}
 
 
 def _point(
@@ -263,3 +287,16 @@ def remarks(report: Report, samples: int) -> list[str]:
             "reaches it now"
         )
     return found
+
+
+def score_remarks(run: Run, artifact: Thresholds) -> list[str]:
+    """What the user should know about the scores of the points, in sentences."""
+    point, made_for = artifact.points[0], run.plan.scores
+    if point.scores == made_for == "exact":
+        return []
+    if point.scores != made_for:
+        return [
+            f"points run {point.scores} scores, with thresholds made for {made_for} ones: bsfa verify says what changes"
+        ]
+    kept, heads = sum(map(len, point.exact_heads.values())), sum(x.shape[1] for x in artifact.tensors.values())
+    return [f"points run int8 scores; {kept} of {heads} heads stay exact, and those that share their KV heads"]

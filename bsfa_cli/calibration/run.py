@@ -18,7 +18,7 @@ from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
 from ..models.load import LoadedModel, explain_memory
 from .collector import Collector
-from .curves import TILES_AT_ONCE, ModuleCurves, Plan
+from .curves import TILES_AT_ONCE, ModuleCurves, Plan, int8_errors
 from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4
@@ -40,6 +40,7 @@ class Options:
     layers: str | None
     device: str  # its type: rounding differs between CPU and GPU
     dtype: str
+    scores: str = "exact"
 
 
 def default_ranks(longest: int, keys: int) -> tuple[int, ...]:
@@ -110,7 +111,8 @@ def manifest(loaded: LoadedModel, samples: list[Sample], modules: dict[str, Atte
             "spec": options.data,
             "generated": is_generated(options.data),
         },  # fmt: skip
-        "options": asdict(options),
+        # A run of exact scores is as runs were before there were others.
+        "options": {key: value for key, value in asdict(options).items() if (key, value) != ("scores", "exact")},
         "modules": {path: module.query_heads for path, module in modules.items()},
         "samples": [
             {"id": sample.id, "tokens": len(sample.tokens), "role": role, "source": sample.source}
@@ -189,6 +191,7 @@ def calibrate(
         "seconds": seconds,
         "modules": len(modules),
         "data_hash": run.manifest["data"]["hash"],
+        "int8_error": int8_errors({path: module.tensors for path, module in curves["fit"].items()}) or None,
         "bytes": {f"{role}.safetensors": _size(path / f"{role}.safetensors") for role in ROLES},
     }
 
@@ -261,7 +264,8 @@ def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torc
 
 def plan_of(samples: list[Sample], options: Options) -> Plan:
     """What the run would count, before it begins."""
-    return Plan(TileShape(*options.tile), max(len(sample.tokens) for sample in samples), options.top_k)
+    longest = max(len(sample.tokens) for sample in samples)
+    return Plan(TileShape(*options.tile), longest, options.top_k, options.scores)
 
 
 def _size(path: Path) -> int | None:

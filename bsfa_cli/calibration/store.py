@@ -115,7 +115,7 @@ class Run:
     def plan(self) -> Plan:
         options = self.manifest["options"]
         longest = max(sample["tokens"] for sample in self.manifest["samples"])
-        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]))
+        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]), options.get("scores", "exact"))
 
     def lock(self):
         """Keep other processes from writing to this run for as long as the returned file stays open."""

@@ -40,6 +40,12 @@ def calibrate(
             "from 1 to 128, or as many as fit shorter samples."
         ),
     ] = None,
+    scores: Annotated[
+        str,
+        Option(
+            help="exact, or int8: statistics with Q and K rounded to 8 bits, and what that does to every head's output."
+        ),
+    ] = "exact",
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int, Option(min=0, help="Of generated text and of the choice of samples.")] = 0,
@@ -52,6 +58,8 @@ def calibrate(
         raise UsageError("where should the run be kept? give -o RUN")
     if tile not in TILES:
         raise UsageError(f"--tile must be one of {', '.join(TILES)}, got {tile!r}")
+    if scores not in ("exact", "int8"):
+        raise UsageError(f"--scores must be exact or int8, got {scores!r}")
     ranks = None if top_k is None else _ranks(top_k)
     given = joined(data)
 
@@ -88,7 +96,16 @@ def calibrate(
         note(f"{sum(why == reason for why in dense.values())} attention modules stay dense: {reason}")
     ranks = ranks or run.default_ranks(max(len(text.tokens) for text in texts), keys)
     options = run.Options(
-        spec, samples, length, seed, TILES[tile], ranks, layers, place.type, str(loaded.model.dtype).split(".")[-1]
+        spec,
+        samples,
+        length,
+        seed,
+        TILES[tile],
+        ranks,
+        layers,
+        place.type,
+        str(loaded.model.dtype).split(".")[-1],
+        scores,
     )
     plan = run.plan_of(texts, options)
     idle = [k for k in ranks if k >= plan.most_ranked]
@@ -112,6 +129,13 @@ def calibrate(
     summary = run.calibrate(loaded, texts, modules, options, output)
     if not summary["samples"]["heldout"]:
         note("one sample only: nothing is held out, so exported points will be unchecked")
+    if summary["int8_error"]:
+        found = summary["int8_error"].items()
+        errors = sorted((error, f"{path} head {head}") for path, heads in found for head, error in enumerate(heads))
+        note(
+            f"int8 scores, nothing skipped: a head's output is off by {errors[len(errors) // 2][0]:.2%} in the middle, "
+            f"{errors[-1][0]:.2%} at worst ({errors[-1][1]})"
+        )
     note(f"written: {output} ({len(texts)} samples); next: bsfa export {output} -o thresholds.safetensors")
     if json:
         print_json(summary)

@@ -50,6 +50,16 @@ def export(
     aim: Annotated[
         str, Option(help="Samples to reach skip rates on: fitted, or held-out, which then check all but the rate.")
     ] = "fitted",
+    scores: Annotated[
+        str | None, Option(help="That the points are to run with: exact or int8; the run's own by default.")
+    ] = None,
+    max_int8_error: Annotated[
+        float | None,
+        Option(
+            help="With int8 scores: heads whose output they move by more than this (relative, 0.02 is 2 %) keep exact "
+            "ones; needs calibrate --scores int8."
+        ),
+    ] = None,
     quantile: Annotated[float, Option(help="Of rows, for the bound on dropped mass.")] = 0.99,
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
@@ -85,6 +95,16 @@ def export(
         raise UsageError(f"--aim must be fitted or held-out, got {aim!r}")
     if not 0 < quantile <= 1:
         raise UsageError(f"--quantile must lie in (0, 1], got {quantile:g}")
+    if scores not in (None, "exact", "int8"):
+        raise UsageError(f"--scores must be exact or int8, got {scores!r}")
+    if max_int8_error is not None and not 0 <= max_int8_error < float("inf"):
+        raise UsageError(f"--max-int8-error must be a number from 0 on, got {max_int8_error:g}")
+    if max_int8_error is not None and scores == "exact":
+        raise UsageError("--max-int8-error belongs to int8 scores, and --scores exact were asked for")
+    if from_official is not None and (scores == "int8" or max_int8_error is not None):
+        raise UsageError(
+            "the authors' file is for exact scores; run it with int8 ones by verify --scores and apply(scores=)"
+        )
     searching = bool(largest_skip_with)
     if model is not None and from_official is None and not searching:
         raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
@@ -109,20 +129,24 @@ def export(
 
         requests = points.make_requests(*asked, gate) if any(asked) or not searching else []
         begun = Run.open(run)
+        if max_int8_error is not None and (scores or begun.plan.scores) != "int8":
+            raise UsageError("--max-int8-error belongs to int8 scores; give --scores int8")
         searched: dict[str, dict] = {}
         if searching:
             limits = _limits(largest_skip_with)
             place = _Place(model, joined(data), samples, length, device, dtype)
-            found, searched, left_out = _search(begun, limits, gate, quantile, place)
+            found, searched, left_out = _search(begun, limits, gate, quantile, place, scores, max_int8_error)
             requests += found
         if not requests:
             raise GateFailed("; ".join(left_out.values()))
-        artifact, reports, missing = points.export(begun, requests, quantile, searched, aim)
+        artifact, reports, missing = points.export(begun, requests, quantile, searched, aim, scores, max_int8_error)
         left_out |= missing
         points_table.show(reports)
         for report in reports:
             for remark in points.remarks(report, len(begun.planned("fit"))):
                 note(remark)
+        for remark in points.score_remarks(begun, artifact):
+            note(remark)
         calibrated, layers = len(begun.manifest["modules"]), begun.manifest["model"].get("layers")
         if isinstance(layers, int) and calibrated < layers:
             note(
@@ -165,7 +189,13 @@ def _limits(texts: list[str]) -> list[Limit]:
 
 
 def _search(
-    run: Run, limits: list[Limit], gate: str, quantile: float, place: _Place
+    run: Run,
+    limits: list[Limit],
+    gate: str,
+    quantile: float,
+    place: _Place,
+    scores: str | None,
+    max_int8_error: float | None,
 ) -> tuple[list[Request], dict[str, dict], dict[str, str]]:
     """(the points that keep the limits, {point: what was measured}, {point: why there is none})."""
     from functools import partial
@@ -190,7 +220,7 @@ def _search(
     requests, searched, left_out = [], {}, {}
     with explain_memory("--length, or choose a 16-bit --dtype"), progress() as display:
         task = display.add_task("searching", total=None)
-        search = Search(loaded, run, texts, gate, quantile, lambda: display.advance(task))
+        search = Search(loaded, run, texts, gate, quantile, lambda: display.advance(task), scores, max_int8_error)
         display.update(task, total=len(limits) * search.passes())
         for limit in limits:
             found = search.largest(limit)

@@ -30,6 +30,9 @@ def profile(
     baselines: Annotated[
         str | None, Option(help="Baselines to time, separated by commas; all that run here by default.")
     ] = None,
+    scores: Annotated[
+        str | None, Option(help="Of our kernel: exact, int8 (Q and K rounded to 8 bits), or exact,int8 in one run.")
+    ] = None,
     backend: Annotated[str | None, Option(help="Demand this backend; the fastest that can serve by default.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -87,6 +90,7 @@ def profile(
     plan = plan.with_flags(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
         tile=tile, data=synthetic, backend=backend, baselines=names, seed=seed,
+        scores=None if scores is None else tuple(dict.fromkeys(each.strip() for each in scores.split(","))),
         dtype=None if dtype == "auto" else dtype,
     )  # fmt: skip
     if plan.backend != "auto":
@@ -122,7 +126,8 @@ def profile(
         from ..timing.prefill import Prefill
 
         positions = partial(check_positions, length=max(plan.lengths), flag="--lengths")
-        prefill = Prefill(end_to_end, artifact, point, device, dtype, positions)
+        override = plan.scores[0] if scores is not None else None
+        prefill = Prefill(end_to_end, artifact, point, device, dtype, positions, override)
         spec = given or default_data(prefill.loaded.tokenizer)
         for remark in remarks(given, spec, 1):
             note(remark)
@@ -161,7 +166,7 @@ def _artifact(path: Path, point: str | None):
 
 def _judge(result: dict, failures: list[str], fail_under: float | None) -> None:
     absent = [entry for cell in result["cells"] for entry in cell["unavailable"] if entry["name"].startswith("bsfa")]
-    if absent and not any(row["kind"] == "bsfa" for cell in result["cells"] for row in cell["contenders"]):
+    if absent and not any(row["kind"].startswith("bsfa") for cell in result["cells"] for row in cell["contenders"]):
         raise MachineError(f"no bsfa kernel ran: {absent[0]['reason']}")
     if fail_under is not None:
         compared = result["compared"]

@@ -80,6 +80,9 @@ def verify(
         Option("--negative-control", help="Also drop every tile that may be dropped: the accuracy gates must fail."),
     ] = False,
     details: Annotated[bool, Option("--details", help="Show every module, not the five worst.")] = False,
+    scores: Annotated[
+        str | None, Option(help="exact, or int8 (Q and K rounded to 8 bits); those of each point by default.")
+    ] = None,
     backend: Annotated[str, Option(help="Demand this backend; the fastest that can serve by default.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -109,6 +112,8 @@ def verify(
     if heat_map is not None:
         figures.check(heat_map)
 
+    if scores not in (None, "exact", "int8"):
+        raise UsageError(f"--scores must be exact or int8, got {scores!r}")
     from bsfa_kernels.backends import NAMES
     from bsfa_kernels.thresholds import Thresholds
 
@@ -141,7 +146,7 @@ def verify(
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
     seed = _held_out_seed(artifact.provenance) if seed is None else seed
-    job = _Job(loaded, artifact, points, gates, negative_control, backend, seed, details)
+    job = _Job(loaded, artifact, points, gates, negative_control, backend, seed, details, scores)
     if tasks is None:
         found, failures = _texts(job, joined(data), samples, length)
     else:
@@ -178,6 +183,7 @@ class _Job(NamedTuple):
     backend: str
     seed: int
     details: bool
+    scores: str | None
 
 
 def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
@@ -202,16 +208,18 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
         task = display.add_task(
-            "dense and sparse passes", total=len(texts) * (2 + len(points)) + 3 * job.negative_control
+            "dense and sparse passes",
+            total=len(texts) * run.passes(artifact, points, job.scores)
+            + job.negative_control * run.passes(artifact, points[:1], job.scores),
         )
 
         def step():
             display.advance(task)
 
-        results = run.verify_points(loaded.model, artifact, points, texts, job.backend, step)
+        results = run.verify_points(loaded.model, artifact, points, texts, job.backend, step, job.scores)
         control = None
         if job.negative_control:
-            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend, step)
+            control = run.negative_control(loaded.model, artifact, points[0], texts, job.backend, step, job.scores)
 
     failures = []
     for result in results:
@@ -256,10 +264,12 @@ def _tasks(
         def step():
             display.advance(bar)
 
-        dense, results, answers = tasks.verify_tasks(loaded, job.artifact, job.points, asked, job.backend, step)
+        dense, results, answers = tasks.verify_tasks(
+            loaded, job.artifact, job.points, asked, job.backend, step, job.scores
+        )
         control = None
         if job.negative_control:
-            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend, step)
+            control = tasks.negative_control(loaded, job.artifact, job.points[0], asked, job.backend, step, job.scores)
 
     failures = []
     for result in results:

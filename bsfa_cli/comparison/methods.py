@@ -25,7 +25,8 @@ from .calibration import Calibration, Exported
 
 ON_TOP = ("flexprefill", "xattention", "pooled_top_p", "pbs")
 GATE = "+bsfa"
-CALIBRATED = ("bsfa", "bsfa_top_k", *(name + GATE for name in ON_TOP))  # those that need thresholds
+INT8 = "bsfa_int8"
+CALIBRATED = ("bsfa", INT8, "bsfa_top_k", *(name + GATE for name in ON_TOP))  # those that need thresholds
 ALL = "all"
 # Factors lambda = factor / length of skip-softmax, from sparse to dense.
 FACTORS = (32000.0, 16000.0, 8000.0, 4000.0, 2000.0, 500.0)
@@ -35,6 +36,7 @@ TOP_K = (8, 16, 32, 64, 96, 128)
 # What the knobs of gates can be; selections check their own.
 LIMITS = {
     "bsfa": (lambda rate: 0 < rate < 1, "skip rates between 0 and 1"),
+    INT8: (lambda rate: 0 < rate < 1, "skip rates between 0 and 1"),
     "bsfa_top_k": (lambda k: isinstance(k, int) and 1 <= k <= 65536, "whole numbers of tiles from 1 on"),
     "blasst": (lambda factor: 0 < factor < math.inf, "positive factors"),
 }
@@ -178,16 +180,20 @@ class Blasst(Method):
 
 
 class Calibrated(Method):
-    """Thresholds that were calibrated on other data: bsfa's own recipe, or the BSFA paper's top-k."""
+    """Thresholds that were calibrated on other data: bsfa's recipe, with exact or int8 scores, or the paper's top-k."""
 
     selects = False
 
-    def __init__(self, name: str, recipe: str, knob: str, sweep, calibration: Calibration | Exported):
+    def __init__(
+        self, name: str, recipe: str, knob: str, sweep, calibration: Calibration | Exported, scores: str = "exact"
+    ):
+        self.options = {} if scores == "exact" else {"scores": scores}
         self.name, self.recipe, self.knob, self.sweep, self.calibration = name, recipe, knob, sweep, calibration
 
     def choose(self, layer, q, k, v, *, scale, causal, tile, setting):
         tiles = -(-q.shape[2] // tile.rows)
-        return Choice(k, v, self.calibration.gate(layer, self.recipe, setting, tiles, q.device))
+        gate = self.calibration.gate(layer, self.recipe, setting, tiles, q.device)
+        return Choice(k, v, gate, options=self.options)
 
 
 class OnTop(Method):
@@ -217,6 +223,7 @@ def available(calibration: Calibration | Exported | None, settings: Settings = D
     if calibration is not None:
         bsfa = Calibrated("bsfa", "target-skip", "skip", calibration.skips, calibration)
         methods[bsfa.name] = bsfa
+        methods[INT8] = Calibrated(INT8, "target-skip", "skip", calibration.skips, calibration, scores="int8")
         methods["bsfa_top_k"] = Calibrated("bsfa_top_k", "top-k", "k", calibration.top_k, calibration)
         methods |= {name + GATE: OnTop(methods[name], bsfa) for name in ON_TOP}
     for name, values in settings.values.items():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from bsfa_kernels import Attention, TileShape, block_sparse_attention, explain
+from bsfa_kernels import Attention, Gate, TileShape, block_sparse_attention, explain
 from bsfa_kernels.tiles import tile_counts
 
 from ..metrics.distance import relative, squares
@@ -39,7 +39,10 @@ class Quality:
         self.backend, _ = explain(layer.q, choice.k, choice.v, choice.gate, **choice.options, **options)
         if exact is None:
             exact = block_sparse_attention(layer.q, layer.k, layer.v, return_lse=True, **options)
-        self.add(layer, result, exact, tile, choice.options.get("keep_sink", True))
+        whole = exact
+        if choice.options.get("scores", "exact") != "exact":  # mass is what a gate drops, of the scores that it sees
+            whole = attend(layer.q, replace(choice, gate=Gate()), return_lse=True, **options)
+        self.add(layer, result, exact._replace(lse=whole.lse), tile, choice.options.get("keep_sink", True))
         return result.out
 
     def add(self, layer, result: Attention, exact: Attention, tile: TileShape, keep_sink: bool) -> None:

@@ -32,7 +32,7 @@ def block(stored: dict[str, dict]) -> str | None:
     first = cells[LENGTHS[0]]
     for contender in first["contenders"]:
         target = contender["skip_target"]
-        if target is None:
+        if target is None or contender["kind"] != "bsfa":
             continue
         found = [f"{_at(cells[length], target):.2f}x" for length in LENGTHS]
         change, kl = ((floor[m] if target == 0 else at_skip(points, m, target)) for m in ("perplexity_increase", "kl"))
@@ -54,4 +54,4 @@ def block(stored: dict[str, dict]) -> str | None:
 
 
 def _at(cell: dict, target: float) -> float:
-    return next(row["speedup"] for row in cell["contenders"] if row["skip_target"] == target)
+    return next(row["speedup"] for row in cell["contenders"] if row["kind"] == "bsfa" and row["skip_target"] == target)

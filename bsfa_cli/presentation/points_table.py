@@ -17,9 +17,8 @@ def show(reports) -> None:
     for report in reports:
         point = report.point
         bound = f"p{100 * point.quantile:g}"
-        table = Table(
-            title=f"{point.name}: {point.gate} gate", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-        )
+        title = f"{point.name}: {point.gate} gate" + (f", {point.scores} scores" if point.scores != "exact" else "")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("module", overflow="fold")
         for column in ("threshold", "fit", "skip", "mass", bound):
             table.add_column(column, justify="right", no_wrap=True)

@@ -6,7 +6,7 @@ from ..comparison import matching
 from . import compare_readme
 from .compare_table import METRICS, matched_tables, number, present
 from .profile_table import head_shape
-from .verify_table import percent
+from .verify_table import percent, scores
 
 TELLING = ("agreement.top1", matching.ACCURACY)  # what decides between methods, where it was measured
 OWN, FEW = "bsfa", 3
@@ -57,10 +57,16 @@ def profile(result: dict) -> list[str]:
         if shape not in longest or longest[shape]["length"] < cell["length"]:
             longest[shape] = cell
     for shape, cell in longest.items():
-        rows = [row for row in cell["contenders"] if row["skip_target"] is not None and row["speedup"] is not None]
-        said = ", ".join(f"{row['speedup']:.2f}x at {row['skip_target']:.0%} skipped" for row in rows)
+        said = []
+        for kind, word in (("bsfa", ""), ("bsfa, int8 scores", "int8 scores ")):
+            rows = [row for row in cell["contenders"] if row["kind"] == kind and row["skip_target"] is not None]
+            said += [
+                f"{word}{row['speedup']:.2f}x at {row['skip_target']:.0%} skipped"
+                for row in rows
+                if row["speedup"] is not None
+            ]
         sentences.append(
-            f"{shape}, {cell['length']:,} tokens: {said}, over {cell['fastest_dense']}."
+            f"{shape}, {cell['length']:,} tokens: {', '.join(said)}, over {cell['fastest_dense']}."
             if said
             else f"{shape}, {cell['length']:,} tokens: no dense baseline ran."
         )
@@ -88,5 +94,5 @@ def verification(result: dict) -> list[str]:
             kept = f"{percent(point['retention'])} of dense accuracy kept"
         skipped = "-" if point["skip"] is None else percent(point["skip"])
         verdict = f"failed: {'; '.join(point['failures'])}" if point["failures"] else "passed"
-        sentences.append(f"{point['name']}: {skipped} skipped, {kept}; {verdict}.")
+        sentences.append(f"{point['name']}{scores(point)}: {skipped} skipped, {kept}; {verdict}.")
     return sentences

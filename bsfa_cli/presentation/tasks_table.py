@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..console import console, note
-from .verify_table import percent
+from .verify_table import percent, scores
 
 
 def show(result: dict, failures: list[str]) -> None:
@@ -11,7 +11,7 @@ def show(result: dict, failures: list[str]) -> None:
     from rich import box
     from rich.table import Table
 
-    note(f"\noperating point {result['name']}: {percent(result['skip'])} of the model's tiles skipped")
+    note(f"\noperating point {result['name']}{scores(result)}: {percent(result['skip'])} of the model's tiles skipped")
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("exact answers", overflow="fold")
     for heading in ("asked", "dense %", "sparse % (95 %)", "change (95 %)", "skip %"):

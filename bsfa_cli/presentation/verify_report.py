@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .verify_table import number, percent, summary
+from .verify_table import number, percent, scores, summary, unskipped_words
 
 POINTS = ("point", "verdict", "skipped", "top-1", "KL", "perplexity dense", "sparse", "increase", "lost mass", "p99")
 ANSWERS = ("exact answers", "asked", "dense", "sparse", "95 %", "change", "95 %", "skipped")
@@ -50,6 +50,8 @@ def _predictions(result: dict) -> Iterator[tuple]:
     for point in result["points"]:
         title = f"{point['name']}: {len(point['modules'])} modules, mass lost by row {summary(point['dropped_mass'])}"
         yield "details", title, MODULES, [_module(module) for module in point["modules"]]
+        if point.get("unskipped"):
+            yield "aside", unskipped_words(point) + "."
         yield "list", [_kernel(check) for check in point["kernel"]]
 
 
@@ -63,8 +65,8 @@ def _kernel(check: dict) -> str:
 def _point(point: dict) -> tuple[str, ...]:
     logits, lost = point["logits"], point["dropped_mass"]
     return (
-        point["name"], _verdict(point), percent(point["skip"]), percent(logits["top1"]), number(logits["kl"]),
-        number(logits["perplexity_dense"]), number(logits["perplexity_sparse"]),
+        point["name"] + scores(point), _verdict(point), percent(point["skip"]), percent(logits["top1"]),
+        number(logits["kl"]), number(logits["perplexity_dense"]), number(logits["perplexity_sparse"]),
         percent(logits["perplexity_increase"], "+"), percent(lost["mean"]), percent(lost["p99"]),
     )  # fmt: skip
 
@@ -82,7 +84,7 @@ def _answers(result: dict) -> Iterator[tuple]:
         f"Dense against sparse answers to {len(asked['questions'])} questions of {asked['spec']}, {asked['mode']}.",
     )
     for point in result["points"]:
-        yield "heading", f"{point['name']}: {_verdict(point)}"
+        yield "heading", f"{point['name']}{scores(point)}: {_verdict(point)}"
         if point["retention"] is not None:
             yield "aside", f"{percent(point['retention'])} of dense accuracy kept at {_skip(point)} skipped."
         lengths = point["by_length"] if len(point["by_length"]) > 1 else {}

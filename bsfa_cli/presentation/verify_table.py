@@ -14,7 +14,8 @@ def show(point: dict, failures: list[str], details: bool = False) -> None:
     """
     logits, floor = point["logits"], point["floor"]
     spread = logits["intervals"]
-    note(f"\noperating point {point['name']}: {percent(point['skip'])} of {point['candidates']:,} tiles skipped")
+    skipped = f"{percent(point['skip'])} of {point['candidates']:,} tiles skipped"
+    note(f"\noperating point {point['name']}{scores(point)}: {skipped}")
     if point["uncalibrated"]:
         ran = len(point["modules"])
         note(
@@ -29,6 +30,8 @@ def show(point: dict, failures: list[str], details: bool = False) -> None:
     )  # fmt: skip
     for name, found, unskipped in lines:
         note(f"  {name:<16} {found}; with nothing skipped {unskipped}")
+    if point.get("unskipped"):
+        note(f"  {unskipped_words(point)}; the others are of exact scores")
     over = logits["kl_over_floor"]
     note(f"  {'KL above that':<16} {number(over['value'])}{between(over['interval'], number)}")
     note(f"  {'dropped mass':<16} {summary(point['dropped_mass'])} of a row")
@@ -89,6 +92,28 @@ def _error(entry: dict) -> float:
 def _cells(entry: dict) -> list[str]:
     masses = (percent(entry["dropped_mass"][key]) for key in ("mean", "p99", "worst"))
     return [percent(entry["skip"]), number(entry["error"]), *masses]
+
+
+def unskipped_words(point: dict) -> str:
+    """What scores that are not exact cost by themselves."""
+    found = point["unskipped"]
+    return (
+        f"{point['scores']} scores with nothing skipped: top-1 {percent(found['top1'])}, KL {number(found['kl'])}, "
+        f"perplexity {percent(found['perplexity_increase'], '+')}"
+    )
+
+
+def scores(point: dict) -> str:
+    """Of a point whose scores are not exact: " (int8 scores, ...)"."""
+    used = point.get("scores", "exact")
+    if used == "exact":
+        return "" if point.get("made_for", "exact") == "exact" else " (exact scores; thresholds made for int8 ones)"
+    words = [f"{used} scores"]
+    if point.get("made_for", used) != used:
+        words.append(f"thresholds made for {point['made_for']} ones")
+    if point.get("exact_heads"):
+        words.append(f"{point['exact_heads']} heads exact")
+    return f" ({'; '.join(words)})"
 
 
 def summary(dropped: dict) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import read_result
+from .plan import OURS
 
 SAME = ("gpu", "driver", "capability", "cuda", "cudnn", "torch", "triton", "platform")
 SETTINGS = ("dtype", "tile", "gate", "data")
@@ -35,7 +36,7 @@ def changes(stored: dict, result: dict) -> list[dict]:
     for cell in result["cells"]:
         for row in cell["contenders"]:
             before = old.get(_key(cell), {}).get(row["name"])
-            if row["kind"] == "bsfa" and before:
+            if row["kind"] in OURS.values() and before:
                 found.append(
                     {
                         "cell": f"{cell['shape']['name']} {cell['length']}, {cell['data'].partition(';')[0]}",

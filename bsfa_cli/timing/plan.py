@@ -11,6 +11,8 @@ from ..errors import UsageError
 GATES = ("gap", "absolute")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DATA = ("normal", "structured")
+EXACT, INT8 = "exact", "int8"  # of our kernel's scores
+OURS = {EXACT: "bsfa", INT8: "bsfa, int8 scores"}  # {scores: kind of a contender}, never one for the other
 FA3 = "FlashAttention-3"
 BASELINES = (
     "cuDNN", "FlashAttention-2", FA3, "FlashAttention-4", "efficient", "FlexAttention",
@@ -49,7 +51,7 @@ class Shape:
 @dataclass(frozen=True)
 class Plan:
     """A whole sweep. Lengths in tokens, skip rates as shares of the candidate tiles, tile as rows x keys; the baselines
-    and rivals to time, all where none is named.
+    and rivals to time, all where none is named; the scores of our kernel.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Plan:
     backend: str = "auto"
     data: str = "normal"
     baselines: tuple[str, ...] = ()
+    scores: tuple[str, ...] = (EXACT,)
     seed: int = 0
 
     def __post_init__(self):
@@ -75,6 +78,10 @@ class Plan:
         for name in self.baselines:
             if name not in BASELINES:
                 raise UsageError(f"baselines must be among {', '.join(BASELINES)}, got {name!r}")
+        if not self.scores or any(scores not in OURS for scores in self.scores):
+            raise UsageError(
+                f"scores must be among {', '.join(OURS)}, got {', '.join(map(str, self.scores)) or 'none'}"
+            )
         for name, allowed in (("gate", GATES), ("dtype", DTYPES), ("data", DATA)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -103,6 +110,11 @@ class Plan:
         if "data" in changes:
             changes["shapes"] = tuple(replace(shape, data=None) for shape in changes.get("shapes", self.shapes))
         return replace(self, **changes)
+
+
+def with_scores(name: str, scores: str) -> str:
+    """A contender's name, which says what is no exact score: "bsfa int8, 50 % skipped"."""
+    return name if scores == EXACT else f"bsfa {scores}{name.removeprefix('bsfa')}"
 
 
 def available() -> list[str]:
@@ -149,7 +161,7 @@ def _known(content, kind: type, profile: str, exclude: str = "") -> dict:
 
 
 def _make(kind: type, content: dict, profile: str):
-    for key in ("lengths", "skip", "baselines"):
+    for key in ("lengths", "skip", "baselines", "scores"):
         if not isinstance(content.get(key) or (), tuple):
             raise UsageError(f"profile {profile}: '{key}' must be a list, got {content[key]!r}")
     try:

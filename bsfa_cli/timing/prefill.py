@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..prefill_tiles import Attending
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Begin, Contender, first_call, measure, unseen
+from .plan import OURS, with_scores
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
@@ -26,10 +27,10 @@ class Prefill:
 
     def __init__(
         self, model_name: str | None, artifact: Thresholds | None, point: str | None, device, dtype: str,
-        check_config: Callable = lambda config: None,
+        check_config: Callable = lambda config: None, scores: str | None = None,
     ):  # fmt: skip
-        """`check_config` as `load_model`. Raises InputError for a model that cannot be used, ThresholdsError for
-        thresholds of another.
+        """`scores` override the point's own. `check_config` as `load_model`. Raises InputError for a model that cannot
+        be used, ThresholdsError for thresholds of another.
         """
         from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
 
@@ -42,7 +43,8 @@ class Prefill:
             artifact.check_model(self.loaded.identity)
             modules = attention_modules(self.model)
             self.handlers, self.counting = (
-                SparseAttention.for_model(artifact, modules, point, count=count) for count in (False, True)
+                SparseAttention.for_model(artifact, modules, point, count=count, scores=scores)
+                for count in (False, True)
             )
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
@@ -80,7 +82,8 @@ class Prefill:
         enter("bsfa, nothing skipped", "bsfa", forward, lambda: self._use("bsfa"), 0.0)
         if self.handlers is not None:
             skip = self._skip(forward)
-            enter("bsfa", "bsfa", forward, lambda: self._use("bsfa", self.handlers), skip)
+            scores = next(iter(self.handlers.values())).scores
+            enter(with_scores("bsfa", scores), OURS[scores], forward, lambda: self._use("bsfa", self.handlers), skip)
         timings = measure(contenders, self.device, seconds=seconds, seed=seed, begin=begin)
         self._use("bsfa")
         fastest = min((timings[row["name"]].median for row in rows if row["kind"] == "dense"), default=None)

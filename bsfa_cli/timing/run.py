@@ -11,7 +11,7 @@ from .. import environment
 from . import sweep
 from .compare import FORMAT
 from .interleave import FLUSH_BYTES, Begin, unseen
-from .plan import Plan
+from .plan import OURS, Plan
 
 
 def empty(plan: Plan, device: torch.device) -> dict:
@@ -53,7 +53,7 @@ def failures(result: dict) -> list[str]:
     found = []
     for cell in result["cells"]:
         where = f"{cell['shape']['name']}, {cell['length']} tokens"
-        rows = [row for row in cell["contenders"] if row["kind"] == "bsfa"]
+        rows = [row for row in cell["contenders"] if row["kind"] in OURS.values()]
         for row in rows:
             if not row["finite"]:
                 found.append(f"{where}: '{row['name']}' gave non-finite output")

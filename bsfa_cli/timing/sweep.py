@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from bsfa_kernels import Gate, TileShape, block_sparse_attention, explain
+from bsfa_kernels.backends import FUSED
+from bsfa_kernels.request import Request
 from bsfa_kernels.tiles import tile_counts
 
 from .. import structured
@@ -16,11 +18,12 @@ from . import baselines, skip_softmax, thresholds
 from .entrants import Entrants
 from .flash_attention import TokensFirst
 from .interleave import Begin, Contender, Timing, first_call, measure, unseen
-from .plan import Plan, Shape
+from .plan import INT8, OURS, Plan, Shape, with_scores
 
 NOT_FOR_GPU = ("torch", "reference")
 APPROXIMATE = "dense, approximate"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+PREPARATION = "int8 preparation"
 OPEN, ZERO = "bsfa, skipping compiled out", "bsfa, 0 % skipped"
 LABELS = {
     "normal": "synthetic, unit normal; thresholds fitted to it",
@@ -67,23 +70,30 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
     for name, call, facts in rivals(plan, laid, shape.causal):
         if not entrants.enter_inexact(name, call, **facts):
             break  # the others would fail alike, after minutes of compiling
-    error = None
+    error, wanted = None, {scores: backend for scores in plan.scores}
+    if INT8 in wanted:
+        wanted[INT8] = int8_backend(plan, shape, q, k, v, tile, entrants)
     for name, skip, gate in gates(plan, shape, q, k, v, tile, backend, entrants.unavailable):
+        for scores, served in wanted.items():
+            if served is None:
+                continue
 
-        def run(gate=gate, counts=False):
-            result = block_sparse_attention(
-                q, k, v, gate, causal=shape.causal, tile=tile, backend=backend, return_counts=counts
-            )
-            return result if counts else result.out
+            def run(gate=gate, scores=scores, served=served, counts=False):
+                result = block_sparse_attention(
+                    q, k, v, gate, causal=shape.causal, tile=tile, scores=scores, backend=served, return_counts=counts
+                )
+                return result if counts else result.out
 
-        out = entrants.enter(name, run, kind="bsfa", skip_target=skip)
-        if out is None:
-            continue
-        entrants.rows[-1] |= skipped(run(counts=True), shape.causal, length, tile)
-        entrants.rows[-1]["finite"] = bool(out.isfinite().all())
-        if name == ZERO:
-            error = entrants.error(out)
-        del out
+            out = entrants.enter(with_scores(name, scores), run, kind=OURS[scores], skip_target=skip)
+            if out is None:
+                continue
+            entrants.rows[-1] |= skipped(run(counts=True), shape.causal, length, tile)
+            entrants.rows[-1]["finite"] = bool(out.isfinite().all())
+            if scores == INT8:
+                entrants.rows[-1] |= {"skip_from": "counted", "backend": served, "error": entrants.error(out)}
+            elif name == ZERO:
+                error = entrants.error(out)
+            del out
     contenders = entrants.contenders
     timings = measure(contenders, device, seconds=seconds, seed=plan.seed, begin=begin) if contenders else {}
     flops = dense_flops(shape, length)
@@ -102,6 +112,29 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         "unavailable": entrants.unavailable,
     }
     return result | summarise(entrants.rows, timings, flops)
+
+
+def int8_backend(plan: Plan, shape: Shape, q, k, v, tile: TileShape, entrants: Entrants) -> str | None:
+    """The backend that int8 scores run on, its preparation entered beside it (it is part of every call that is timed);
+    None where there is none, and then the reason is entered.
+    """
+    served, passed_over = plan.backend, {}
+    gate = thresholds.inert(plan.gate, shape.heads, 1, q.device)
+    if served == "auto":
+        served, passed_over = explain(q, k, v, gate, causal=shape.causal, tile=tile, scores=INT8)
+    if q.is_cuda and plan.backend == "auto" and served in NOT_FOR_GPU:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        entrants.leave_out("bsfa int8", f"no GPU kernel with int8 scores serves this shape ({reasons})")
+        return None
+    request = Request(
+        q, k, v, gate, q.shape[-1] ** -0.5, shape.causal, tile, True, 0, None, False, False, scores=INT8
+    )  # fmt: skip
+    if served in FUSED:
+        from bsfa_kernels.int8 import prepare
+    else:
+        from bsfa_kernels.quantise import prepare
+    entrants.enter(PREPARATION, lambda: prepare(request).q8, kind=PREPARATION, skip_target=None)
+    return served
 
 
 def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: torch.dtype, seed: int):
@@ -165,17 +198,18 @@ def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:
     contenders = []
     for row in rows:
         timing = timings[row["name"]]
-        kept = row.get("kept_share", 1.0)
-        bound = 2 / (1 + kept)
-        speedup = fastest_ms / timing.median if fastest else None
+        kept, whole = row.get("kept_share", 1.0), row["kind"] != PREPARATION
+        # QK^T of every tile and PV of those kept; int8 products run at twice the rate.
+        bound = 2 / ((0.5 if row["kind"] == OURS[INT8] else 1) + kept)
+        speedup = fastest_ms / timing.median if fastest and whole else None
         contenders.append(
             row
             | {
-                "tflops_dense_equivalent": flops / timing.median / 1e9,
-                "tflops_executed": flops / bound / timing.median / 1e9,
+                "tflops_dense_equivalent": flops / timing.median / 1e9 if whole else None,
+                "tflops_executed": flops * (1 + kept) / 2 / timing.median / 1e9 if whole else None,
                 "speedup": speedup,
                 "bound": bound,
-                "suspect": row["kind"] == "bsfa" and speedup is not None and speedup > bound,
+                "suspect": row["kind"] in OURS.values() and speedup is not None and speedup > bound,
             }
             | timing.as_dict()
         )

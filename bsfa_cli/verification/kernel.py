@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 from bsfa_kernels import block_sparse_attention, explain, reference
 from bsfa_kernels.integrations.transformers import SparseAttention
+from bsfa_kernels.quantise import dequantised, prepare
 from bsfa_kernels.reference import Scoring, Span
-from bsfa_kernels.request import UNBOUNDED
+from bsfa_kernels.request import UNBOUNDED, Request
 from bsfa_kernels.tiles import query_tile_count
 
 QUERY_TILES = 2
@@ -38,7 +39,7 @@ class KernelCheck:
 
 def check_kernel(handler: SparseAttention, q, k, v, scoring: Scoring, sinks: torch.Tensor | None = None) -> KernelCheck:
     """Compare what `handler` runs with reference.py. q [B, Hq, T, D], k and v [B, Hkv, T, D], sinks [Hq]; sequence 0 is
-    used.
+    used. Heads that stay exact beside int8 ones are checked with int8 scores too.
 
     The backend may err as much as plain attention in the dtype of q does, times two, plus four roundings.
     """
@@ -52,12 +53,19 @@ def check_kernel(handler: SparseAttention, q, k, v, scoring: Scoring, sinks: tor
     sinks = None if sinks is None else sinks[heads]
     options = dict(tile=tile, keep_sink=handler.thresholds.keep_sink, sinks=sinks)
     call = dict(q_offset=start, **scoring._asdict(), **options)
-    kernel = block_sparse_attention(q, k, v, gate, return_counts=True, backend=handler.backend, **call)
+    scores = handler.scores_of(q)
+    kernel = block_sparse_attention(q, k, v, gate, scores=scores, return_counts=True, backend=handler.backend, **call)
     backend = handler.backend
     if backend == "auto":
-        backend, _ = explain(q, k, v, gate, **call)
+        backend, _ = explain(q, k, v, gate, scores=scores, **call)
+    scored = Request(
+        q, k, v, gate, scoring.scale, scoring.causal, tile, handler.thresholds.keep_sink, start, None, True, True,
+        window=scoring.window, softcap=scoring.softcap, sinks=sinks, scores=scores,
+    )  # fmt: skip
+    if scores != "exact":
+        scored = dequantised(scored, prepare(scored))
     exact = reference.attention(
-        q, k, v, gate, scoring=scoring, spans=[Span(start, 0, k.shape[2], UNBOUNDED)],
+        scored.q, scored.k, v, gate, scoring=scoring, spans=[Span(start, 0, k.shape[2], UNBOUNDED)],
         query_tiles=query_tile_count(start, q.shape[2], tile)[1], **options,
     )  # fmt: skip
     difference = (kernel.kept - exact.kept).abs()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bsfa_kernels import block_sparse_attention
+from bsfa_kernels import Gate, block_sparse_attention
 from bsfa_kernels.integrations.transformers import SparseAttention
 from bsfa_kernels.reference import Scoring
 
@@ -72,18 +72,22 @@ class MeasuringAttention:
         self.sparse = sparse
         self.kernel: KernelCheck | None = None
         self.dropped: DroppedMass | None = None
+        self.scores: str | None = None  # that ran
         self._check_kernel = check_kernel
         self._sums = None
 
     def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
         common = dict(scale=scale, causal=causal, spans=spans, return_lse=True, **scoring)
         sparse = self.sparse.attend(q, k, v, return_counts=True, **common)
-        dense = block_sparse_attention(q, k, v, backend=self.sparse.backend, **common)
+        dense = whole = block_sparse_attention(q, k, v, backend=self.sparse.backend, **common)
+        self.scores = self.sparse.scores_of(q)
+        if self.scores != "exact":  # the same scores with nothing skipped: what they cost by themselves
+            whole = self.sparse.run(q, k, v, Gate(), **common)
         if self._sums is None:
             heads = q.shape[1]
             self.dropped = DroppedMass(heads, q.device)
-            self._sums = torch.zeros(5, heads, dtype=torch.float64, device=q.device)
-        lost = -torch.expm1(sparse.lse - dense.lse)
+            self._sums = torch.zeros(6, heads, dtype=torch.float64, device=q.device)
+        lost = -torch.expm1(sparse.lse - whole.lse)
         finite = sparse.out.isfinite().flatten(2).all(2).all(0) & lost.isfinite().flatten(2).all(2).all(0)
         self.dropped.add(lost.nan_to_num(1.0).clamp(0, 1).transpose(0, 1).flatten(1))
         self._sums[0] += sparse.kept.sum((0, 2))
@@ -93,6 +97,8 @@ class MeasuringAttention:
             exact = dense.out[:, head].float()
             self._sums[2, head] += (sparse.out[:, head].float() - exact).square().sum(dtype=torch.float64)
             self._sums[3, head] += exact.square().sum(dtype=torch.float64)
+            if whole is not dense:
+                self._sums[5, head] += (whole.out[:, head].float() - exact).square().sum(dtype=torch.float64)
         if self._check_kernel and self.kernel is None:
             self.kernel = check_kernel(
                 self.sparse, q, k, v, Scoring(scale, causal, scoring.get("window"), scoring.get("softcap")),
@@ -105,11 +111,19 @@ class MeasuringAttention:
         return self._sums is not None
 
     def summary(self) -> dict:
-        """JSON: path, tiles, skip, error (relative L2), dropped mass, and the same for each head."""
-        kept, candidates, error, norm, bad = self._sums.tolist()
+        """JSON: path, tiles, skip, error (relative L2), the scores that ran and their error with nothing skipped (0 for
+        exact ones), dropped mass, and the same for each head.
+        """
+        kept, candidates, error, norm, bad, rounding = self._sums.tolist()
+        sums = zip(kept, candidates, error, norm, rounding, self.dropped.by_head(), strict=True)
         heads = [
-            {"skip": skip_rate(k, c), "error": (e / n) ** 0.5 if n else 0.0, "dropped_mass": mass}
-            for k, c, e, n, mass in zip(kept, candidates, error, norm, self.dropped.by_head(), strict=True)
+            {
+                "skip": skip_rate(k, c),
+                "error": (e / n) ** 0.5 if n else 0.0,
+                "scores_error": (r / n) ** 0.5 if n else 0.0,
+                "dropped_mass": mass,
+            }
+            for k, c, e, n, r, mass in sums
         ]
         return {
             "path": self.sparse.path,
@@ -117,6 +131,8 @@ class MeasuringAttention:
             "candidates": int(sum(candidates)),
             "skip": skip_rate(sum(kept), sum(candidates)),
             "error": (sum(error) / sum(norm)) ** 0.5 if sum(norm) else 0.0,
+            "scores": self.scores,
+            "scores_error": (sum(rounding) / sum(norm)) ** 0.5 if sum(norm) else 0.0,
             "dropped_mass": DroppedMass.overall([self.dropped]),
             "finite": not any(bad),
             "heads": heads,

@@ -29,30 +29,40 @@ DRIFT, FACTOR = 0.1, 1.5
 
 @torch.no_grad()
 def verify_points(
-    model, thresholds: Thresholds, points: list[str], samples: list, backend: str, step: Callable[[], None]
-) -> list[dict]:
+    model, thresholds: Thresholds, points: list[str], samples: list, backend: str, step: Callable[[], None],
+    scores: str | None = None,
+) -> list[dict]:  # fmt: skip
     """One result per operating point, JSON values only, None for numbers that are not finite.
 
     Dense is PyTorch's scaled_dot_product_attention in the same modules; no kernel of ours has a part in it.
 
     Keys: name, kept, candidates, skip, all three of the whole model, calibrated (the same three of the modules that ran
     with thresholds), uncalibrated {path of another one: its tiles}, dropped_mass {mean, p99, worst}, logits (see
-    `Predictions.summary`, and kl_over_floor), floor (the same with nothing skipped, as no two kernels round alike),
-    modules (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite. `samples` have `tokens`;
-    `step` is called after every forward pass, (2 + points) times a sample. The model must run
+    `Predictions.summary`, and kl_over_floor), floor (the same of exact scores with nothing skipped, as no two kernels
+    round alike), modules (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite; scores, made_for (the
+    scores of the point's thresholds), exact_heads (heads that stay exact beside int8 ones) and unskipped (the logits of
+    int8 scores with nothing skipped, None for exact ones). `samples` have `tokens`; `step` is called after every
+    forward pass, `passes` times a sample. `scores` override the points' own. The model must run
     attn_implementation="bsfa".
     """
     modules = attention_modules(model)
     exact_handlers = dense_handlers(model)
     head = Head(model)
-    handlers = {point: SparseAttention.for_model(thresholds, modules, point, backend=backend) for point in points}
+    options = dict(backend=backend, scores=scores)
+    handlers = {point: SparseAttention.for_model(thresholds, modules, point, **options) for point in points}
     checked = _spread(list(handlers[points[0]]), 3)
     measured = {
         point: {path: MeasuringAttention(handler, path in checked) for path, handler in handlers[point].items()}
         for point in points
     }
-    whole = SparseAttention.for_model(everything(thresholds, points[0]), modules, backend=backend)
+    whole = SparseAttention.for_model(everything(thresholds, points[0]), modules, backend=backend, scores="exact")
+    unskipped = {
+        point: SparseAttention.for_model(everything(thresholds, point), modules, **options)
+        for point in points
+        if scores_of(thresholds, point, scores) != "exact"
+    }
     predictions, floor = {point: Predictions() for point in points}, Predictions()
+    rounded = {point: Predictions() for point in unskipped}
     attending = {point: Attending(model) for point in points}
     for sample in samples:
         tokens = torch.tensor(sample.tokens, device=model.device)
@@ -62,18 +72,49 @@ def verify_points(
         with attach(model, whole):
             floor.add(head, exact, head.hidden(tokens), tokens)
         step()
+        for point, same in unskipped.items():
+            with attach(model, same):
+                rounded[point].add(head, exact, head.hidden(tokens), tokens)
+            step()
         for point in points:
             with attach(model, measured[point]), attending[point]:
                 predictions[point].add(head, exact, head.hidden(tokens), tokens)
             step()
-    return [_result(point, measured[point], predictions[point], floor, attending[point]) for point in points]
+    results = []
+    for point in points:
+        found = _result(point, measured[point], predictions[point], floor, attending[point])
+        own = next(iter(handlers[point].values()))
+        found |= {
+            "scores": own.scores,
+            "made_for": made_for(thresholds, point),
+            "exact_heads": sum(len(handler.exact_heads) for handler in handlers[point].values()),
+            "unskipped": _finite(rounded[point].summary()) if point in rounded else None,
+        }
+        results.append(found)
+    return results
+
+
+def scores_of(thresholds: Thresholds, point: str, scores: str | None) -> str:
+    """What the point runs: `scores`, or its own."""
+    return scores or thresholds.points[thresholds.index(point)].scores
+
+
+def made_for(thresholds: Thresholds, point: str) -> str:
+    """The scores whose statistics the point's thresholds were read from."""
+    return "int8" if thresholds.provenance.get("scores") == "int8" else "exact"
+
+
+def passes(thresholds: Thresholds, points: list[str], scores: str | None = None) -> int:
+    """Forward passes of `verify_points` for each sample."""
+    return 2 + len(points) + sum(scores_of(thresholds, point, scores) != "exact" for point in points)
 
 
 def negative_control(
-    model, thresholds: Thresholds, point: str, samples: list, backend: str, step: Callable[[], None]
-) -> dict:
-    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample; 3 steps."""
-    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, step)[0]
+    model, thresholds: Thresholds, point: str, samples: list, backend: str, step: Callable[[], None],
+    scores: str | None = None,
+) -> dict:  # fmt: skip
+    """The result of `verify_points` for thresholds that drop every candidate tile, on the first sample."""
+    return verify_points(model, absurd(thresholds, point), [point], samples[:1], backend, step, scores)[0]
 
 
 def absurd(thresholds: Thresholds, point: str) -> Thresholds:

@@ -91,9 +91,10 @@ class Search:
     @torch.no_grad()
     def __init__(
         self, loaded: LoadedModel, run: Run, texts: list, gate: str, quantile: float,
-        step: Callable[[], None] = lambda: None,
+        step: Callable[[], None] = lambda: None, scores: str | None = None, max_int8_error: float | None = None,
     ):  # fmt: skip
         self.model, self.run, self.gate, self.quantile, self.step = loaded.model, run, gate, quantile, step
+        self._scores = dict(scores=scores, max_int8_error=max_int8_error)
         self._modules = attention_modules(self.model)
         self._head = Head(self.model)
         self._tokens = [torch.tensor(text.tokens, device=self.model.device) for text in texts]
@@ -127,7 +128,7 @@ class Search:
         """{metric: what is measured} at a skip rate of `steps` * STEP."""
         if steps not in self._seen:
             request = points.Request("target-skip", round(steps * STEP, 10), self.gate)
-            artifact, *_ = points.export(self.run, [request], self.quantile)
+            artifact, *_ = points.export(self.run, [request], self.quantile, **self._scores)
             blocks = []
             with attach(self.model, SparseAttention.for_model(artifact, self._modules)):
                 for tokens, exact in zip(self._tokens, self._exact, strict=True):

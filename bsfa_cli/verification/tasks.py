@@ -10,14 +10,14 @@ from bsfa_kernels.thresholds import Thresholds
 from ..models.load import LoadedModel
 from ..suites.run import Answer, Examiner, dense_handlers, examine
 from ..suites.summary import summarise
-from .run import absurd
+from .run import absurd, made_for, scores_of
 
 DENSE = "dense"
 
 
 def verify_tasks(
     loaded: LoadedModel, thresholds: Thresholds, points: list[str], questions: Sequence, backend: str,
-    step: Callable[[], None],
+    step: Callable[[], None], scores: str | None = None,
 ) -> tuple[dict, list[dict], dict[str, list[Answer]]]:  # fmt: skip
     """(dense summary, one summary per point, the answers by name, "dense" among them); see `summarise`.
 
@@ -27,18 +27,22 @@ def verify_tasks(
     contenders = {DENSE: dense_handlers(loaded.model)}
     modules = attention_modules(loaded.model)
     for point in points:
-        contenders[point] = SparseAttention.for_model(thresholds, modules, point, backend=backend, count=True)
+        contenders[point] = SparseAttention.for_model(
+            thresholds, modules, point, backend=backend, scores=scores, count=True
+        )
     answers = examine(Examiner(loaded.model, loaded.tokenizer), contenders, questions, step)
     summaries = {name: {"name": name, **summarise(found, answers[DENSE])} for name, found in answers.items()}
+    for point in points:
+        summaries[point] |= {"scores": scores_of(thresholds, point, scores), "made_for": made_for(thresholds, point)}
     return summaries[DENSE], [summaries[point] for point in points], answers
 
 
 def negative_control(
     loaded: LoadedModel, thresholds: Thresholds, point: str, questions: Sequence, backend: str,
-    step: Callable[[], None],
+    step: Callable[[], None], scores: str | None = None,
 ) -> dict:  # fmt: skip
     """The summary of `verify_tasks` for thresholds that drop every candidate tile; 2 steps a question."""
-    return verify_tasks(loaded, absurd(thresholds, point), [point], questions, backend, step)[1][0]
+    return verify_tasks(loaded, absurd(thresholds, point), [point], questions, backend, step, scores)[1][0]
 
 
 def to_json(answers: dict[str, list[Answer]]) -> list[dict]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +24,16 @@ from . import container
 from .container import exact_keys, integer, sequence, short
 from .files import write_whole
 from .gates import Gate
+from .request import SCORES
 from .tiles import TileShape
 
-SCHEMA = 2  # 1 lacks the model's `config`: of a configuration it tells that it differs, by config_hash, but not where
+# 1 lacks the model's `config`: of a configuration it tells that it differs, by config_hash, but not where.
+# 2 lacks a point's `scores` and `exact_heads`: it is exact.
+SCHEMA = 3
 MAX_FILE_BYTES = 256 << 20
 MAX_POINTS, MAX_HEADS, MAX_KNOTS, MAX_POSITION, MAX_TILE = 64, 1024, 1 << 16, 1 << 31, 4096
 GATES = ("gap", "absolute")
+NEW_IN_3 = {"scores", "exact_heads"}  # of a point
 METADATA_KEYS = frozenset({"schema", "model", "tile", "keep_sink", "knots", "points", "provenance"})
 # Compared by check_model in this order, so that the most telling difference is the one that is named.
 MODEL_CHECKED = (
@@ -70,6 +74,9 @@ class Point:
     quantile: float | None = None  # of the per-row bound, where one was stated
     fitted: Reached | None = None  # on the samples it was fitted to
     held_out: Reached | None = None  # on samples it never saw
+    scores: str = "exact"  # that it is meant for, one of SCORES
+    # With int8 scores: query heads of a module that keep exact ones, and with them all that share their KV head.
+    exact_heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -82,6 +89,27 @@ class Point:
             raise ThresholdsError(f"point {self.name}: argument must be a finite number, got {short(self.argument)}")
         if self.quantile is not None and not (_is_number(self.quantile) and 0 < self.quantile <= 1):
             raise ThresholdsError(f"point {self.name}: quantile must lie in (0, 1], got {short(self.quantile)}")
+        if not isinstance(self.scores, str) or self.scores not in SCORES:
+            raise ThresholdsError(
+                f"point {self.name}: scores must be one of {', '.join(SCORES)}, got {short(self.scores)}"
+            )
+        try:
+            self._check_exact_heads()
+        except container.Malformed as error:
+            raise ThresholdsError(f"point {self.name}: {error}") from None
+
+    def _check_exact_heads(self):
+        if not isinstance(self.exact_heads, Mapping):
+            raise ThresholdsError(f"exact_heads must be a JSON object, got {short(self.exact_heads)}")
+        if self.exact_heads and self.scores == "exact":
+            raise ThresholdsError("exact_heads belong to int8 scores, and these are exact")
+        for path, heads in self.exact_heads.items():
+            what = f"exact_heads of {short(path)}"
+            heads = sequence(what, list(heads) if isinstance(heads, tuple) else heads, 1, MAX_HEADS)
+            for head in heads:
+                integer(what, head, 0, MAX_HEADS - 1)
+            if any(b <= a for a, b in zip(heads, heads[1:], strict=False)):
+                raise ThresholdsError(f"{what} must increase")
 
 
 @dataclass(frozen=True)
@@ -126,8 +154,18 @@ class Thresholds:
             if (shape[0], shape[2]) != (len(names), len(self.knots)) or not 1 <= shape[1] <= MAX_HEADS:
                 expected = f"{len(names)} points x 1..{MAX_HEADS} heads x {len(self.knots)} knots"
                 raise ThresholdsError(f"{path} must hold {expected}, got {' x '.join(map(str, shape))}")
+            for point in self.points:
+                if max(point.exact_heads.get(name, ()), default=0) >= shape[1]:
+                    raise ThresholdsError(f"point {point.name}: exact_heads of {path} name a head past its {shape[1]}")
             if bool((torch.isnan(tensor) | (tensor == torch.inf)).any()):
                 raise ThresholdsError(f"{path} holds NaN or +inf; a threshold is a finite number or -inf")
+
+        for point in self.points:
+            for path in point.exact_heads:
+                if path not in self.tensors:
+                    raise ThresholdsError(
+                        f"point {point.name}: exact_heads name {short(path)}, which is no module here"
+                    )
 
     def index(self, name: str | None = None) -> int:
         """Row of point `name`; without a name, of the only point. Raises ThresholdsError naming the points."""
@@ -214,7 +252,10 @@ class Thresholds:
             sizes = (integer("tile", size, 1, MAX_TILE) for size in sequence("tile", metadata["tile"], 2, 2))
             tile = TileShape(*sizes)
             knots = tuple(sequence("knots", metadata["knots"], 1, MAX_KNOTS))
-            points = tuple(_point_from_json(point) for point in sequence("points", metadata["points"], 1, MAX_POINTS))
+            points = tuple(
+                _point_from_json(point, metadata["schema"])
+                for point in sequence("points", metadata["points"], 1, MAX_POINTS)
+            )
             if not isinstance(metadata["provenance"], dict):
                 raise ThresholdsError("provenance must be a JSON object")
             model = metadata["model"]
@@ -283,13 +324,14 @@ def _is_number(value) -> bool:
 
 def _point_to_json(point: Point) -> dict:
     result = dict(vars(point))
+    result["exact_heads"] = {path: list(heads) for path, heads in point.exact_heads.items()}
     for key in ("fitted", "held_out"):
         result[key] = None if result[key] is None else dict(vars(result[key]))
     return result
 
 
-def _point_from_json(value) -> Point:
-    exact_keys("a point", value, Point.__dataclass_fields__)
+def _point_from_json(value, schema: int) -> Point:
+    exact_keys("a point", value, set(Point.__dataclass_fields__) - (NEW_IN_3 if schema < 3 else set()))
     reached = {}
     for key in ("fitted", "held_out"):
         if value[key] is not None:

@@ -19,10 +19,14 @@ from .transformers import NAME, apply
 class SparseLM(HFLM):
     """The harness's `hf`, with attn_implementation="bsfa" and a thresholds file."""
 
-    def __init__(self, *arguments, thresholds: str | None = None, point: str | None = None, **options):
+    def __init__(
+        self, *arguments, thresholds: str | None = None, point: str | None = None, scores: str | None = None, **options
+    ):
         """Raises ThresholdsError as `apply`, and whatever the harness raises."""
         super().__init__(*arguments, attn_implementation=NAME, **options)
-        self.attachment = None if thresholds is None else apply(self.model, thresholds, point, count=True)
+        self.attachment = (
+            None if thresholds is None else apply(self.model, thresholds, point, count=True, scores=scores)
+        )
 
 
 def main() -> None:

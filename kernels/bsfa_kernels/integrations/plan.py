@@ -41,7 +41,7 @@ class Route(Enum):
 
 
 class Step(NamedTuple):
-    """What to run, and why no gate judges the call (None where one does).
+    """What to run, and why no gate judges the call (None where one does, and where scores are those asked for).
 
     `expected`: the reason lies in the call (decoding, a short chunk) or in what was asked for (no thresholds), not in
     something that bsfa cannot do.
@@ -72,6 +72,7 @@ class Gated(Protocol):
     least_rows: int  # its gate was calibrated on the vote of so many rows: with fewer queries every tile is kept
     fused_tile: TileShape | None  # on a GPU only a fused kernel of this tile serves it; None: it serves itself
     knows_scoring: bool  # it takes window=, softcap= and sinks= where a call has them
+    scores: str  # it computes, where a kernel has them; "exact" where it does not say
 
 
 def plan(call: Call, handler: Gated | None) -> Step:
@@ -89,14 +90,14 @@ def plan(call: Call, handler: Gated | None) -> Step:
         reason, expected = scoring, False
     else:
         tile = getattr(handler, "fused_tile", None)
-        reason, expected = _no_kernel(call, tile), False
+        reason, expected = no_kernel(call.q, tile), False
         if reason is None and scoring is None:
             reason = _no_gain(call, tile)
         if reason is None:
-            return Step(Route.GATED, None, True)
+            return Step(Route.GATED, _other_scores(call, tile, getattr(handler, "scores", "exact")), True)
     if not (call.spans or call.masked or scoring) and (not call.causal or rows == call.k.shape[2]):
         return Step(Route.LIBRARY, reason, expected)
-    if not call.masked and call.q.is_cuda and _no_kernel(call, TileShape()) is None:
+    if not call.masked and call.q.is_cuda and no_kernel(call.q, TileShape()) is None:
         return Step(Route.KEPT, reason, expected)
     return Step(Route.FALLBACK, reason, expected)
 
@@ -110,12 +111,18 @@ def _scoring(call: Call) -> str | None:
     return None if call.window is None else window_reason(call.window)
 
 
-def _no_kernel(call: Call, tile: TileShape | None) -> str | None:
-    """Why no fused kernel of this tile can serve the call on its GPU; None where one can, and where none is needed."""
-    if tile is None or not call.q.is_cuda:
+def no_kernel(q: torch.Tensor, tile: TileShape | None, scores: str = "exact") -> str | None:
+    """Why no fused kernel of this tile can serve a call on its GPU; None where one can, and where none is needed."""
+    if tile is None or not q.is_cuda:
         return None
-    backend, reason = fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
+    backend, reason = fused(q.device, q.dtype, q.shape[-1], tile.rows, tile.keys, scores)
     return None if backend else f"no fused kernel: {reason}"
+
+
+def _other_scores(call: Call, tile: TileShape | None, scores: str) -> str | None:
+    """Why a gated call runs exact scores although others were asked for."""
+    reason = None if scores == "exact" else no_kernel(call.q, tile, scores)
+    return None if reason is None else f"exact scores instead of {scores}: {reason}"
 
 
 def _no_gain(call: Call, tile: TileShape | None) -> str | None:

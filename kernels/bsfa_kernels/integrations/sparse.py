@@ -10,7 +10,10 @@ import torch
 
 from ..api import Attention, block_sparse_attention
 from ..gates import Gate
+from ..request import SCORES
+from . import mixed
 from .modules import AttentionModule
+from .plan import no_kernel
 
 if TYPE_CHECKING:
     from ..thresholds import Thresholds
@@ -31,7 +34,8 @@ class SparseAttention:
     Its buffers, a gate for every query tile up to `longest` positions and, with `count`, the counters, are made once
     and stay where they are until a call comes on another device: calls can be captured in a CUDA graph and replayed.
     Past the last knot thresholds no longer change, so that a gate rarely needs `longest` columns. `counts` sums kept
-    and candidate tiles on the device, without waiting for it, over all threads and streams.
+    and candidate tiles on the device, without waiting for it, over all threads and streams. `scores` override the
+    point's own; those of a call are `scores_of`.
     """
 
     knows_scoring = True
@@ -43,12 +47,21 @@ class SparseAttention:
         path: str,
         *,
         count: bool = False,
+        scores: str | None = None,
         backend: str = "auto",
         longest: int | None = None,
         device: torch.device | str = "cpu",
     ):
         tile = thresholds.tile
         self.path, self.point, self.thresholds, self.backend = path, point, thresholds, backend
+        own = thresholds.points[thresholds.index(point)]
+        if scores not in (None, *SCORES):
+            raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
+        self.scores = own.scores if scores is None else scores
+        self.override = None  # a note, where the scores are not the point's own
+        if self.scores != own.scores:
+            self.override = f"{self.scores} scores, with thresholds for {own.scores} ones"
+        self.exact_heads = tuple(own.exact_heads.get(path, ())) if self.scores == own.scores else ()
         self.least_rows, self.fused_tile = tile.rows, tile if backend == "auto" else None
         # The column behind whose centre no knot lies holds the value of all that follow.
         flat = max(0, -(-(thresholds.knots[-1] - tile.rows // 2) // tile.rows)) + 1
@@ -98,10 +111,22 @@ class SparseAttention:
 
     def attend(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **options) -> Attention:
         """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
-        return block_sparse_attention(
-            q, k, v, self.gate(max(q.shape[2], k.shape[2]), q.device), scale=scale, causal=causal, spans=spans,
-            tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend, **options,
-        )  # fmt: skip
+        gate = self.gate(max(q.shape[2], k.shape[2]), q.device)
+        return self.run(q, k, v, gate, scale=scale, causal=causal, spans=spans, **options)
+
+    def run(self, q, k, v, gate: Gate, **options) -> Attention:
+        """`block_sparse_attention` with this handler's tile and scores, and the gate given."""
+        options |= dict(tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend)
+        scores = self.scores_of(q)
+        if scores == "int8" and self.exact_heads:
+            return mixed.attention(q, k, v, gate, self.exact_heads, **options)
+        return block_sparse_attention(q, k, v, gate, scores=scores, **options)
+
+    def scores_of(self, q: torch.Tensor) -> str:
+        """What a call with these queries runs: exact scores where a GPU has no kernel with others, see plan.py."""
+        if self.scores == "exact" or not q.is_cuda or self.fused_tile is None:
+            return self.scores
+        return self.scores if no_kernel(q, self.fused_tile, self.scores) is None else "exact"
 
     def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
         counting = self._totals is not None

@@ -86,7 +86,7 @@ class Handler(Protocol):
 
 
 class Note(NamedTuple):
-    """A module of which a call was judged by no gate, and why."""
+    """A module of which a call was judged by no gate, and why; or ran other scores than its thresholds are for."""
 
     path: str
     reason: str
@@ -142,6 +142,8 @@ def attention(
     step = plan(call, handler)
     if step.reason is not None:
         _note(module, step)
+    elif step.route is Route.GATED and (override := getattr(handler, "override", None)):
+        _note(module, step._replace(reason=override))
     if step.route in (Route.GATED, Route.KEPT):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         run = handler if step.route is Route.GATED else keep_every_tile
@@ -205,8 +207,8 @@ def _note(module: nn.Module, step: Step) -> None:
 
 
 def notes(model: nn.Module) -> list[Note]:
-    """Every module of `model` that made a call which no gate judged so far, what ran instead and why. Compiled forward
-    passes leave no notes.
+    """Every module of `model` that made a call which no gate judged so far, or with other scores than its thresholds
+    are for: what ran instead and why. Compiled forward passes leave no notes.
     """
     return [
         Note(path, step.reason, step.route.value, step.expected)
@@ -278,12 +280,15 @@ def apply(
     *,
     count: bool = False,
     longest: int | None = None,
+    scores: str | None = None,
 ) -> Attachment:
     """Run `model` with the operating point `point` of a thresholds file (None: its only or default point).
 
     Sets attn_implementation="bsfa" where the model runs another, until the last attachment is gone. `count` keeps
     kept/candidate tile counts on each handler, see `skip_rate`. Buffers are made for sequences up to `longest`
     positions (None: the model's own maximum) and do not move afterwards, so that calls can be captured in CUDA graphs.
+    `scores`, "exact" or "int8", override those that the point was made for, and `notes` says so; a GPU without a kernel
+    for int8 scores runs exact ones, and `notes` says so too.
 
     Raises ThresholdsError for a bad file, an unknown point, and, naming the field, a file made for another model:
     configuration and weights are compared, the weights by `identity.fingerprint` and only where it can be taken (not
@@ -299,7 +304,7 @@ def apply(
     modules = attention_modules(model)
     if longest is None:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    handlers = SparseAttention.for_model(thresholds, modules, point, count=count, longest=longest)
+    handlers = SparseAttention.for_model(thresholds, modules, point, count=count, longest=longest, scores=scores)
     former = {}
     if all(model.get_submodule(path).config._attn_implementation != NAME for path in modules):
         former = _implementations(model)
