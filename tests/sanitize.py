@@ -19,7 +19,11 @@ CALLS = "calls"
 
 def calls(backends) -> None:
     """The calls themselves, in the process that compute-sanitizer watches."""
+    import importlib
+    from itertools import product
+
     import torch
+    from bsfa_kernels.backends import ATTENTION
     from kernel_cases import Case, check, check_statistics
 
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -30,12 +34,14 @@ def calls(backends) -> None:
         Case(1, 2, 2, 383, 500, 96, causal=False, gate="absolute", keep_sink=False, dtype=bf16),
     )
     for backend in backends:
-        for case in cases:
-            for blocks in ("", "shuffled"):
-                case = replace(case, blocks=blocks)
-                print(f"{backend} {case}: right, {check(case, backend, 'cuda'):.0%} skipped", flush=True)
+        module = importlib.import_module(f"bsfa_kernels.{ATTENTION[backend]}")
+        for case, blocks, scores in product(cases, ("", "shuffled"), getattr(module, "SCORES", ("exact",))):
+            case = replace(case, blocks=blocks)
+            skipped = check(case, backend, "cuda", scores=scores)
+            print(f"{backend} {case} {scores} scores: right, {skipped:.0%} skipped", flush=True)
         if backend == "triton":
-            check_statistics(cases[0], backend, "cuda")
+            for scores in ("exact", "int8"):
+                check_statistics(cases[0], backend, "cuda", scores=scores)
             print("triton statistics: right", flush=True)
 
 

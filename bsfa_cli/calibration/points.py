@@ -187,9 +187,7 @@ def exact_heads(run: Run, curves: Curves, limit: float | None) -> dict[str, list
         return {}
     errors = int8_errors(curves)
     if not errors:
-        raise UsageError(
-            f"--max-int8-error needs what int8 scores do to every head: calibrate {run.path} anew, --scores int8"
-        )
+        raise UsageError(f"--max-int8-error: {run.path} has not measured it; calibrate anew with --scores int8")
     over = {path: [head for head, error in enumerate(found) if error > limit] for path, found in errors.items()}
     return {path: heads for path, heads in over.items() if heads}
 

@@ -20,13 +20,15 @@ from bsfa_kernels.integrations.transformers import SparseAttention, attach, atte
 
 from ..data.texts import Sample, data_hash, load_texts
 from ..environment import describe, resolve_device
-from ..errors import UsageError
+from ..errors import MachineError, UsageError
 from ..files import write_json, write_whole
 from ..metrics.logits import Head, Predictions
 from ..models.load import LoadedModel, check_positions, load_model
 from ..prefill_tiles import Attending
 from ..presentation import figures
 from ..presentation.real_plot import real_plot
+from ..timing import flash_attention
+from ..timing.plan import EXACT, INT8
 from ..verification.layers import skip_rate
 from ..verification.run import everything
 from . import end
@@ -135,6 +137,7 @@ def table(entries: list[dict], names: list[tuple[str, str, str]]) -> dict:
 def measured(options: argparse.Namespace) -> dict:
     """Calibrate, export, judge: JSON of the whole experiment."""
     length, started = options.length, time.monotonic()
+    scores = _scores(options.scores)
     device = resolve_device("auto")
     loaded = load_model(
         options.model, device=device, check_config=lambda config: check_positions(config, length, "--length")
@@ -149,16 +152,17 @@ def measured(options: argparse.Namespace) -> dict:
         spec = ",".join(str(options.texts / f"{kind}-calibrate.jsonl") for kind in CALIBRATIONS[name])
         begun = calibrated(loaded, spec, options.samples, length, work / f"{options.name}-{name}", ranks)
         hashes[name] = begun.manifest["data"]["hash"]
-        for (recipe, point), handlers in contenders(loaded, begun, chosen, RATES).items():
+        for (recipe, point), handlers in contenders(loaded, begun, chosen, RATES, scores).items():
             found[name, recipe, point] = handlers
     judged = {kind: texts_of(options.texts, kind, options.judge, length, loaded.tokenizer) for kind in KINDS}
     header = {
         "model": loaded.identity, "environment": describe(device), "dtype": str(loaded.model.dtype), "length": length,
         "calibrations": hashes, "texts": {kind: data_hash(texts) for kind, texts in judged.items()},
         "points": ["/".join(key) for key in found],
-    }  # fmt: skip
+    } | ({"scores": scores} if scores != (EXACT,) else {})  # fmt: skip
     notebook = Notebook(work / f"{options.name}.jsonl", header)
-    _judge_all(loaded, found, judged, notebook, started + 60 * options.minutes)
+    beside = _unskipped(loaded, found, scores)
+    _judge_all(loaded, found, beside, judged, notebook, started + 60 * options.minutes)
     entries = notebook.entries
     if not entries:
         raise UsageError(f"--minutes {options.minutes:g} is too short for one text; the same command goes on from here")
@@ -168,17 +172,63 @@ def measured(options: argparse.Namespace) -> dict:
         "dtype": header["dtype"].removeprefix("torch."), "tile": "x".join(map(str, TILE)), "length": length,
         "calibration": {"samples": options.samples, "hashes": hashes},
         "evaluation": {"texts": len(entries), "planned": sum(map(len, judged.values())), "hashes": header["texts"]},
-        "limits": LIMITS, "floor": floor, "calibrations": table(entries, list(found)),
+        "limits": LIMITS, "floor": floor, "unskipped": {name: summaries(entries, name) for name in beside},
+        "calibrations": table(entries, list(found)),
     }  # fmt: skip
 
 
-def _judge_all(loaded: LoadedModel, found: dict, judged: dict, notebook: Notebook, deadline: float) -> None:
+def _scores(text: str) -> tuple[str, ...]:
+    """Of "exact,int8", exact first. Raises UsageError."""
+    scores = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if scores[0] != EXACT or any(part not in (EXACT, INT8) for part in scores):
+        raise UsageError(f"--scores takes exact or exact,int8, got {text!r}")
+    return scores
+
+
+def _unskipped(loaded: LoadedModel, found: dict, scores: tuple[str, ...]) -> dict[str, dict]:
+    """{name: handlers} of what rounds more than exact scores do, with nothing skipped: int8 scores and, where it is
+    installed, FlashAttention-3 in FP8.
+    """
+    if INT8 not in scores:
+        return {}
+    handlers = next(iter(found.values()))
+    thresholds = next(iter(handlers.values())).thresholds
+    whole = everything(thresholds, thresholds.points[0].name)
+    rounded = {
+        "int8 scores": SparseAttention.for_model(whole, attention_modules(loaded.model), count=True, scores=INT8)
+    }
+    if loaded.model.device.type == "cuda":
+        x = torch.zeros(1, 1, 64, 64, device=loaded.model.device, dtype=loaded.model.dtype)
+        reason = flash_attention.dense_fp8(flash_attention.TokensFirst(x, x, x), True)
+        if isinstance(reason, str):
+            print(f"{flash_attention.FA3_FP8} is left out: {reason}", file=sys.stderr)
+        else:
+            rounded[flash_attention.FA3_FP8] = dict.fromkeys(handlers, Fp8Attention())
+    return rounded
+
+
+class Fp8Attention:
+    """A handler: dense FlashAttention-3 on Q, K and V rounded to FP8."""
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+        if spans is not None:
+            raise ValueError("FP8 is measured on whole prompts without padding")
+        # It scales by head_dim ** -0.5.
+        call = flash_attention.dense_fp8(flash_attention.TokensFirst(q * (scale * q.shape[-1] ** 0.5), k, v), causal)
+        if isinstance(call, str):
+            raise MachineError(f"{flash_attention.FA3_FP8}: {call}")
+        return call().to(q.dtype)
+
+
+def _judge_all(
+    loaded: LoadedModel, found: dict, beside: dict, judged: dict, notebook: Notebook, deadline: float
+) -> None:
     """Texts that are not in the notebook, kinds in turns, until `deadline`."""
     head, done = Head(loaded.model), {entry["text"] for entry in notebook.entries}
     thresholds = next(iter(next(iter(found.values())).values())).thresholds
     whole = everything(thresholds, thresholds.points[0].name)
-    floor = SparseAttention.for_model(whole, attention_modules(loaded.model), count=True)
-    named = {FLOOR: floor} | {"/".join(key): handlers for key, handlers in found.items()}
+    floor = SparseAttention.for_model(whole, attention_modules(loaded.model), count=True, scores=EXACT)
+    named = {FLOOR: floor} | beside | {"/".join(key): handlers for key, handlers in found.items()}
     most = max(map(len, judged.values()))
     order = [(kind, texts[i]) for i in range(most) for kind, texts in judged.items() if i < len(texts)]
     for kind, text in order:
@@ -200,6 +250,12 @@ def say(result: dict) -> None:
         f"{floor['kl']:.4f}, top-1 {floor['top1']:.4f}, perplexity {floor['perplexity_increase']:+.3%}",
         file=sys.stderr,
     )
+    for name, found in result["unskipped"].items():
+        print(
+            f"{name}, nothing skipped: KL {found['kl']:.4f}, top-1 {found['top1']:.4f}, perplexity "
+            f"{found['perplexity_increase']:+.3%}",
+            file=sys.stderr,
+        )
     for calibration, recipes in result["calibrations"].items():
         for recipe, entry in recipes.items():
             reached = ", ".join(
@@ -228,6 +284,7 @@ def main() -> int:
     parser.add_argument("--judge", type=int, default=8, help="texts of each kind to judge on")
     parser.add_argument("--calibrations", default=",".join(CALIBRATIONS), help="kinds of text to calibrate on")
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="only this one; may be given again")
+    parser.add_argument("--scores", default=EXACT, help="exact, or exact,int8: int8 ones at the same thresholds too")
     parser.add_argument("--minutes", type=float, default=60.0, help="no text is begun after so many")
     options = parser.parse_args()
     result = measured(options)

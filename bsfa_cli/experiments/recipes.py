@@ -33,6 +33,7 @@ from ..presentation import figures
 from ..presentation.recipes_plot import recipes_plot
 from ..suites.run import Answer, Examiner, dense_handlers, examine, mode
 from ..suites.summary import summarise
+from ..timing.plan import EXACT
 from . import end
 
 RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # or as much less as the gate can reach
@@ -75,14 +76,24 @@ def recipes(begun: Run, rates: tuple[float, ...]) -> dict[str, list[Request]]:
     }
 
 
-def contenders(loaded: LoadedModel, begun: Run, chosen: tuple[str, ...], rates: tuple[float, ...]) -> dict:
-    """{(recipe, point): handlers} of the chosen recipes."""
+def contenders(
+    loaded: LoadedModel,
+    begun: Run,
+    chosen: tuple[str, ...],
+    rates: tuple[float, ...],
+    scores: tuple[str, ...] = (EXACT,),
+) -> dict:
+    """{(recipe, point): handlers} of the chosen recipes; with int8 scores, at the same thresholds, a recipe says so."""
     modules, found = attention_modules(loaded.model), {}
     points_of = recipes(begun, rates)
     for recipe in chosen:
         artifact, *_ = points.export(begun, points_of[recipe], QUANTILE)
         for point in artifact.points:
-            found[recipe, point.name] = SparseAttention.for_model(artifact, modules, point.name, count=True)
+            for used in scores:
+                name = recipe if used == EXACT else f"{recipe}, {used} scores"
+                found[name, point.name] = SparseAttention.for_model(
+                    artifact, modules, point.name, count=True, scores=used
+                )
     return found
 
 
