@@ -34,8 +34,9 @@ def agree(made, specified) -> None:
         assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 128, 160])
+@pytest.mark.parametrize(
+    "head_dim, dtype", [(8, torch.float32), (40, torch.float16), (128, torch.float16), (160, torch.float32)]
+)
 def test_preparation(head_dim, dtype):
     q, k = drawn(70, 50, head_dim, dtype)
     agree(int8.prepare(request(q, k)), quantise.prepare(request(q, k)))
@@ -91,7 +92,7 @@ def test_the_shift_is_made_only_where_something_sees_it():
 
 
 CASES = [
-    *(Case(1, 2, 1, 90, 90, 16, WIDE, True, gate) for gate in ("", "absolute", "gap", "both")),
+    *(Case(1, 2, 1, 90, 90, 16, WIDE, True, gate) for gate in ("", "both")),
     Case(1, 2, 1, 70, 90, 40, TALL, False, "both"),
     Case(3, 2, 1, 40, 60, 16, WIDE, True, "both", padded=True),
     Case(3, 1, 1, 40, 40, 16, TALL, False, "gap", padded=True, softcap=2.0),
