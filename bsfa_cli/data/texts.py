@@ -26,6 +26,9 @@ from . import frame_tasks, generated_text, plans, questions
 if TYPE_CHECKING:
     import torch
 
+if TYPE_CHECKING:
+    import torch
+
 MESSAGES = "messages"
 TEXT_KEYS = ("text", "input_text", "input", MESSAGES, "prompt")  # the first that a line has is read
 BUILTIN, TASKS = "builtin:", "tasks:"
@@ -80,15 +83,15 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
     return found
 
 
-def sources(spec: str) -> list[str]:
+def sources(spec: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
     """The files and generated texts that `spec` names, each once: those of its parts, separated by commas, each a file,
-    a folder (all .txt and .jsonl files below it), a pattern of the shell's, "builtin:NAME" or "tasks:NAME,NAME".
+    a folder (all files with one of `suffixes` below it), a pattern of the shell's, "builtin:NAME" or "tasks:NAME,NAME".
 
     Raises InputError for folders and patterns without such a file, UsageError for nothing at all.
     """
     found: dict[str, str] = {}
     for part in _parts(spec):
-        for source in [part] if _generated(part) else _files(part):
+        for source in [part] if _generated(part) else _files(part, suffixes):
             found.setdefault(source if _generated(part) else os.path.realpath(source), source)
     if not found:
         raise UsageError("--data names no text")
@@ -148,19 +151,19 @@ def _parts(spec: str) -> list[str]:
     return parts
 
 
-def _files(part: str) -> list[str]:
+def _files(part: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files of a file's name, a folder or a pattern."""
     path = Path(part).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
         if not found:
-            raise InputError(f"data folder {path} holds no {' or '.join(SUFFIXES)} file")
+            raise InputError(f"data folder {path} holds no {' or '.join(suffixes)} file")
         return list(map(str, found))
     if not path.exists() and glob.has_magic(part):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
             raise InputError(f"no data file matches {path}")
-        return [file for match in matches for file in (_files(match) if Path(match).is_dir() else [match])]
+        return [file for match in matches for file in (_files(match, suffixes) if Path(match).is_dir() else [match])]
     return [str(path)]
 
 
@@ -274,10 +277,11 @@ def _file(path: Path, samples: int, length: int, seed: int, tokenizer):
     return _windows(path, text, samples, length, tokenizer)
 
 
-def read_text(path: Path) -> str:
-    """The content of a .txt or .jsonl file. Raises InputError where it cannot be text."""
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"data file {path} must be .txt or .jsonl, or one of the builtin:NAME texts")
+def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """The content of a file with one of these suffixes. Raises InputError where it cannot be text."""
+    if path.suffix not in suffixes:
+        others = ", or one of the builtin:NAME texts" if suffixes == SUFFIXES else ""
+        raise InputError(f"data file {path} must be {' or '.join(suffixes)}{others}")
     try:
         size = os.stat(path).st_size
         if size > MAX_FILE_BYTES:
