@@ -114,7 +114,8 @@ def _cut(
 
 def _words(chosen: list[Chosen]) -> str:
     """What is packed."""
-    shown = len(pictures([sample for sample, _ in chosen]))
-    words = f"{len(chosen)} samples with {shown} images, the first {chosen[0][0].metadata['source']}"
+    count, shown = len(chosen), len(pictures([sample for sample, _ in chosen]))
+    first = chosen[0][0].metadata["source"]
+    words = f"{count} samples with {shown} images, the first {first}" if count > 1 else f"{first}, {shown} images"
     times = chosen[-1][1] + 1
     return words if times == 1 else f"{words}, each up to {times} times"
