@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from . import configuration
-from .errors import UsageError
+from .data.images import ImageData
+from .errors import InputError, UsageError
 from .streams import is_closed
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,6 +66,27 @@ Data = Annotated[
         callback=_data,
     ),
 ]
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the images lie that --data names: annotation files (.json, .jsonl, .csv) of LAVIS, MMLongBench, "
+        "LongVideoBench or Video-MME, packed until the length is reached; for a vision-language model.",
+    ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="With --image-root: frames shown of a video, spread evenly over its folder; 32 by default."
+    ),
+]
+RepeatData = Annotated[
+    bool,
+    typer.Option(
+        "--repeat-data",
+        help="With --image-root: where the samples are too few for the length, repeat them, and say so.",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.", callback=_device),
@@ -79,9 +101,24 @@ Dtype = Annotated[
 ]
 
 
-def joined(data: list[str] | None) -> str | None:
-    """The values of --data as one specification (see `calibration.data.sources`); None where none was given."""
-    return ",".join(data) if data else None
+def joined(
+    data: list[str] | None, image_root: Path | None = None, frames: int | None = None, repeat: bool = False
+) -> str | None:
+    """The values of --data as one specification (see `data.texts.sources`), an ImageData where they have images; None
+    where there are none.
+
+    Raises UsageError for options of images without images, InputError where the root is no folder.
+    """
+    spec = ",".join(data) if data else None
+    if image_root is None:
+        if frames is not None or repeat:
+            raise UsageError(f"{'--frames' if frames is not None else '--repeat-data'} belongs to --image-root")
+        return spec
+    if spec is None:
+        raise UsageError("--image-root says where the images lie that --data names: give --data FILE too")
+    if not image_root.is_dir():
+        raise InputError(f"image root {image_root} is no folder")
+    return ImageData.of(spec, image_root, frames, repeat)
 
 
 def numbers(text: str, kind: type[int] | type[float], rule: str) -> tuple:

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import UsageError
-from ..options import Config, Data, Device, Dtype, Json, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
 
 TILES = {"64x128": (64, 128), "128x64": (128, 64)}
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
@@ -23,6 +23,9 @@ def calibrate(
         Path | None, Option("--output", "-o", metavar="RUN", help="Run directory; the same command resumes it.")
     ] = None,
     data: Data = None,
+    image_root: ImageRoot = None,
+    frames: Frames = None,
+    repeat_data: RepeatData = False,
     samples: Annotated[
         int, Option(min=1, help="Samples; every fourth is held out for checking. More of them extend a run.")
     ] = 8,
@@ -61,7 +64,7 @@ def calibrate(
     if scores not in ("exact", "int8"):
         raise UsageError(f"--scores must be exact or int8, got {scores!r}")
     ranks = None if top_k is None else _ranks(top_k)
-    given = joined(data)
+    given = joined(data, image_root, frames, repeat_data)
 
     from ..calibration import run
     from ..console import note, print_json

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import InputError, UsageError
-from ..options import Config, Data, Device, Dtype, Json, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
 
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
@@ -20,6 +20,9 @@ def capture(
     ] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The safetensors file.")] = None,
     data: Data = None,
+    image_root: ImageRoot = None,
+    frames: Frames = None,
+    repeat_data: RepeatData = False,
     length: Annotated[
         int | None, Option(min=1, help="Tokens of the prompt; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
@@ -38,7 +41,7 @@ def capture(
     from ..comparison import tensors
     from ..comparison.capture import capture as run
     from ..console import note, print_json
-    from ..data.texts import check_source, default_data, load_texts, remarks
+    from ..data.texts import check_source, default_data, falls_short, load_texts, remarks
     from ..environment import resolve_device
     from ..files import check_writable, write_whole
     from ..models.load import check_positions, explain_memory, load_model
@@ -48,7 +51,7 @@ def capture(
     length = length or DEFAULT_LENGTH[place.type]
     if layers is not None:
         parse_layers(layers)
-    given = joined(data)
+    given = joined(data, image_root, frames, repeat_data)
     check_source(given, length)
     positions = partial(check_positions, length=length, flag="--length")
     loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
@@ -59,7 +62,7 @@ def capture(
     for remark in remarks(given, spec, 1):
         note(remark)
     (text,) = load_texts(spec, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
-    if len(text.tokens) < length:
+    if falls_short(text, length):
         raise InputError(f"{spec}: its longest prompt has {len(text.tokens)} tokens, {length} were asked for")
     with explain_memory("--length or --layers"):
         found = run(loaded, modules, text.tokens)
@@ -68,6 +71,7 @@ def capture(
         facts = {"model": loaded.identity["id"], "label": loaded.label, "data": spec, "seed": seed}
         content = tensors.pack(found, facts)
     write_whole(output, content)
-    note(f"written: {output} ({len(content):,} bytes, {len(found)} layers of {length:,} tokens)")
+    note(f"written: {output} ({len(content):,} bytes, {len(found)} layers of {len(text.tokens):,} tokens)")
     if json:
-        print_json({"file": str(output), "bytes": len(content), "length": length, "layers": list(found), **facts})
+        size = {"bytes": len(content), "length": len(text.tokens), "layers": list(found)}
+        print_json({"file": str(output), **size, **facts})

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import Config, Data, Device, Dtype, Json, joined, numbers
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 BUNDLED = "bundled"
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}
@@ -40,6 +40,9 @@ def compare(
         Path | None, Option(metavar="FILE", help="Inside a model: the points of this artifact instead of a run's.")
     ] = None,
     data: Data = None,
+    image_root: ImageRoot = None,
+    frames: Frames = None,
+    repeat_data: RepeatData = False,
     samples: Annotated[int, Option(min=1, help="Inside a model: number of texts a length.")] = 2,
     tasks: Annotated[
         str | None, Option(help="Inside a model: all, frames, or tasks separated by commas, held out from calibration.")
@@ -94,7 +97,7 @@ def compare(
     kv_heads = kv_heads or max(1, heads // 4)
     shape = Shape("structured", heads, kv_heads, head_dim, causal)
     lengths = None if length is None else _lengths(length)
-    given_data = joined(data)
+    given_data = joined(data, image_root, frames, repeat_data)
 
     from bsfa_kernels import TileShape
 
@@ -196,7 +199,7 @@ def _lengths(text: str) -> list[int]:
 
 def _refuse_idle(context: Context, in_model: bool, captured: bool) -> None:
     """Raise UsageError for an option of the command line that this kind of comparison would not look at."""
-    idle = () if in_model else ("data", "samples", "questions")
+    idle = () if in_model else ("data", "image_root", "frames", "repeat_data", "samples", "questions")
     if in_model or captured:
         idle += ("layers", "heads", "kv_heads", "head_dim", "causal")
     kind = "inside a model" if in_model else "on captured layers" if captured else "on structured layers"
@@ -236,10 +239,10 @@ def _loaded(model: str, given, place, dtype: str, longest: int):
 
 
 def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
-    from ..data.texts import load_texts
+    from ..data.texts import falls_short, load_texts
 
     texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
-    if any(len(text.tokens) < length for text in texts):
+    if any(falls_short(text, length) for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")
     return texts
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import Config, Data, Device, Dtype, Json, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
 
 if TYPE_CHECKING:
     from ..calibration.points import Request
@@ -72,6 +72,9 @@ def export(
         ),
     ] = None,
     data: Data = None,
+    image_root: ImageRoot = None,
+    frames: Frames = None,
+    repeat_data: RepeatData = False,
     samples: Annotated[int, Option(min=1, help="With --largest-skip-with: number of texts.")] = 4,
     length: Annotated[
         int | None, Option(min=2, help="With --largest-skip-with: tokens a text, at most; the run's by default.")
@@ -108,8 +111,8 @@ def export(
     searching = bool(largest_skip_with)
     if model is not None and from_official is None and not searching:
         raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
-    if (data is not None or length is not None) and not searching:
-        raise UsageError("--data and --length belong to --largest-skip-with; other points need no texts")
+    if any(value is not None for value in (data, image_root, length)) and not searching:
+        raise UsageError("--data, --image-root and --length belong to --largest-skip-with; other points need no texts")
     asked = (top_k or [], target_skip or [], effect_skip or [], one_threshold or [], max_dropped_mass or [])
     if from_official is not None and (any(asked) or searching):
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
@@ -134,7 +137,7 @@ def export(
         searched: dict[str, dict] = {}
         if searching:
             limits = _limits(largest_skip_with)
-            place = _Place(model, joined(data), samples, length, device, dtype)
+            place = _Place(model, joined(data, image_root, frames, repeat_data), samples, length, device, dtype)
             found, searched, left_out = _search(begun, limits, gate, quantile, place, scores, max_int8_error)
             requests += found
         if not requests:

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Option
 
 from ..errors import GateFailed, MachineError, UsageError
-from ..options import Config, Data, Device, Dtype, Json, joined, numbers
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 
 def profile(
@@ -45,6 +45,9 @@ def profile(
     thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
     data: Data = None,
+    image_root: ImageRoot = None,
+    frames: Frames = None,
+    repeat_data: RepeatData = False,
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
     plot: Annotated[Path | None, Option(metavar="FILE.svg", help="Plot speedup against length; .svg or .png.")] = None,
     baseline: Annotated[Path | None, Option(help="Earlier result of this same machine to compare with.")] = None,
@@ -95,7 +98,7 @@ def profile(
     )  # fmt: skip
     if plan.backend != "auto":
         _known_backend(plan.backend)
-    given = joined(data)
+    given = joined(data, image_root, frames, repeat_data)
     artifact = None if thresholds is None else _artifact(thresholds, point)
     if end_to_end is not None:
         from ..data.texts import check_source

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Option
 
 from ..errors import GateFailed, UsageError
-from ..options import Config, Data, Device, Dtype, Json, joined, numbers
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
@@ -30,6 +30,9 @@ def verify(
     thresholds: Annotated[Path, Option(help="Thresholds artifact made by bsfa export.")] = ...,
     point: Annotated[str | None, Option(help="Operating point in the artifact; all of them by default.")] = None,
     data: Data = None,
+    image_root: ImageRoot = None,
+    frames: Frames = None,
+    repeat_data: RepeatData = False,
     samples: Annotated[int, Option(min=1, help="Number of texts.")] = 2,
     length: Annotated[
         int | None, Option(min=2, help="Tokens a text, at most; 32768 on a GPU and 2048 on a CPU by default.")
@@ -134,7 +137,8 @@ def verify(
     device = resolve_device(device)
     length = length or DEFAULT_LENGTH[device.type]
     sizes = (length,) if lengths is None else _lengths(lengths)
-    _check_inputs(artifact, joined(data), length, tasks, sizes, questions)
+    given = joined(data, image_root, frames, repeat_data)
+    _check_inputs(artifact, given, length, tasks, sizes, questions)
     for path in filter(None, (output, heat_map, save_questions)):
         check_writable(path)
     longest, flag = max(sizes), "--length" if lengths is None else "--lengths"
@@ -148,7 +152,7 @@ def verify(
     seed = _held_out_seed(artifact.provenance) if seed is None else seed
     job = _Job(loaded, artifact, points, gates, negative_control, backend, seed, details, scores)
     if tasks is None:
-        found, failures = _texts(job, joined(data), samples, length)
+        found, failures = _texts(job, given, samples, length)
     else:
         found, failures = _tasks(job, tasks, sizes, questions, heat_map, save_questions)
     dense = run.dense_notes(loaded.model)

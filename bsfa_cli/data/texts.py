@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
 from . import frame_tasks, generated_text, plans, questions
+from .images import ImageData
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
     Samples of texts under `shortest` tokens are left out. Raises InputError for data that cannot be used and UsageError
     for an unknown builtin or task.
     """
+    if isinstance(spec, ImageData):
+        raise InputError(f"{spec} names images, and this model reads text only; drop --image-root")
     named, found, longest = sources(spec), [], 0
     turns = {
         label: _samples(source, samples, length, seed, tokenizer)
@@ -80,15 +83,15 @@ def load_texts(spec: str, *, samples: int, length: int, tokenizer, seed: int = 0
     return found
 
 
-def sources(spec: str) -> list[str]:
+def sources(spec: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
     """The files and generated texts that `spec` names, each once: those of its parts, separated by commas, each a file,
-    a folder (all .txt and .jsonl files below it), a pattern of the shell's, "builtin:NAME" or "tasks:NAME,NAME".
+    a folder (all files with one of `suffixes` below it), a pattern of the shell's, "builtin:NAME" or "tasks:NAME,NAME".
 
     Raises InputError for folders and patterns without such a file, UsageError for nothing at all.
     """
     found: dict[str, str] = {}
     for part in _parts(spec):
-        for source in [part] if _generated(part) else _files(part):
+        for source in [part] if _generated(part) else _files(part, suffixes):
             found.setdefault(source if _generated(part) else os.path.realpath(source), source)
     if not found:
         raise UsageError("--data names no text")
@@ -107,6 +110,8 @@ def shared_files(spec: str, other: str) -> list[str]:
 
 def remarks(given: str | None, spec: str, samples: int) -> list[str]:
     """What the user should know about the texts of `spec`, which was `given`, or chosen where that is None."""
+    if isinstance(spec, ImageData):
+        return ["samples are repeated where they are too few for the length"] if spec.repeat else []
     found = [f"no --data was given: {stand_in(spec)}"] if given is None and stand_in(spec) else []
     count = len(sources(spec))
     if count > samples:
@@ -126,6 +131,9 @@ def stand_in(spec: str) -> str | None:
 
 def check_source(spec: str | None, length: int) -> None:
     """Raise, as `load_texts`, for what can be refused without a model: None is the default and always there."""
+    if isinstance(spec, ImageData):
+        spec.annotations.check()
+        return
     for source in () if spec is None else sources(spec):
         if source.startswith(TASKS):
             plans.plan(source.removeprefix(TASKS), (length,), 1)
@@ -148,19 +156,19 @@ def _parts(spec: str) -> list[str]:
     return parts
 
 
-def _files(part: str) -> list[str]:
+def _files(part: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files of a file's name, a folder or a pattern."""
     path = Path(part).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
         if not found:
-            raise InputError(f"data folder {path} holds no {' or '.join(SUFFIXES)} file")
+            raise InputError(f"data folder {path} holds no {' or '.join(suffixes)} file")
         return list(map(str, found))
     if not path.exists() and glob.has_magic(part):
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
             raise InputError(f"no data file matches {path}")
-        return [file for match in matches for file in (_files(match) if Path(match).is_dir() else [match])]
+        return [file for match in matches for file in (_files(match, suffixes) if Path(match).is_dir() else [match])]
     return [str(path)]
 
 
@@ -229,6 +237,11 @@ def data_hash(samples: list[Sample]) -> str:
     return digest.hexdigest()
 
 
+def falls_short(sample: Sample, length: int) -> bool:
+    """Whether a sample has fewer tokens than it should. A pack of images ends before the image that would cross."""
+    return len(sample.tokens) < length and not getattr(sample, "parts", ())
+
+
 def _prefix(tokenizer) -> list[int]:
     """The token every text begins with for this tokenizer (BOS), if it adds one."""
     bos = tokenizer.bos_token_id
@@ -274,10 +287,11 @@ def _file(path: Path, samples: int, length: int, seed: int, tokenizer):
     return _windows(path, text, samples, length, tokenizer)
 
 
-def read_text(path: Path) -> str:
-    """The content of a .txt or .jsonl file. Raises InputError where it cannot be text."""
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"data file {path} must be .txt or .jsonl, or one of the builtin:NAME texts")
+def read_text(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """The content of a file with one of these suffixes. Raises InputError where it cannot be text."""
+    if path.suffix not in suffixes:
+        others = ", or one of the builtin:NAME texts; files that name images need --image-root"
+        raise InputError(f"data file {path} must be {' or '.join(suffixes)}{others if suffixes == SUFFIXES else ''}")
     try:
         size = os.stat(path).st_size
         if size > MAX_FILE_BYTES:
@@ -321,7 +335,8 @@ def _said(path: Path, number: int, record: dict) -> str | list[dict]:
     key = next((key for key in TEXT_KEYS if key in record), None)
     if key is None:
         keys = ", ".join(map(str, record))[:80] or "none"
-        raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}")
+        hint = "; images need --image-root" if "image" in keys or "video" in keys else ""
+        raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}{hint}")
     if key != MESSAGES:
         check_text(path, number, key, record[key])
         return record[key]

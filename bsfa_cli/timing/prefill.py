@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from ..data.texts import load_texts
+from ..data.texts import falls_short, load_texts
 from ..errors import InputError
 from ..prefill_tiles import Attending
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
@@ -50,12 +50,13 @@ class Prefill:
         self._attached = None
 
     def time(self, data: str, length: int, seed: int, seconds: float, begin: Begin = unseen) -> dict:
-        """One prompt of `length` tokens of `data`, timed every way that runs here.
+        """One prompt of `length` tokens of `data`, or up to an image fewer, timed every way that runs here.
 
         `skip` is the share of all the model's candidate tiles that was dropped on that very prompt. Milliseconds as in
         `Timing`. Raises InputError for data that cannot be used or holds no prompt that long.
         """
-        ids = torch.tensor([self._prompt(data, length, seed)], device=self.device)
+        prompt = self._prompt(data, length, seed)
+        ids = torch.tensor([prompt], device=self.device)
 
         @torch.inference_mode()
         def forward():
@@ -93,7 +94,7 @@ class Prefill:
         return {
             "model": self.loaded.identity["id"],
             "label": self.loaded.label,
-            "length": length,
+            "length": len(prompt),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "point": self.point,
             "data": data,
@@ -113,7 +114,7 @@ class Prefill:
     def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
         # Generated text is another one than calibration with the same seed saw.
         texts = load_texts(data, samples=1, length=length, tokenizer=self.loaded.tokenizer, seed=seed + OTHER_TEXTS)
-        if len(texts[0].tokens) < length:
+        if falls_short(texts[0], length):
             raise InputError(f"{data}: its longest prompt has {len(texts[0].tokens)} tokens, {length} were asked for")
         return texts[0].tokens
 
