@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -104,28 +105,29 @@ def hopper(
     spans: bool,
     lists: bool = False,
     scoring: str = "",
+    scores: str = "exact",
 ) -> MachineCode:
     """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither, and
     `scoring` a w (window), a c (softcap), an s (attention sinks).
     """
-    from bsfa_kernels import hopper as module
+    from bsfa_kernels import hopper, hopper_kernel
 
-    name, block_d = NAMES[dtype], module.columns(head_dim)
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    int8 = scores == "int8"
+    shape = hopper.shape_of(SimpleNamespace(scores=scores, v=torch.empty(1, 1, 1, head_dim, device="meta")))
+    kinds = (causal, True, "a" in gate, "g" in gate, spans, lists, *(x in scoring for x in "wcs"), int8)
+    variant = hopper.variant_of(shape, 8, 32, 4, head_dim, *kinds, int8 and ("a" in gate or "s" in scoring))
 
-    def descriptor(rows):
-        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, block_d], element)
-        return f"tensordesc<{name}[1, 1, {rows}, {block_d}],{layout!r}>"
+    def descriptor(rows, element):
+        layout = hopper.tile_layout(rows.value, shape.columns, element)
+        return f"tensordesc<{NAMES[element]}[1, 1, {rows.value}, {shape.columns}],{layout!r}>"
 
-    rows, keys = descriptor(module.ROWS.value), descriptor(module.KEYS.value)
-    signature = RUNTIME | dict(q_desc=rows, k_desc=keys, v_desc=keys, out_ptr=f"*{name}")
-    k_stages, v_stages = module.STAGES[block_d]
-    constants = dict(
-        SECTION=8, HEADS=32, GROUP=4, HEAD_DIM=head_dim, D=block_d, K_STAGES=k_stages, V_STAGES=v_stages, CAUSAL=causal,
-        KEEP_SINK=True, ABSOLUTE="a" in gate, GAP="g" in gate, SPANS=spans, LISTS=lists,
-        WINDOWED="w" in scoring, CAPPED="c" in scoring, SINKS="s" in scoring,
+    rounded = torch.int8 if int8 else dtype
+    signature = RUNTIME | dict(
+        q_desc=descriptor(hopper_kernel.ROWS, rounded), k_desc=descriptor(hopper_kernel.KEYS, rounded),
+        v_desc=descriptor(hopper_kernel.KEYS, dtype), out_ptr=f"*{NAMES[dtype]}",
     )  # fmt: skip
-    return compile_kernel(module._forward, signature, constants, 90, folder, num_warps=4, maxnreg=128)
+    options = dict(num_warps=4, maxnreg=shape.registers)
+    return compile_kernel(hopper_kernel.forward, signature, dict(VARIANT=variant), 90, folder, **options)
 
 
 def portable(

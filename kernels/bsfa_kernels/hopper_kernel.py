@@ -1,0 +1,802 @@
+"""The hopper backend's kernel in Gluon, for sm_90a: consumer warpgroups that decide, one producer warp that streams.
+
+A program computes 64 query rows of one head for each of its consumers. The producer brings Q and then, for every key
+tile of the program's stream, K and V by TMA, in slabs of 64 or 128 columns, as many as the head dim needs. What each
+choice was worth is in NOTES.md.
+
+The stream of a program with consumers 0, 1, 2, whose diagonal tiles (D) differ, sink S, causal, from left to right:
+
+    position    0    1    2    3    4    5   ...
+    key tile    S    9    8    7    6    5   ...       S is tile 0; the newest follows, then right to left
+    consumer 2  F    D    c    c    c    c             F, D: kept whatever the gates say
+    consumer 1  F    -    D    c    c    c             -: behind the consumer's rows, masked as a whole
+    consumer 0  F    -    D    c    c    c             c: candidates, which the gates decide about
+
+Not causal: the diagonal tiles of all consumers, then S, then everything else right to left, where a consumer's own
+diagonal tile comes by again and is let pass. With block lists (schedule.py) an entry says who wants the tile and why.
+
+Barriers, for each of K's and V's slots, i the number of its slab in the stream:
+
+    producer                                          consumer
+    returned: all consumers arrived for i - stages    wait full(i), products read the slab
+    expect bytes on full(i), start TMA       ------>  returned(i): arrive, when its own products are done
+
+`full` are mbarriers in shared memory; `returned` are hardware barriers, one arrival a warp, because Triton puts two
+barriers of a whole warpgroup around an mbarrier's arrive. A consumer lets a slab pass only after it has landed, so no
+slot is written twice at a time. A vote is one more hardware barrier, which hands every warp the OR of all threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .request import UNBOUNDED
+
+# Triton 3.9 renamed it.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+ROWS = gl.constexpr(64)
+KEYS = gl.constexpr(128)
+LOG2E = gl.constexpr(1.4426950408889634)
+UNCOUNTED = gl.constexpr(-(2**30))  # below any number of tiles
+PROPAGATE_NAN = gl.constexpr(triton.language.PropagateNan.ALL)
+UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
+# Of the 16 hardware barriers Triton takes the first four.
+RETURNED = gl.constexpr(4)  # and as many as K and V have slots
+VOTES = gl.constexpr(13)  # and one for each consumer
+# An integer below 2^22 added to this float's bits is the float plus the integer.
+MAGIC = gl.constexpr(0x4B400000)
+MAGIC_FLOAT = gl.constexpr(12582912.0)
+MASKED_INTEGER = gl.constexpr(0xFF800000 - 2**32 - 0x4B400000)  # becomes -inf
+SMALLEST = gl.constexpr(1e-37)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a program is compiled for."""
+
+    section: int  # query heads that run at one time
+    heads: int
+    group: int  # query heads of a KV head
+    head_dim: int
+    columns: int  # of a slab
+    slabs: int  # of a tile
+    parts: int  # of a tile's keys, each of whose products starts before the next one's exponentials
+    consumers: int
+    k_stages: int  # slabs of K and of V in flight
+    v_stages: int
+    causal: bool
+    keep_sink: bool
+    absolute: bool
+    gap: bool
+    spans: bool
+    lists: bool
+    windowed: bool
+    capped: bool
+    sinks: bool
+    int8: bool  # Q and K
+    shifted: bool  # int8 scores lack a number that is the same for a whole row, and it is seen
+
+    @property
+    def width(self) -> int:
+        """Columns of the output that fit a slab of Q."""
+        return self.columns // 2 if self.int8 else self.columns
+
+
+class Call(NamedTuple):
+    """Pointers and numbers of a launch."""
+
+    out: object  # [B, Hq, Tq, D]
+    lse: object  # float32 [B, Hq, Tq]
+    kept: object  # int32 [B, Hq, query tiles]
+    candidates: object
+    absolute: object  # float32 [Hq, absolute_tiles]
+    gap: object
+    sinks: object  # float32 [Hq]
+    q_scale: object  # float32 [B, Hq, Tq]
+    q_shift: object
+    k_scale: object  # float32 [B, Hkv, k_scales]
+    scale: object
+    softcap: object
+    window: object
+    q_rows: object
+    tiles: object
+    absolute_tiles: object
+    gap_tiles: object
+    k_scales: object
+
+
+class Buffers(NamedTuple):
+    """Shared memory: slabs, and the mbarriers that say when they have landed."""
+
+    q: object
+    k: object
+    v: object
+    q_full: object
+    k_full: object
+    v_full: object
+
+
+class Span(NamedTuple):
+    """Positions of a sequence; see reference.Span."""
+
+    q_first: object
+    k_offset: object
+    length: object
+    q_length: object
+
+
+class Stream(NamedTuple):
+    """Key tiles that a program's consumers share."""
+
+    entries: object  # int32, where there are block lists
+    length: object
+    diagonals: object  # not causal: tiles in front that some consumer has its diagonal in
+    sink: object  # 1 where it has a place of its own
+    end_diagonal: object
+    end_tiles: object
+
+
+class Place(NamedTuple):
+    """A program's place in the call."""
+
+    batch: object
+    head: object
+    kv_head: object
+    plane: object  # sequence and head in one
+    tile: object  # in the call's arrays of query tiles
+    first: object  # the same query tile, counted from the sequence's position 0
+
+
+class Positions(NamedTuple):
+    """Where a consumer's tiles are in the stream; `own` and `own_first` are key tiles, the others positions."""
+
+    own: object  # its diagonal tile
+    own_first: object  # the first tile in its window
+    own_at: object
+    sink_at: object
+    first_candidate: object
+    end_candidate: object
+    again: object  # not causal: its diagonal tile comes by a second time
+    edge_at: object  # from here on tiles reach over the window's left edge
+
+
+class Row(NamedTuple):
+    """What a consumer holds of its rows: maxima in log2 units, sums by thread."""
+
+    maximum: object
+    total: object
+
+
+@gluon.jit
+def run_ptx(PTX: gl.constexpr, x):
+    """One instruction in every thread, with x as operand 1."""
+    ASM: gl.constexpr = PTX + "; mov.b32 $0, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def give_back(slot, VARIANT: gl.constexpr):
+    """This warp is done with a slot; slots are counted through K's and then V's."""
+    PTX: gl.constexpr = "bar.arrive $1, " + threads(VARIANT)
+    run_ptx(PTX, RETURNED + slot)
+
+
+@gluon.jit
+def wait_returned(slot, VARIANT: gl.constexpr):
+    PTX: gl.constexpr = "bar.sync $1, " + threads(VARIANT)
+    run_ptx(PTX, RETURNED + slot)
+
+
+@gluon.constexpr_function
+def threads(variant) -> str:
+    """That meet where a slot is returned."""
+    return str(variant.consumers * 128 + 32)
+
+
+@gluon.jit
+def stream_tile(i, stream, VARIANT: gl.constexpr):
+    """Key tile at position i of a program's stream."""
+    if VARIANT.causal:
+        return gl.where((i == 0) & (stream.sink == 1), 0, stream.end_tiles - 1 - i + stream.sink)
+    else:
+        rest = i - stream.diagonals - stream.sink
+        return gl.where(
+            i < stream.diagonals, stream.end_diagonal - 1 - i, gl.where(rest < 0, 0, stream.end_tiles - 1 - rest)
+        )
+
+
+@gluon.jit
+def entry_after(entries_ptr, i, length):
+    """The entry behind the i-th, if there is one: read one ahead, so that nothing waits for its own."""
+    return gl.load(entries_ptr + gl.minimum(i + 1, length - 1))
+
+
+@gluon.jit
+def fetch(desc, batch, head, row, column, full, buffer):
+    mbarrier.expect(full, desc.block_type.nbytes)
+    tma_load(desc, [batch, head, row, column], full, buffer)
+
+
+@gluon.jit
+def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.constexpr):
+    CONSUMERS: gl.constexpr = VARIANT.consumers
+    SLABS: gl.constexpr = VARIANT.slabs
+    if stream.length > 0:
+        mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
+        for w in gl.static_range(CONSUMERS):
+            for c in gl.static_range(SLABS):
+                row = place.first * ROWS - span.q_first + w * ROWS
+                at = [place.batch, place.head, row, c * VARIANT.columns]
+                tma_load(q_desc, at, buffers.q_full, buffers.q.index(w * VARIANT.slabs + c))
+    if VARIANT.lists:
+        following = gl.load(stream.entries)
+    for i in range(stream.length):
+        if VARIANT.lists:
+            tile = following >> 2 * VARIANT.consumers
+            following = entry_after(stream.entries, i, stream.length)
+        else:
+            tile = stream_tile(i, stream, VARIANT)
+        row = tile * KEYS - span.k_offset
+        for c in gl.static_range(SLABS):
+            slab = i * VARIANT.slabs + c
+            slot = slab % VARIANT.k_stages
+            if slab >= VARIANT.k_stages:
+                wait_returned(slot, VARIANT)
+            fetch(k_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
+                  buffers.k.index(slot))  # fmt: skip
+        for c in gl.static_range(SLABS):
+            slab = i * VARIANT.slabs + c
+            slot = slab % VARIANT.v_stages
+            if slab >= VARIANT.v_stages:
+                wait_returned(VARIANT.k_stages + slot, VARIANT)
+            fetch(v_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.v_full.index(slot),
+                  buffers.v.index(slot))  # fmt: skip
+    # A program ends with its barriers as it found them.
+    slabs = stream.length * VARIANT.slabs
+    for slab in range(gl.maximum(slabs - VARIANT.k_stages, 0), slabs):
+        wait_returned(slab % VARIANT.k_stages, VARIANT)
+    for slab in range(gl.maximum(slabs - VARIANT.v_stages, 0), slabs):
+        wait_returned(VARIANT.k_stages + slab % VARIANT.v_stages, VARIANT)
+
+
+@gluon.jit
+def either(a, b):
+    return a | b
+
+
+@gluon.jit
+def larger(a, b):
+    """The larger number; NaN where one is NaN, so that no gate hides it."""
+    return gl.maximum(a, b, propagate_nan=PROPAGATE_NAN)
+
+
+@gluon.jit
+def held_whole(query_tile, span, q_rows):
+    """Whether gates judge the query tile; see reference.Span.whole."""
+    first = query_tile * ROWS
+    end = gl.minimum(first + ROWS, span.q_length)
+    return (q_rows >= ROWS) & (span.q_first <= first) & (end <= span.q_first + q_rows)
+
+
+@gluon.constexpr_function
+def score_layout(keys: int):
+    """Of scores [ROWS, keys] and of an output slab with as many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, keys, 16])
+
+
+@gluon.constexpr_function
+def partial_layout():
+    """[ROWS, 4]: what one thread holds of a row, which 4 threads share."""
+    return gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+
+
+@gluon.jit
+def trivially(x, layout: gl.constexpr):
+    """x in a layout in which every thread holds what it held."""
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def largest_per_thread(s):
+    """Largest of each thread's own columns of every row: [ROWS, 4], without a shuffle."""
+    s = s.reshape([ROWS, s.shape[1] // 8, 4, 2])
+    if s.dtype == gl.int32:
+        return trivially(gl.max(gl.max(s, 3), 1), partial_layout())
+    else:
+        return trivially(gl.reduce(gl.reduce(s, 3, larger), 1, larger), partial_layout())
+
+
+@gluon.jit
+def sum_per_thread(p):
+    p = p.reshape([ROWS, p.shape[1] // 8, 4, 2])
+    return trivially(gl.sum(gl.sum(p, 3), 1), partial_layout())
+
+
+@gluon.jit
+def halves(x):
+    """Left and right columns of x [ROWS, N], which each thread holds both of."""
+    half: gl.constexpr = x.shape[1] // 2
+    left, right = gl.split(x.reshape([ROWS, 2, half]).permute((0, 2, 1)))
+    return trivially(left, score_layout(half)), trivially(right, score_layout(half))
+
+
+@gluon.jit
+def in_parts(x, COUNT: gl.constexpr):
+    """The columns of x [ROWS, N] in 1, 2 or 4 equal parts."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        left, right = halves(x)
+        if COUNT == 2:
+            return (left, right)
+        else:
+            a, b = halves(left)
+            c, d = halves(right)
+            return (a, b, c, d)
+
+
+@gluon.jit
+def slot_of(i, c: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
+    """Slot and phase of slab c of the stream's i-th tile."""
+    slab = i * VARIANT.slabs + c
+    return slab % stages, slab // stages & 1
+
+
+@gluon.jit
+def wait_for(full, i, stages: gl.constexpr, VARIANT: gl.constexpr):
+    SLABS: gl.constexpr = VARIANT.slabs
+    for c in gl.static_range(SLABS):
+        slot, phase = slot_of(i, c, stages, VARIANT)
+        mbarrier.wait(full.index(slot), phase)
+
+
+@gluon.jit
+def give_back_tile(i, first: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
+    SLABS: gl.constexpr = VARIANT.slabs
+    for c in gl.static_range(SLABS):
+        slot, phase = slot_of(i, c, stages, VARIANT)
+        give_back(first + slot, VARIANT)
+
+
+@gluon.jit
+def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
+    """Starts QK^T of a tile, unscaled."""
+    SLABS: gl.constexpr = VARIANT.slabs
+    wait_for(buffers.k_full, i, VARIANT.k_stages, VARIANT)
+    if VARIANT.int8:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+        s = gl.full([ROWS, KEYS], 0, gl.int32, layout)
+    else:
+        s = gl.full([ROWS, KEYS], 0.0, gl.float32, score_layout(KEYS))
+    for c in gl.static_range(SLABS):
+        slot, phase = slot_of(i, c, VARIANT.k_stages, VARIANT)
+        q = buffers.q.index(WG * VARIANT.slabs + c).reshape([ROWS, VARIANT.columns])
+        k = buffers.k.index(slot).reshape([KEYS, VARIANT.columns])
+        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def anyone(flags, WG: gl.constexpr):
+    """Whether a flag [ROWS, 4] is set in some thread of the consumer: every thread votes for its own, one barrier asks.
+
+    A tensor's values cannot become a scalar without shuffles and shared memory; they do by way of a register that only
+    PTX knows (`declare_vote`).
+    """
+    own = gl.reduce(flags.reshape([4, 2, 8, 4]), 1, either)
+    gl.inline_asm_elementwise("mov.b32 bsfa_vote, $1; mov.b32 $0, $1;", "=r,r", [own], gl.int32, False, 1)
+    PTX: gl.constexpr = (
+        "{.reg .pred mine, all; setp.ne.b32 mine, bsfa_vote, 0; barrier.cta.red.or.pred all, $1, 128, mine; "
+        "selp.b32 $0, 1, 0, all;}"
+    )
+    return gl.inline_asm_elementwise(PTX, "=r,r,~{memory}", [gl.to_tensor(VOTES + WG)], gl.int32, False, 1) == 1
+
+
+@gluon.jit
+def declare_vote(x):
+    PTX: gl.constexpr = ".reg .b32 bsfa_vote; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(PTX, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def vote(largest, valid, maximum, unit, shift, absolute, gap, WG: gl.constexpr, VARIANT: gl.constexpr):
+    """Whether the tile passes its gates: each by one row at least. `largest` times `unit` is in natural units."""
+    passes = True
+    if VARIANT.absolute:
+        natural = largest * unit
+        if VARIANT.shifted:
+            natural += shift[:, None]
+        passes = anyone(gl.where((natural < absolute) | ~valid[:, None], 0, 1), WG)
+    if VARIANT.gap:
+        below = largest * (unit * LOG2E) - maximum[:, None] < gap
+        passes = anyone(gl.where(below | ~valid[:, None], 0, 1), WG) & passes
+    return passes
+
+
+@gluon.jit
+def cap_scores(s, scale, softcap):
+    """softcap * tanh(scale * s / softcap), in natural units; what is masked stays so."""
+    x = gl.exp2(s * (scale / softcap * (-2 * LOG2E)))
+    return gl.where(s == -float("inf"), s, softcap * (2 / (1 + x) - 1))
+
+
+@gluon.jit
+def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
+    """One tile joins the softmax: its keys in parts, so that a part's product runs behind the next one's exponentials.
+
+    `unit` makes log2 units of scores: one number or, of int8 scores, one for each row.
+    """
+    SLABS: gl.constexpr = VARIANT.slabs
+    PARTS: gl.constexpr = VARIANT.parts
+    new_max = larger(row.maximum, gl.reduce(largest * unit, 1, larger))
+    shift = new_max
+    if VARIANT.windowed:  # a row whose window begins behind this tile may have seen nothing yet: nothing to subtract
+        shift = gl.where(new_max == -float("inf"), 0.0, new_max)
+    alpha = gl.exp2(row.maximum - shift)
+    total = row.total * alpha[:, None]
+    rescaled = ()
+    o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.columns))
+    for c in gl.static_range(SLABS):
+        rescaled = rescaled + (acc[c] * trivially(alpha, o_rows)[:, None],)
+    acc = rescaled
+    PART: gl.constexpr = KEYS // VARIANT.parts
+    s_rows: gl.constexpr = gl.SliceLayout(1, score_layout(PART))
+    operand: gl.constexpr = gl.DotOperandLayout(0, score_layout(VARIANT.columns), 2)
+    if VARIANT.int8:
+        factor = trivially(gl.max(unit, 1), s_rows)[:, None]
+        subtracted = trivially(shift, s_rows)[:, None] + MAGIC_FLOAT * factor
+    else:
+        factor = unit
+        subtracted = trivially(shift, s_rows)[:, None]
+    parts = in_parts(s, VARIANT.parts)
+    for h in gl.static_range(PARTS):
+        x = parts[h]
+        if VARIANT.int8:
+            x = (x + MAGIC).to(gl.float32, bitcast=True)
+        p = gl.exp2(x * factor - subtracted)
+        weights = gl.convert_layout(p.to(buffers.v.dtype), operand)
+        started = ()
+        for c in gl.static_range(SLABS):
+            slot, phase = slot_of(i, c, VARIANT.v_stages, VARIANT)
+            v = buffers.v.index(slot).reshape([KEYS, VARIANT.columns]).slice(h * PART, PART)
+            started = started + (warpgroup_mma(weights, v, acc[c], is_async=True),)
+        acc = started
+        total += sum_per_thread(p)
+    return finished(acc, VARIANT), Row(new_max, total)
+
+
+@gluon.jit
+def finished(acc, VARIANT: gl.constexpr):
+    """Products that have run to their end."""
+    if VARIANT.slabs == 1:
+        return (warpgroup_mma_wait(0, deps=[acc[0]]),)
+    elif VARIANT.slabs == 2:
+        return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
+    else:
+        return warpgroup_mma_wait(0, deps=[acc[0], acc[1], acc[2]])
+
+
+@gluon.jit
+def find_positions(query_tile, alive, call, span, stream, VARIANT: gl.constexpr):
+    own = gl.minimum(query_tile * ROWS // KEYS, (span.length - 1) // KEYS)
+    own_first = own * 0
+    end_candidate = stream.length
+    edge_at = stream.length
+    if VARIANT.windowed:
+        own_first = gl.minimum(gl.maximum(query_tile * ROWS - call.window + 1, 0) // KEYS, own)
+        end_candidate = stream.end_tiles - own_first + stream.sink
+        last_edge = gl.maximum((query_tile + 1) * ROWS - 1 - call.window, 0) // KEYS
+        edge_at = stream.end_tiles - 1 + stream.sink - last_edge
+    if VARIANT.causal:
+        own_at = stream.end_tiles - 1 - own + stream.sink
+        sink_at = stream.sink - 1
+        if VARIANT.windowed:
+            sink_at = gl.where(own_first == 0, sink_at, -1)
+        first_candidate = own_at + 1
+        again = own * 0 - 1
+        if (stream.sink == 1) & (own == 0):
+            own_at = own * 0
+            first_candidate = stream.length
+    else:
+        own_at = stream.end_diagonal - 1 - own
+        sink_at = gl.where((stream.sink == 1) & (own > 0), stream.diagonals, -1)
+        first_candidate = stream.diagonals + stream.sink
+        again = stream.diagonals + stream.sink + stream.end_tiles - 1 - own
+    if not alive:
+        own_at = own * 0 - 1
+        sink_at = own * 0 - 1
+        first_candidate = stream.length
+    return Positions(own, own_first, own_at, sink_at, first_candidate, end_candidate, again, edge_at)
+
+
+@gluon.jit
+def hide(s, tile, query_tile, call, span, VARIANT: gl.constexpr):
+    """s with what no row may see at -inf."""
+    s_rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    key = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, s.type.layout))
+    last = span.length - 1
+    if VARIANT.causal:
+        last = gl.minimum(query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows), last)[:, None]
+    visible = key[None, :] <= last
+    if VARIANT.windowed:
+        before = query_tile * ROWS + gl.arange(0, ROWS, layout=s_rows) - call.window
+        visible = visible & (key[None, :] > before[:, None])
+    return gl.where(visible, s, MASKED_INTEGER if VARIANT.int8 else -float("inf"))
+
+
+@gluon.jit
+def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.constexpr):
+    SLABS: gl.constexpr = VARIANT.slabs
+    rows: gl.constexpr = gl.SliceLayout(1, partial_layout())
+    query_tile = place.first + WG
+    alive = query_tile * ROWS < gl.minimum(span.q_length, span.q_first + call.q_rows)
+    # Rows of this tile that are no padding.
+    first_valid = span.q_first - query_tile * ROWS
+    end_valid = gl.minimum(call.q_rows + span.q_first, span.q_length) - query_tile * ROWS
+    row_index = gl.arange(0, ROWS, layout=rows)
+    valid = (row_index >= first_valid) & (row_index < end_valid)
+    at = find_positions(query_tile, alive, call, span, stream, VARIANT)
+    whole = held_whole(query_tile, span, call.q_rows)
+    absolute = -float("inf")
+    gap = -float("inf")
+    if VARIANT.absolute:
+        column = gl.minimum(query_tile, call.absolute_tiles - 1)
+        absolute = gl.load(call.absolute + place.head * call.absolute_tiles + column)
+        absolute = gl.where(whole, absolute, -float("inf"))
+    if VARIANT.gap:
+        column = gl.minimum(query_tile, call.gap_tiles - 1)
+        gap = gl.load(call.gap + place.head * call.gap_tiles + column) * LOG2E
+        gap = gl.where(whole, gap, -float("inf"))
+    unit = call.scale
+    shift = call.scale
+    if VARIANT.int8:
+        first_row = place.plane.to(gl.int64) * call.q_rows + query_tile * ROWS - span.q_first
+        q_scale = gl.load(call.q_scale + first_row + row_index, mask=valid, other=1.0) * call.scale
+        k_scale_ptr = call.k_scale + (place.batch * (VARIANT.heads // VARIANT.group) + place.kv_head) * call.k_scales
+        k_scale_ptr -= gl.maximum(span.k_offset, 0) // KEYS
+        if VARIANT.shifted:
+            shift = gl.load(call.q_shift + first_row + row_index, mask=valid, other=0.0) * call.scale
+
+    row = Row(
+        gl.full([ROWS], -float("inf"), gl.float32, rows), gl.full([ROWS, 4], 0.0, gl.float32, partial_layout())
+    )
+    acc = ()
+    for _ in gl.static_range(SLABS):
+        acc = acc + (gl.full([ROWS, VARIANT.columns], 0.0, gl.float32, score_layout(VARIANT.columns)),)
+    kept = gl.where(whole, 0, UNCOUNTED)  # forced tiles too; a flag of its own would be one more register
+    if stream.length > 0:
+        mbarrier.wait(buffers.q_full, 0)
+    if VARIANT.lists:
+        following = gl.load(stream.entries)
+    for i in range(stream.length):
+        if VARIANT.lists:
+            tile = following >> 2 * VARIANT.consumers
+            forced = (following >> VARIANT.consumers + WG & 1) == 1
+            candidate = (following >> WG & 1) == 1
+            masked = forced
+        else:
+            tile = stream_tile(i, stream, VARIANT)
+            forced = (i == at.own_at) | (i == at.sink_at)
+            candidate = (i >= at.first_candidate) & (i != at.again)
+            # A causal consumer masks all up to its diagonal tile: before it come the sink and what is not its own.
+            masked = i <= at.own_at
+            if VARIANT.windowed:
+                candidate = candidate & (i < at.end_candidate)
+                masked = masked | (i >= at.edge_at)
+        if VARIANT.lists and VARIANT.windowed:
+            masked = masked | (tile * KEYS <= (query_tile + 1) * ROWS - 1 - call.window)
+        if not VARIANT.causal:
+            masked = (tile + 1) * KEYS > span.length
+        if not VARIANT.lists or forced | candidate:
+            s = start_scores(buffers, i, WG, VARIANT)
+            if VARIANT.int8:  # behind the start: a load in flight holds up products that have not started
+                unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)[:, None]
+            s = trivially(warpgroup_mma_wait(0, deps=[s]), score_layout(KEYS))
+            give_back_tile(i, 0, VARIANT.k_stages, VARIANT)
+            if masked:
+                s = hide(s, tile, query_tile, call, span, VARIANT)
+            largest = largest_per_thread(s)
+            if VARIANT.int8:
+                largest = (largest + MAGIC).to(gl.float32, bitcast=True) - MAGIC_FLOAT
+            if VARIANT.capped:
+                largest = cap_scores(largest, call.scale, call.softcap)
+                unit = 1.0
+            passes = vote(largest, valid, row.maximum, unit, shift, absolute, gap, WG, VARIANT)
+            wait_for(buffers.v_full, i, VARIANT.v_stages, VARIANT)
+            passes = forced | (candidate & passes)
+            if VARIANT.lists:
+                following = entry_after(stream.entries, i, stream.length)
+            if passes:
+                if VARIANT.capped:
+                    s = cap_scores(s, call.scale, call.softcap)
+                acc, row = accumulate(s, largest, acc, row, unit * LOG2E, buffers, i, VARIANT)
+                kept += 1
+        else:
+            wait_for(buffers.k_full, i, VARIANT.k_stages, VARIANT)
+            give_back_tile(i, 0, VARIANT.k_stages, VARIANT)
+            wait_for(buffers.v_full, i, VARIANT.v_stages, VARIANT)
+            following = entry_after(stream.entries, i, stream.length)
+        give_back_tile(i, VARIANT.k_stages, VARIANT.v_stages, VARIANT)
+
+    if alive & (stream.length > 0):
+        total = gl.sum(row.total, 1)
+        maximum = row.maximum
+        inverse = 1.0 / total
+        if VARIANT.windowed:
+            inverse = gl.where(total > 0, inverse, 0.0)
+        if VARIANT.shifted:
+            maximum += shift * LOG2E
+        if VARIANT.sinks:
+            logit = gl.load(call.sinks + place.head) * LOG2E
+            new_max = gl.maximum(maximum, logit)
+            alpha = gl.exp2(maximum - new_max)
+            total = total * alpha + gl.exp2(logit - new_max)
+            inverse = alpha / total
+            maximum = new_max
+        # Computed here, since what is kept alive is a register in the loop.
+        first_row = place.plane.to(gl.int64) * call.q_rows + query_tile * ROWS - span.q_first
+        for c in gl.static_range(SLABS):
+            staging = buffers.q.index(WG * VARIANT.slabs + c)
+            store_output(acc[c], inverse, staging, call, first_row, c * VARIANT.columns, first_valid, end_valid, VARIANT)
+        row_index = gl.arange(0, ROWS, layout=rows)
+        valid = (row_index >= first_valid) & (row_index < end_valid)
+        gl.store(call.lse + first_row + row_index, (maximum + gl.log2(total)) / LOG2E, mask=valid)
+        forced_tiles = gl.where((stream.sink == 1) & (at.own > 0) & (at.own_first == 0), 2, 1)
+        counted = kept >= 0
+        query_tiles = place.plane * call.tiles + place.tile + WG
+        gl.store(call.kept + query_tiles, gl.where(counted, kept - forced_tiles, 0))
+        if not VARIANT.lists:
+            visible_tiles = at.own + 1 - at.own_first
+            if not VARIANT.causal:
+                visible_tiles = stream.end_tiles
+            gl.store(call.candidates + query_tiles, gl.where(counted, visible_tiles - forced_tiles, 0))
+
+
+@gluon.jit
+def store_output(
+    acc, inverse, staging, call, first_row, first_column, first_valid, end_valid, VARIANT: gl.constexpr
+):
+    """A slab of the output, by way of Q's buffer, so that a thread stores 16 bytes at a time. Not by TMA: a store whose
+    tile starts before the tensor (an unaligned chunk) is an illegal instruction.
+    """
+    WIDTH: gl.constexpr = VARIANT.width
+    dtype: gl.constexpr = call.out.dtype.element_ty
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.columns))
+    staging = staging._reinterpret(dtype, [ROWS, WIDTH], layout)
+    PARTS: gl.constexpr = VARIANT.columns // WIDTH
+    parts = in_parts(acc * gl.convert_layout(inverse, o_rows)[:, None], PARTS)
+    for part in gl.static_range(PARTS):
+        staging.store(parts[part].to(dtype))
+        o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+        column = first_column + part * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, wide))
+        written = (o_row >= first_valid) & (o_row < end_valid)
+        # A partition does not know how its pointers are aligned.
+        pointer = gl.multiple_of(call.out + first_row * VARIANT.head_dim, 16)
+        address = pointer + o_row[:, None] * VARIANT.head_dim + column[None, :]
+        gl.store(address, staging.load(wide), mask=written[:, None] & (column < VARIANT.head_dim)[None, :])
+
+
+@gluon.jit(
+    do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "k_scales", "room",
+                       "window"]
+)  # fmt: skip
+def forward(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
+    entries_ptr, lengths_ptr, order_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, k_scales, room,
+    VARIANT: gl.constexpr,
+):  # fmt: skip
+    declare_vote(tiles)
+    # Of every section, longest first.
+    CONSUMERS: gl.constexpr = VARIANT.consumers
+    blocks = gl.num_programs(1)
+    plane = gl.program_id(2) * VARIANT.section
+    if VARIANT.lists:
+        listed = (gl.program_id(2) * blocks + gl.program_id(1)) * VARIANT.section + gl.program_id(0)
+        work = gl.load(order_ptr + listed).to(gl.int32)  # in its section
+        plane += work // blocks
+        block = work % blocks
+        stream_row = plane * blocks + block
+        entries_ptr += stream_row.to(gl.int64) * room
+    else:
+        plane += gl.program_id(0)
+        block = blocks - 1 - gl.program_id(1)
+    tile = block * CONSUMERS
+    batch = plane // VARIANT.heads
+    head = plane % VARIANT.heads
+    if VARIANT.spans:
+        q_first = gl.load(spans_ptr + batch * 4)
+        k_offset = gl.load(spans_ptr + batch * 4 + 1)
+        length = gl.minimum(gl.load(spans_ptr + batch * 4 + 2), k_offset + k_rows)
+        q_length = gl.load(spans_ptr + batch * 4 + 3)
+    else:
+        q_first = q_offset
+        k_offset = gl.to_tensor(0)
+        length = k_rows
+        q_length = gl.to_tensor(UNBOUNDED_POSITION)
+    span = Span(q_first, k_offset, length, q_length)
+    first = gl.maximum(q_first, 0) // ROWS + tile
+    end_row = gl.minimum(q_length, q_first + q_rows)
+    last = (length - 1) // KEYS
+    first_diagonal = gl.minimum(first * ROWS // KEYS, last)
+    end_diagonal = gl.minimum((gl.minimum((first + CONSUMERS) * ROWS, end_row) - 1) // KEYS, last) + 1
+    end_tiles = end_diagonal
+    diagonals = gl.to_tensor(0)
+    if not VARIANT.causal:
+        end_tiles = last + 1
+        diagonals = end_diagonal - first_diagonal
+    first_tile = gl.to_tensor(0)
+    if VARIANT.windowed:
+        first_tile = gl.minimum(gl.maximum(first * ROWS - window + 1, 0) // KEYS, first_diagonal)
+    sink = gl.to_tensor(0)
+    if VARIANT.keep_sink:
+        sink = gl.where((end_tiles > 1) & (first_tile == 0), 1, 0)
+    in_stream = end_tiles - first_tile + diagonals
+    if (length <= 0) | (gl.maximum(first * ROWS, q_first) >= end_row):
+        in_stream = gl.to_tensor(0)
+    elif VARIANT.lists:
+        in_stream = gl.load(lengths_ptr + stream_row)
+
+    K_STAGES: gl.constexpr = VARIANT.k_stages
+    V_STAGES: gl.constexpr = VARIANT.v_stages
+    COLUMNS: gl.constexpr = VARIANT.columns
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    buffers = Buffers(
+        gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * VARIANT.slabs, 1, 1, ROWS, COLUMNS], q_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [K_STAGES, 1, 1, KEYS, COLUMNS], k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, KEYS, COLUMNS], v_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [1], bars),
+        gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars),
+    )
+    mbarrier.init(buffers.q_full, count=1)
+    for stage in gl.static_range(K_STAGES):
+        mbarrier.init(buffers.k_full.index(stage), count=1)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(buffers.v_full.index(stage), count=1)
+    fence_async_shared()
+    call = Call(
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr,
+        k_scale_ptr, scale, softcap, window, q_rows, tiles, absolute_tiles, gap_tiles, k_scales,
+    )  # fmt: skip
+    place = Place(batch, head, head // VARIANT.group, plane, tile, first)
+    stream = Stream(entries_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)
+    # Registers of the workers; the first consumer has what they leave.
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (consumer, (0, call, buffers, place, span, stream, VARIANT)),
+                (consumer, (1, call, buffers, place, span, stream, VARIANT)),
+                (consumer, (2, call, buffers, place, span, stream, VARIANT)),
+                (producer, (q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, call, buffers, place, span, stream, VARIANT)),
+                (consumer, (1, call, buffers, place, span, stream, VARIANT)),
+                (producer, (q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
