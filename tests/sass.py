@@ -16,7 +16,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
@@ -105,15 +104,16 @@ def hopper(
     spans: bool,
     lists: bool = False,
     scoring: str = "",
-    scores: str = "exact",
+    int8: bool = False,
 ) -> MachineCode:
     """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither, and
     `scoring` a w (window), a c (softcap), an s (attention sinks).
     """
     from bsfa_kernels import hopper, hopper_kernel
 
-    int8 = scores == "int8"
-    shape = hopper.shape_of(SimpleNamespace(scores=scores, v=torch.empty(1, 1, 1, head_dim, device="meta")))
+    shape = hopper.shape_of(
+        SimpleNamespace(scores="int8" if int8 else "exact", v=torch.empty(1, 1, 1, head_dim, device="meta"))
+    )
     kinds = (causal, True, "a" in gate, "g" in gate, spans, lists, *(x in scoring for x in "wcs"), int8)
     variant = hopper.variant_of(shape, 8, 32, 4, head_dim, *kinds, int8 and ("a" in gate or "s" in scoring))
 

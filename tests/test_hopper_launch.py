@@ -54,7 +54,7 @@ class Driver:
 def gpu(monkeypatch):
     monkeypatch.setattr(hopper, "unsupported", lambda request: None)
     monkeypatch.setattr(hopper, "device_guard", lambda x: nullcontext())
-    for kernel in (hopper._forward, schedule._schedule):
+    for kernel in (hopper.forward, schedule._schedule):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     fake = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
@@ -72,7 +72,7 @@ def test_one_kernel_serves_every_length_and_threshold(gpu):
     for length, columns in ((192, 3), (1000, 16), (4099, 1)):
         result = call(length, columns)
         assert result.out.shape == (2, 8, length, 128) and result.kept.shape == (2, 8, -(-length // 64))
-    assert gpu.loaded == ["_forward"]
+    assert gpu.loaded == ["forward"]
     assert [grid for _, grid, _ in gpu.launched] == [(8, 1, 2), (8, 6, 2), (8, 22, 2)]
     for _, _, arguments in gpu.launched:
         q, k, v = arguments[:3]
@@ -85,5 +85,5 @@ def test_one_kernel_serves_every_length_and_threshold(gpu):
 def test_block_lists_are_scheduled_first(gpu):
     call(1000, 16, head_dim=64, mask=torch.rand(2, 8, 16, 8) < 0.5)
     (first, streams, _), (second, grid, arguments) = gpu.launched
-    assert (first, second) == ("_schedule", "_forward") and streams[:2] == (16, 6) and grid == (8, 6, 2)
+    assert (first, second) == ("_schedule", "forward") and streams[:2] == (16, 6) and grid == (8, 6, 2)
     assert arguments[0].block_shape == [1, 1, 64, 64]

@@ -20,7 +20,9 @@ BACKENDS = ["triton", pytest.param("hopper", marks=ON_HOPPER)]
 
 def cases(backend: str, count: int) -> list:
     rng = random.Random(f"int8 {backend}")
-    drawn = (draw(rng, backend) for _ in range(count))
+    drawn = [draw(rng, backend) for _ in range(count)]
+    if backend == "hopper":  # that serves neither wide heads nor softcap
+        drawn = [replace(case, head_dim=min(case.head_dim, 128), softcap=None) for case in drawn]
     return [
         pytest.param(replace(case, dtype=torch.bfloat16 if case.dtype == torch.float32 else case.dtype), id=f"{i}")
         for i, case in enumerate(drawn)

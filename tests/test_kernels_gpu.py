@@ -29,7 +29,7 @@ def draw(rng: random.Random, backend: str) -> Case:
     dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (backend == "triton")
     dtype = rng.choice(dtypes)
     narrow = (8, 40, 64, 72, 80, 96, 112, 128)
-    head_dims = narrow if backend == "hopper" or dtype == torch.float32 else (*narrow, 160, 192, 224, 256)
+    head_dims = narrow if dtype == torch.float32 else (*narrow, 160, 192, 224, 256)
     causal = rng.random() < 0.7
     return Case(
         batch=3 if padded else rng.choice((1, 2)),

@@ -14,7 +14,7 @@ Programs start section by section: a section is as many KV heads of a sequence a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -127,12 +127,10 @@ def shape_of(request: Request) -> Shape:
 
 @cache
 def variant_of(shape: Shape, section: int, heads: int, group: int, head_dim: int, *kinds: bool) -> Variant:
-    variant = Variant(
+    return Variant(
         section, heads, group, head_dim, shape.columns, shape.slabs, shape.parts, shape.consumers, shape.k_stages,
         shape.v_stages, *kinds,
     )  # fmt: skip
-    # Triton 3.6 runs the parts of a windowed gate one after the other at 128 columns.
-    return replace(variant, parts=1) if variant.windowed and shape.columns == 128 else variant
 
 
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

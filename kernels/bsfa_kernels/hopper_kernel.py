@@ -414,16 +414,25 @@ def declare_vote(x):
 
 
 @gluon.jit
+def by_row(unit, VARIANT: gl.constexpr):
+    """What a score is multiplied with: one number or, of int8 scores, one for each row."""
+    if VARIANT.int8:
+        return unit[:, None]
+    else:
+        return unit
+
+
+@gluon.jit
 def vote(largest, valid, maximum, unit, shift, absolute, gap, WG: gl.constexpr, VARIANT: gl.constexpr):
-    """Whether the tile passes its gates: each by one row at least. `largest` times `unit` is in natural units."""
+    """Whether the tile passes its gates: each by one row at least. `largest` times `unit` is in log2 units."""
     passes = True
     if VARIANT.absolute:
-        natural = largest * unit
+        natural = largest * by_row(unit / LOG2E, VARIANT)
         if VARIANT.shifted:
             natural += shift[:, None]
         passes = anyone(gl.where((natural < absolute) | ~valid[:, None], 0, 1), WG)
     if VARIANT.gap:
-        below = largest * (unit * LOG2E) - maximum[:, None] < gap
+        below = largest * by_row(unit, VARIANT) - maximum[:, None] < gap
         passes = anyone(gl.where(below | ~valid[:, None], 0, 1), WG) & passes
     return passes
 
@@ -437,13 +446,10 @@ def cap_scores(s, scale, softcap):
 
 @gluon.jit
 def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
-    """One tile joins the softmax: its keys in parts, so that a part's product runs behind the next one's exponentials.
-
-    `unit` makes log2 units of scores: one number or, of int8 scores, one for each row.
-    """
+    """One tile joins the softmax: its keys in parts, so that a part's product runs behind the next one's exponentials."""
     SLABS: gl.constexpr = VARIANT.slabs
     PARTS: gl.constexpr = VARIANT.parts
-    new_max = larger(row.maximum, gl.reduce(largest * unit, 1, larger))
+    new_max = larger(row.maximum, gl.reduce(largest * by_row(unit, VARIANT), 1, larger))
     shift = new_max
     if VARIANT.windowed:  # a row whose window begins behind this tile may have seen nothing yet: nothing to subtract
         shift = gl.where(new_max == -float("inf"), 0.0, new_max)
@@ -458,7 +464,7 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
     s_rows: gl.constexpr = gl.SliceLayout(1, score_layout(PART))
     operand: gl.constexpr = gl.DotOperandLayout(0, score_layout(VARIANT.columns), 2)
     if VARIANT.int8:
-        factor = trivially(gl.max(unit, 1), s_rows)[:, None]
+        factor = trivially(unit, s_rows)[:, None]
         subtracted = trivially(shift, s_rows)[:, None] + MAGIC_FLOAT * factor
     else:
         factor = unit
@@ -469,6 +475,7 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
         if VARIANT.int8:
             x = (x + MAGIC).to(gl.float32, bitcast=True)
         p = gl.exp2(x * factor - subtracted)
+        total += sum_per_thread(p)
         weights = gl.convert_layout(p.to(buffers.v.dtype), operand)
         started = ()
         for c in gl.static_range(SLABS):
@@ -476,7 +483,6 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
             v = buffers.v.index(slot).reshape([KEYS, VARIANT.columns]).slice(h * PART, PART)
             started = started + (warpgroup_mma(weights, v, acc[c], is_async=True),)
         acc = started
-        total += sum_per_thread(p)
     return finished(acc, VARIANT), Row(new_max, total)
 
 
@@ -562,19 +568,18 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
         column = gl.minimum(query_tile, call.gap_tiles - 1)
         gap = gl.load(call.gap + place.head * call.gap_tiles + column) * LOG2E
         gap = gl.where(whole, gap, -float("inf"))
-    unit = call.scale
+    q_scale = call.scale * LOG2E
+    k_scale_ptr = call.k_scale
     shift = call.scale
     if VARIANT.int8:
         first_row = place.plane.to(gl.int64) * call.q_rows + query_tile * ROWS - span.q_first
-        q_scale = gl.load(call.q_scale + first_row + row_index, mask=valid, other=1.0) * call.scale
-        k_scale_ptr = call.k_scale + (place.batch * (VARIANT.heads // VARIANT.group) + place.kv_head) * call.k_scales
-        k_scale_ptr -= gl.maximum(span.k_offset, 0) // KEYS
+        q_scale = gl.load(call.q_scale + first_row + row_index, mask=valid, other=1.0) * (call.scale * LOG2E)
+        kv_plane = place.batch * (VARIANT.heads // VARIANT.group) + place.kv_head
+        k_scale_ptr += kv_plane * call.k_scales - gl.maximum(span.k_offset, 0) // KEYS
         if VARIANT.shifted:
             shift = gl.load(call.q_shift + first_row + row_index, mask=valid, other=0.0) * call.scale
 
-    row = Row(
-        gl.full([ROWS], -float("inf"), gl.float32, rows), gl.full([ROWS, 4], 0.0, gl.float32, partial_layout())
-    )
+    row = Row(gl.full([ROWS], -float("inf"), gl.float32, rows), gl.full([ROWS, 4], 0.0, gl.float32, partial_layout()))
     acc = ()
     for _ in gl.static_range(SLABS):
         acc = acc + (gl.full([ROWS, VARIANT.columns], 0.0, gl.float32, score_layout(VARIANT.columns)),)
@@ -604,8 +609,9 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             masked = (tile + 1) * KEYS > span.length
         if not VARIANT.lists or forced | candidate:
             s = start_scores(buffers, i, WG, VARIANT)
+            unit = q_scale
             if VARIANT.int8:  # behind the start: a load in flight holds up products that have not started
-                unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)[:, None]
+                unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)
             s = trivially(warpgroup_mma_wait(0, deps=[s]), score_layout(KEYS))
             give_back_tile(i, 0, VARIANT.k_stages, VARIANT)
             if masked:
@@ -615,7 +621,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
                 largest = (largest + MAGIC).to(gl.float32, bitcast=True) - MAGIC_FLOAT
             if VARIANT.capped:
                 largest = cap_scores(largest, call.scale, call.softcap)
-                unit = 1.0
+                unit = LOG2E
             passes = vote(largest, valid, row.maximum, unit, shift, absolute, gap, WG, VARIANT)
             wait_for(buffers.v_full, i, VARIANT.v_stages, VARIANT)
             passes = forced | (candidate & passes)
@@ -624,7 +630,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             if passes:
                 if VARIANT.capped:
                     s = cap_scores(s, call.scale, call.softcap)
-                acc, row = accumulate(s, largest, acc, row, unit * LOG2E, buffers, i, VARIANT)
+                acc, row = accumulate(s, largest, acc, row, unit, buffers, i, VARIANT)
                 kept += 1
         else:
             wait_for(buffers.k_full, i, VARIANT.k_stages, VARIANT)
@@ -652,7 +658,9 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
         first_row = place.plane.to(gl.int64) * call.q_rows + query_tile * ROWS - span.q_first
         for c in gl.static_range(SLABS):
             staging = buffers.q.index(WG * VARIANT.slabs + c)
-            store_output(acc[c], inverse, staging, call, first_row, c * VARIANT.columns, first_valid, end_valid, VARIANT)
+            store_output(
+                acc[c], inverse, staging, call, first_row, c * VARIANT.columns, first_valid, end_valid, VARIANT
+            )
         row_index = gl.arange(0, ROWS, layout=rows)
         valid = (row_index >= first_valid) & (row_index < end_valid)
         gl.store(call.lse + first_row + row_index, (maximum + gl.log2(total)) / LOG2E, mask=valid)
@@ -668,9 +676,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
 
 
 @gluon.jit
-def store_output(
-    acc, inverse, staging, call, first_row, first_column, first_valid, end_valid, VARIANT: gl.constexpr
-):
+def store_output(acc, inverse, staging, call, first_row, first_column, first_valid, end_valid, VARIANT: gl.constexpr):
     """A slab of the output, by way of Q's buffer, so that a thread stores 16 bytes at a time. Not by TMA: a store whose
     tile starts before the tensor (an unaligned chunk) is an illegal instruction.
     """

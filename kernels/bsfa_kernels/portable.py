@@ -140,20 +140,14 @@ def load_threshold(thresholds_ptr, head, query_tile, tiles, whole):
 
 @triton.jit
 def load_rows(x_ptr, plane, q_rows, rows, valid):
-    """float32 [ROWS] of a tensor [B, Hq, Tq], or None."""
-    if x_ptr is None:
-        return None
-    else:
-        return tl.load(x_ptr + plane * q_rows + rows, mask=valid, other=0.0)
+    """float32 [ROWS] of a tensor [B, Hq, Tq]."""
+    return tl.load(x_ptr + plane * q_rows + rows, mask=valid, other=0.0)
 
 
 @triton.jit
 def scale_of_first_tile(k_scale_ptr, kv_plane, k_scales, k_offset, KEYS: tl.constexpr):
-    """Where a KV head's scale of key tile 0 stands, or would stand (quantise.first_key_tile); None without scales."""
-    if k_scale_ptr is None:
-        return None
-    else:
-        return k_scale_ptr + kv_plane * k_scales - tl.maximum(k_offset, 0) // KEYS
+    """Where a KV head's scale of key tile 0 stands, or would stand (quantise.first_key_tile)."""
+    return k_scale_ptr + kv_plane * k_scales - tl.maximum(k_offset, 0) // KEYS
 
 
 @triton.jit
@@ -295,9 +289,12 @@ def _forward(
         unit = 1.0
     q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     plane = tl.program_id(0).to(tl.int64)
-    q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
-    q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
-    k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
+    q_scale, q_shift = None, None  # not from functions: in Triton 3.6 none of those can return None
+    if q_scale_ptr is not None:
+        q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
+        k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
+    if q_shift_ptr is not None:
+        q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)

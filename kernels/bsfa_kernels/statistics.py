@@ -104,9 +104,12 @@ def _statistics(
     # +inf leaves padding rows without mass
     lse_log2 = tl.load(lse_ptr + plane * q_rows + rows, mask=valid, other=float("inf")) * LOG2E
     q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
-    q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
-    q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
-    k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
+    q_scale, q_shift = None, None  # not from functions: in Triton 3.6 none of those can return None
+    if q_scale_ptr is not None:
+        q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
+        k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
+    if q_shift_ptr is not None:
+        q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     first_tile = (plane * tiles + t) * key_tiles
     maximum_ptr += first_tile
