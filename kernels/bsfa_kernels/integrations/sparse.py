@@ -63,9 +63,9 @@ class SparseAttention:
         self.override = None  # a note, where the scores are not the point's own
         if self.scores != own.scores:
             self.override = f"{self.scores} scores, with thresholds for {own.scores} ones"
-        run = range(thresholds.tensors[path].shape[1])[heads]
+        here = range(thresholds.tensors[path].shape[1])[heads]
         exact = own.exact_heads.get(path, ()) if self.scores == own.scores else ()
-        self.exact_heads = tuple(run.index(head) for head in exact if head in run)  # as calls count them
+        self.exact_heads = tuple(here.index(head) for head in exact if head in here)  # as calls count them
         self.least_rows, self.fused_tile = tile.rows, tile if backend == "auto" else None
         # The column behind whose centre no knot lies holds the value of all that follow.
         flat = max(0, -(-(thresholds.knots[-1] - tile.rows // 2) // tile.rows)) + 1
@@ -73,7 +73,7 @@ class SparseAttention:
         self.longest = None if flat <= most else most * tile.rows
         gate = thresholds.gate(path, point, min(flat, most))
         self._gate = gate.map(lambda values: values[heads].to(device, copy=True))
-        self._totals = torch.zeros(2 * len(run), dtype=torch.int64, device=device) if count else None
+        self._totals = torch.zeros(2 * len(here), dtype=torch.int64, device=device) if count else None
 
     @classmethod
     def for_model(
