@@ -193,7 +193,7 @@ def calibrate(
         "seconds": seconds,
         "modules": len(modules),
         "data_hash": run.manifest["data"]["hash"],
-        "int8_error": int8_errors(run.load("fit")[1]) or None,
+        "int8_error": int8_errors(run.load("fit")[1]) if options.scores == "int8" else None,
         "bytes": {f"{role}.safetensors": _size(path / f"{role}.safetensors") for role in ROLES},
     }
 

@@ -158,6 +158,22 @@ class Run:
         file = self.path / f"{role}.safetensors"
         return self._read(file, self.planned(role)) if file.exists() else ([], {})
 
+    def complete(self, role: str) -> Curves:
+        """The curves of `role`, of all its samples. Raises InputError for a run that is damaged or not finished."""
+        done, curves = self.load(role)
+        if set(done) != set(self.planned(role)):
+            total = len(self.manifest["samples"])
+            raise InputError(
+                f"{self.path} is not finished ({role}: {len(done)} of {len(self.planned(role))} samples, {total} in "
+                "all); run the same `bsfa calibrate` again to finish it"
+            )
+        return curves
+
+    def check_exact(self) -> None:
+        """Raise UsageError for statistics of other scores than those that other engines compute."""
+        if self.plan.scores != "exact":
+            raise UsageError(f"{self.path} has statistics of {self.plan.scores} scores, and other engines compute exact ones")
+
     def save_sample(self, index: int, curves: Curves) -> None:
         """Store the curves of the sample at `index` of run.json by themselves. Errors as `save`."""
         self._write(self._sample(index), [self.manifest["samples"][index]["id"]], curves)
