@@ -111,6 +111,9 @@ def test_a_checkpoints_configuration_is_completed_and_anything_else_left_alone(f
     whole, _, errors = written(run, finished, output, "trtllm")
     assert {key: whole[key] for key in config} == config and "the rest is as it was" in errors
     written(run, finished, output, "trtllm")  # again
+    (tmp_path / "link.json").symlink_to(output)
+    command = ("export", finished, "-o", tmp_path / "link.json", "--to", "trtllm", "--target-skip", RATE)
+    one_sentence(run(*command), 4, "is a link")
     for content in ('{"x": 1}', "not JSON", "[]"):
         output.write_text(content)
         command = ("export", finished, "-o", output, "--to", "trtllm", "--target-skip", RATE)

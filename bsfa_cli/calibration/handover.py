@@ -119,23 +119,27 @@ def _dense_modules(table: fit.Table, rate: float) -> tuple[torch.Tensor, tuple[s
     """(bool [N]: heads that may skip, the other modules): modules that, kept dense, save dropped mass at the same rate
     over all, one by one, as long as each saves GAIN of it.
     """
-    ignore: list[str] = []
-    active = _active(table, ())
-    mass = _mass_for(table, active, rate)
-    while mass is not None and len(ignore) < int(MOST_DENSE * len(table.modules)):
-        tried = {}
-        for path in table.modules:
-            if path not in ignore:
-                less = _mass_for(table, _active(table, (*ignore, path)), rate)
-                if less is not None:
-                    tried[path] = less
-        best = min(tried, key=tried.get, default=None)
-        if best is None or tried[best] > (1 - GAIN) * mass:
+    paths = list(table.modules)
+    dropped, mass = (  # [modules, entries]
+        torch.stack([curve[heads].sum((0, 1)).double() for heads in table.modules.values()])
+        for curve in (table.dropped, table.mass)
+    )
+
+    def lost(active: list[int]) -> float:
+        gap = _gap_for(table, dropped[active].sum(0), rate)
+        return math.inf if gap is None else float(_at(table, mass[active].sum(0), gap))
+
+    active = list(range(len(paths)))
+    least = lost(active)
+    while math.isfinite(least) and len(active) > (1 - MOST_DENSE) * len(paths):
+        tried = {index: lost([other for other in active if other != index]) for index in active}
+        best = min(tried, key=tried.get)
+        if tried[best] > (1 - GAIN) * least:
             break
-        ignore.append(best)
-        mass = tried[best]
-    order = list(table.modules)
-    return _active(table, ignore), tuple(sorted(ignore, key=order.index))
+        active.remove(best)
+        least = tried[best]
+    ignore = tuple(path for index, path in enumerate(paths) if index not in active)
+    return _active(table, ignore), ignore
 
 
 def _active(table: fit.Table, ignore: Sequence[str]) -> torch.Tensor:
@@ -143,11 +147,6 @@ def _active(table: fit.Table, ignore: Sequence[str]) -> torch.Tensor:
     for path in ignore:
         active[table.modules[path]] = False
     return active
-
-
-def _mass_for(table: fit.Table, active: torch.Tensor, rate: float) -> float | None:
-    gap = _gap_for(table, _totals(table, active), rate)
-    return None if gap is None else float(_at(table, table.mass.sum(1)[active].sum(0), gap))
 
 
 def _totals(table: fit.Table, active: torch.Tensor) -> torch.Tensor:

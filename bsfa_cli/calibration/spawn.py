@@ -37,11 +37,12 @@ class Process:
     def __init__(self, rank: int, size: int, port: int):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
+        # Where the first one fails, others would show the broken connection with a stack of C++ frames.
+        defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self.sentence = None
         self.handle = subprocess.Popen(
             [sys.executable, "-m", "bsfa_cli", *sys.argv[1:]],
-            env=threads | dict(os.environ) | {name: str(value) for name, value in place.items()},
+            env=defaults | dict(os.environ) | {name: str(value) for name, value in place.items()},
             stdin=subprocess.DEVNULL,
             stdout=None if rank == 0 else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -66,8 +67,8 @@ class Process:
         return code
 
 
-def run(processes: int) -> None:
-    """Run the command that this process was given in `processes` processes.
+def run(processes: int, prints: bool) -> None:
+    """Run the command that this process was given in `processes` processes. `prints`: the first one prints a result.
 
     Raises what the first one that failed says, with its exit code; MachineError where all were lost, or the one that
     prints the result was; KeyboardInterrupt once an interrupted group has ended.
@@ -81,22 +82,33 @@ def run(processes: int) -> None:
             for rank, process in enumerate(group):
                 if rank not in codes and (code := process.ended()) is not None:
                     codes[rank] = code
-                    _judge(process, rank, code)
+                    _judge(group, rank, code)
     finally:
         _stop(group, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
     if 0 not in codes.values():
         raise MachineError("every process was lost; the same command resumes the run")
-    if codes[0] != 0 and "--json" in sys.argv:
+    if codes[0] != 0 and prints:
         raise MachineError("the process that prints the result was lost; the run is complete: repeat the command")
 
 
-def _judge(process: Process, rank: int, code: int) -> None:
+def _judge(group: list[Process], rank: int, code: int) -> None:
     if code == -signal.SIGINT or code == 130:
         raise KeyboardInterrupt
-    if code > 0:
-        raise ProcessFailed(process.sentence or f"process {rank + 1} ended with exit code {code}", code)
     if code < 0:
         note(f"process {rank + 1} was lost ({signal.Signals(-code).name}), and its sample in progress with it")
+    if code > 0:
+        # Where the first one fails, the others fail to find it, and it is the one that knows why.
+        first = _end(group[0], GRACE_SECONDS / 5) if rank else None
+        rank, code = (0, first) if first is not None and first > 0 else (rank, code)
+        raise ProcessFailed(group[rank].sentence or f"process {rank + 1} ended with exit code {code}", code)
+
+
+def _end(process: Process, seconds: float) -> int | None:
+    """The exit code of a process that ends within `seconds`."""
+    until = time.monotonic() + seconds
+    while (code := process.ended()) is None and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+    return code
 
 
 def _stop(group: list[Process], interrupted: bool) -> None:

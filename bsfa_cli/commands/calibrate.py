@@ -82,7 +82,7 @@ def calibrate(
     from ..calibration.group import Group, started
 
     if processes is not None and processes > 1 and started() == 1 and not dry_run:
-        _spawn(processes, output)
+        _spawn(processes, output, json)
         return
 
     from ..calibration import run
@@ -165,14 +165,14 @@ def calibrate(
         print_json(summary)
 
 
-def _spawn(processes: int, output: Path) -> None:
+def _spawn(processes: int, output: Path, json: bool) -> None:
     """The same command in several processes. A run that they began and collected nothing of is removed."""
     from ..calibration import spawn
     from ..errors import BsfaError
 
     begun = (output / "run.json").exists()
     try:
-        spawn.run(processes)
+        spawn.run(processes, json)
     except BsfaError:
         if not begun and (output / "run.json").exists():
             from ..calibration.store import Run

@@ -116,6 +116,8 @@ def _merged(output: Path, config: dict) -> tuple[bytes, bool]:
     is there and no such thing: it would be lost.
     """
     whole, merged = {KEY: config}, False
+    if output.is_symlink():
+        raise InputError(f"{output} is a link, as in Hugging Face's cache, whose file others share; copy it first")
     if output.exists():
         try:
             found = json.loads(output.read_text(encoding="utf-8"))

@@ -147,6 +147,8 @@ class Extend:
         out, start = torch.empty_like(q), 0
         lengths = zip(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
         for sequence, (prefix, rows) in enumerate(lengths):
+            if not rows:
+                continue
             end = start + rows
             at = table[forward_batch.req_pool_indices[sequence], : prefix + rows]
             arguments = (x[None].transpose(1, 2) for x in (q[start:end], keys[at], values[at]))
@@ -202,7 +204,7 @@ def _unknown_batch(batch) -> str | None:
         found = getattr(batch, name, None)
         if found is not None and found is not False:
             return f"the batch has {name}"
-    if batch.extend_seq_lens_cpu is None or batch.extend_prefix_lens_cpu is None:
+    if not batch.extend_seq_lens_cpu or not batch.extend_prefix_lens_cpu:
         return "the batch does not say its lengths on the host"
     return None
 
