@@ -112,6 +112,8 @@ def torn(parts, tmp_path):
 def test_samples_stored_by_themselves_are_merged_in_their_order(torn, finished, random_model, run):
     ids = [sample["id"] for sample in torn.manifest["samples"]]
     assert torn.finished() == {ids[1], ids[3]}
+    assert [sample["done"] for sample in json.loads(run("inspect", torn.path, "--json").out)["samples"]] == [
+        False, True, False, True, False]  # fmt: skip
     torn.merge()  # sample 3 is the first that is held out, and 1 waits for 0
     assert torn.merged("heldout") == [ids[3]] and torn.loose() == [ids[1]] and torn.merged("fit") == []
     result = run("calibrate", random_model, "-o", torn.path, *SMALL, "--json")

@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node 2 -m bsfa_cli.experiments.several_gpus prefill --out FILE.json
     python -m bsfa_cli.experiments.several_gpus calibrate --processes 1,2 --out FILE.json
 
-prefill: layers of Llama-70B's shape with random weights, one prompt: PyTorch's attention and bsfa at several skip rates
-take turns, first on one GPU, then divided over all; outputs and counts of the two are compared. Random weights say
-nothing about accuracy: the gates are one gap for all heads that skips what was asked for.
+prefill: layers of Llama-70B's shape with random weights, one prompt: PyTorch's attention (both of its kernels) and bsfa
+at several skip rates take turns, first on one GPU, then divided over all; outputs and counts are compared. Random
+weights say nothing about accuracy: the gates are one gap for all heads that skips what was asked for.
 calibrate: `bsfa calibrate` of a model of Llama-8B's shape with random weights by one process and by several; the runs
 must be the same bytes.
 """
@@ -20,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..environment import describe
 from ..errors import GateFailed, MachineError
@@ -65,25 +68,34 @@ def build(shape: str, layers: int, length: int, device: torch.device, vocabulary
     return model
 
 
+class Plan(NamedTuple):
+    """What runs: PyTorch's attention by the named kernel (None: its own choice), or bsfa with one gap in every head."""
+
+    gap: float | None = None
+    kernel: str | None = None
+
+
 class Prefill:
-    """One model and one prompt, run with PyTorch's attention or with one gap in every head."""
+    """One model and one prompt."""
 
     def __init__(self, model, length: int, device: torch.device):
-        self.model, self.attached = model, []
+        self.model, self.attached, self.kernel = model, [], None
         generator = torch.Generator().manual_seed(TOKEN_SEED)
         self.ids = torch.randint(3, VOCABULARY, (1, length), generator=generator).to(device)
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        return self.model(input_ids=self.ids, use_cache=False, logits_to_keep=1).logits.float()
+        with nullcontext() if self.kernel is None else sdpa_kernel(getattr(SDPBackend, self.kernel)):
+            return self.model(input_ids=self.ids, use_cache=False, logits_to_keep=1).logits.float()
 
-    def use(self, gap: float | None, count: bool = False) -> dict:
-        """Choose what runs: PyTorch's attention (None) or bsfa at `gap`; returns {module path: handler}."""
+    def use(self, plan: Plan, count: bool = False) -> dict:
+        """Choose what runs; returns {module path: handler}."""
         from bsfa_kernels import TileShape
         from bsfa_kernels.integrations.head_shards import head_shards
         from bsfa_kernels.integrations.transformers import SparseAttention, attach, attention_modules
         from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
 
+        gap, self.kernel = plan
         while self.attached:
             self.attached.pop().detach()
         implementation = "sdpa" if gap is None else "bsfa"
@@ -102,7 +114,7 @@ class Prefill:
 
     def counted(self, gap: float) -> tuple[torch.Tensor, int, int]:
         """(logits, tiles kept, candidates) of this process at `gap`."""
-        handlers = self.use(gap, count=True)
+        handlers = self.use(Plan(gap), count=True)
         logits = self()
         kept, candidates = (sum(int(h.counts[i].sum()) for h in handlers.values()) for i in range(2))
         return logits, kept, candidates
@@ -116,7 +128,7 @@ class Prefill:
         return middle
 
 
-def timed(prefill: Prefill, plans: dict[str, float | None], rounds: int, together) -> dict[str, Timing]:
+def timed(prefill: Prefill, plans: dict[str, Plan], rounds: int, together) -> dict[str, Timing]:
     """{name: Timing} of `rounds` rounds in which all take turns, in the same shuffled order on every process. A sample
     is the slowest process's; `together(value)` takes the largest, and waits for all.
     """
@@ -165,27 +177,30 @@ def prefill(options: argparse.Namespace) -> int:
         return value
 
     prompt = Prefill(build(options.shape, options.layers, options.length, device), options.length, device)
-    plans: dict[str, float | None] = {"sdpa": None, "bsfa, gate, nothing skipped": KEEPS_ALL}
-    for rate in options.skip:
-        plans[f"bsfa, {rate:.0%}"] = prompt.gap_that_skips(rate)
+    kernels = {"sdpa, flash": "FLASH_ATTENTION", "sdpa, cudnn": "CUDNN_ATTENTION"} if cuda else {"sdpa": None}
+    gaps = [KEEPS_ALL, *(prompt.gap_that_skips(rate) for rate in options.skip)]
     # Every process has found the same gaps; should rounding differ, the first one's count.
-    gaps = torch.tensor([gap or 0.0 for gap in plans.values()], dtype=torch.float64, device=device)
-    dist.broadcast(gaps, 0)
-    plans = {name: None if gap is None else float(x) for (name, gap), x in zip(plans.items(), gaps, strict=True)}
-    prompt.use(None)
-    expected = {"sdpa": (prompt(), None, None)}
-    expected |= {name: prompt.counted(gap) for name, gap in plans.items() if gap is not None}
+    shared = torch.tensor(gaps, dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    labels = ["bsfa, gate, nothing skipped", *(f"bsfa, {rate:.0%}" for rate in options.skip)]
+    plans = {name: Plan(kernel=kernel) for name, kernel in kernels.items()}
+    plans |= {name: Plan(gap) for name, gap in zip(labels, shared.tolist(), strict=True)}
+    expected = {}
+    for name, plan in plans.items():
+        prompt.use(plan)
+        expected[name] = (prompt(), None, None) if plan.gap is None else prompt.counted(plan.gap)
     single = timed(prompt, plans, options.rounds, alone) if rank == 0 else {}
     together(0.0)
 
-    prompt.use(None)
+    prompt.use(Plan())
     config, _, mesh = prompt.model.prepare_distribute_model(DistributedConfig(tp_size=size))
     prompt.model = prompt.model.maybe_distribute_model(prompt.model, config, mesh)
     if cuda:
         torch.cuda.empty_cache()
     rows = []
-    for name, gap in plans.items():
-        prompt.use(gap)
+    for name, plan in plans.items():
+        gap = plan.gap
+        prompt.use(plan)
         logits, kept, candidates = (prompt(), 0, 0) if gap is None else prompt.counted(gap)
         counts = torch.tensor([kept, candidates], dtype=torch.int64, device=device)
         dist.all_reduce(counts)
@@ -209,7 +224,7 @@ def prefill(options: argparse.Namespace) -> int:
         })  # fmt: skip
     dist.barrier()
     dist.destroy_process_group()
-    wanted = [None, 0.0, *options.skip]
+    wanted = [*(None for _ in kernels), 0.0, *options.skip]
     bad = [
         row["name"] for row, rate in zip(rows, wanted, strict=True)
         if not row["finite"] or (rate is not None and (abs(row["skip"] - row["skip_one_gpu"]) > 0.01
