@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -89,6 +90,15 @@ def _skip(table, gap: float) -> float:
     return handover.one_number(table, _Same(gap), RATE).total_skip
 
 
+def test_a_run_of_int8_scores_is_refused(finished, tmp_path, run, one_sentence):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest["options"]["scores"] = "int8"
+    (copy / "run.json").write_text(json.dumps(manifest))
+    done = run("export", copy, "-o", tmp_path / "t", "--to", "trtllm", "--target-skip", RATE)
+    one_sentence(done, 2, "statistics of int8 scores")
+
+
 def test_what_the_engines_read(finished, tmp_path, run):
     whole, result, errors = written(run, finished, tmp_path / "new.json")
     group = whole["sparse_attention_config"]["config_groups"]["group_0"]
@@ -126,6 +136,8 @@ def test_layers_that_were_not_calibrated_stay_dense():
         f"model.layers.{i}.self_attn" for i in (0, 2, 4)
     ]
     assert handover.uncalibrated({"model.layers.0.self_attn": 4}, 1) == []
+    with pytest.raises(UsageError, match="modules of 2 kinds"):
+        handover.uncalibrated({"model.layers.0.self_attn": 4, "visual.blocks.0.attn": 4}, 1)
     with pytest.raises(UsageError, match="calibrate all layers"):
         handover.uncalibrated({"a.0.b.1.attn": 4}, 2)
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import bsfa_kernels.integrations.transformers as bsfa
 import pytest
@@ -171,6 +172,15 @@ def test_a_layer_has_its_gate_and_counters_on_its_own_device(model):
         handler = bsfa.active(layer.self_attn)
         assert handler.gate(LENGTH, torch.device(place)).gap.device.type == place
         assert handler.counts.kept.device.type == place
+
+
+def test_heads_with_exact_scores_are_counted_within_a_processs_own(model):
+    path = "model.layers.0.self_attn"
+    thresholds = thresholds_for(model)
+    point = replace(thresholds.points[0], scores="int8", exact_heads={path: [0, 3]})
+    thresholds = replace(thresholds, points=(point,))
+    found = [bsfa.SparseAttention(thresholds, None, path, heads=slice(a, a + 2)).exact_heads for a in (0, 2)]
+    assert found == [(0,), (1,)] and bsfa.SparseAttention(thresholds, None, path).exact_heads == (0, 3)
 
 
 class Inherited(modeling_llama.LlamaAttention):

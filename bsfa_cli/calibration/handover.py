@@ -185,15 +185,21 @@ def uncalibrated(modules: Mapping[str, object], layers: int) -> list[str]:
 
     Raises UsageError where their names do not differ by the number of a layer alone.
     """
+    parts = [path.split(".") for path in modules]
+    kinds = {tuple("*" if part.isdigit() else part for part in path) for path in parts}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"the run holds modules of {len(kinds)} kinds ({', '.join(sorted('.'.join(kind) for kind in kinds)[:2])}), "
+            "and other engines take one number for a language model's layers"
+        )
     if len(modules) >= layers:
         return []
-    parts = [path.split(".") for path in modules]
-    numbers = {tuple(part for part in path if not part.isdigit()) for path in parts}
-    places = {tuple(i for i, part in enumerate(path) if part.isdigit()) for path in parts}
-    if len(numbers) != 1 or len(places) != 1 or len(place := places.pop()) != 1:
+    (kind,) = kinds
+    if kind.count("*") != 1:
         raise UsageError(
             f"the run holds {len(modules)} of the model's {layers} layers, and their names do not tell what the others "
             "are called, which would have to be listed as dense; calibrate all layers"
         )
-    missing = set(range(layers)) - {int(path[place[0]]) for path in parts}
-    return [".".join([*parts[0][: place[0]], str(layer), *parts[0][place[0] + 1 :]]) for layer in sorted(missing)]
+    place = kind.index("*")
+    missing = set(range(layers)) - {int(path[place]) for path in parts}
+    return [".".join([*kind[:place], str(layer), *kind[place + 1 :]]) for layer in sorted(missing)]

@@ -172,7 +172,9 @@ class Run:
     def check_exact(self) -> None:
         """Raise UsageError for statistics of other scores than those that other engines compute."""
         if self.plan.scores != "exact":
-            raise UsageError(f"{self.path} has statistics of {self.plan.scores} scores, and other engines compute exact ones")
+            raise UsageError(
+                f"{self.path} has statistics of {self.plan.scores} scores, and other engines have exact ones"
+            )
 
     def save_sample(self, index: int, curves: Curves) -> None:
         """Store the curves of the sample at `index` of run.json by themselves. Errors as `save`."""

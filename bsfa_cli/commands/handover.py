@@ -36,6 +36,7 @@ def to_engine(run: Path, engine: str, output: Path, rate: float, print_result: b
     from ..presentation import handover_table
 
     begun = Run.open(run)
+    begun.check_exact()
     curves = {role: begun.complete(role) for role in ("fit", "heldout")}
     fitted = fit.Table.of(curves["fit"], "gap")
     judged = fit.Table.of(curves["heldout"], "gap") if curves["heldout"] else fitted
@@ -79,6 +80,7 @@ def from_modelopt(
     from ..presentation import points_table
 
     given, begun = from_modelopt.read(config), Run.open(run)
+    begun.check_exact()
     artifact, reports = from_modelopt.convert(begun, given, rate, length, quantile)
     content = artifact.to_bytes()
     write_whole(output, content)
@@ -107,7 +109,7 @@ def _with_uncalibrated(curve: Curve, run: Run) -> Curve:
     from ..order import natural
 
     layers = run.manifest["model"].get("layers")
-    others = uncalibrated(run.manifest["modules"], layers) if isinstance(layers, int) else []
+    others = uncalibrated(run.manifest["modules"], layers if isinstance(layers, int) else 0)
     return replace(curve, ignore=tuple(sorted({*curve.ignore, *others}, key=natural)))
 
 
