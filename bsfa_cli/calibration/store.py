@@ -141,7 +141,7 @@ class Run:
 
     def discard(self) -> None:
         """Remove a run of which no sample was collected, and its directory where nothing else is in it."""
-        for name in ("run.json", ".lock"):
+        for name in ("run.json", ".lock", claims.NAME):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
