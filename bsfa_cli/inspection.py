@@ -121,9 +121,8 @@ def _run(path: Path) -> Inspected:
 
     run = Run.open(path)
     manifest, done = run.manifest, {role: run.load(role)[0] for role in ROLES}
-    samples = [
-        sample | {"done": sample["id"] in done[sample["role"]]} for sample in manifest["samples"]
-    ]  # fmt: skip
+    finished = {*done["fit"], *done["heldout"], *run.loose()}
+    samples = [sample | {"done": sample["id"] in finished} for sample in manifest["samples"]]
     files = {name: (path / name).stat().st_size for name in (MANIFEST, *(f"{role}.safetensors" for role in ROLES))
              if (path / name).exists()}  # fmt: skip
     count = sum(sample["done"] for sample in samples)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import bsfa_kernels.integrations.transformers as bsfa
 import pytest
@@ -163,11 +164,23 @@ def test_threads_share_a_model(model, ids):
     assert all(torch.equal(b, 6 * a) for a, b in zip(once, after, strict=True))
 
 
-def test_a_tensor_parallel_model_is_refused(model):
-    model._tp_size = 2
-    with pytest.raises(ValueError, match="LlamaForCausalLM is tensor-parallel over 2 processes"):
-        bsfa.apply(model, thresholds_for(model))
-    assert model.config._attn_implementation == "sdpa"
+def test_a_layer_has_its_gate_and_counters_on_its_own_device(model):
+    thresholds = thresholds_for(model)
+    model.model.layers[1].to("meta")
+    bsfa.apply(model, thresholds, count=True)
+    for layer, place in zip(model.model.layers, ("cpu", "meta"), strict=True):
+        handler = bsfa.active(layer.self_attn)
+        assert handler.gate(LENGTH, torch.device(place)).gap.device.type == place
+        assert handler.counts.kept.device.type == place
+
+
+def test_heads_with_exact_scores_are_counted_within_a_processs_own(model):
+    path = "model.layers.0.self_attn"
+    thresholds = thresholds_for(model)
+    point = replace(thresholds.points[0], scores="int8", exact_heads={path: [0, 3]})
+    thresholds = replace(thresholds, points=(point,))
+    found = [bsfa.SparseAttention(thresholds, None, path, heads=slice(a, a + 2)).exact_heads for a in (0, 2)]
+    assert found == [(0,), (1,)] and bsfa.SparseAttention(thresholds, None, path).exact_heads == (0, 3)
 
 
 class Inherited(modeling_llama.LlamaAttention):

@@ -1,6 +1,7 @@
 """Models with thresholds on a GPU: graphs, streams, threads, other GPUs, and what the planner does there."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import bsfa_kernels.integrations.transformers as bsfa
 import pytest
@@ -86,6 +87,33 @@ def test_a_model_on_the_second_gpu_and_one_over_two():
     for mask in (None, torch.ones_like(ids)):
         assert torch.equal(run(split, ids, attention_mask=mask).cpu(), expected.cpu())
     assert abs(bsfa.skip_rate(split) - bsfa.skip_rate(model)) < 1e-12
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("current", [0, 1])
+def test_streams_of_a_model_over_two_gpus(current):
+    """Each layer's gate lies on its own GPU, and calls on streams of their own, whatever GPU is current, agree."""
+    model, ids = applied(on("cuda"))
+    expected = run(model, ids).cpu()
+    accelerate = pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1,
+              "model.norm": 1, "lm_head": 1}  # fmt: skip
+    split = accelerate.dispatch_model(on("cpu"), places)
+    bsfa.apply(split, thresholds_for(split, 3.0), count=True)
+    for layer in (0, 1):
+        assert bsfa.active(split.model.layers[layer].self_attn).counts.kept.device == torch.device("cuda", layer)
+    run(split, ids)  # compiles
+    once = bsfa.skip_rate(split)
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    with ExitStack() as stack:
+        for place in (1 - current, current):  # a stream's device becomes the current one
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(place)))
+        results = [run(split, ids) for _ in range(5)]
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+    assert all(torch.equal(result.cpu(), expected) for result in results)
+    assert bsfa.skip_rate(split) == once
 
 
 @pytest.mark.parametrize("head_dim", [36, 320])

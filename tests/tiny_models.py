@@ -22,11 +22,15 @@ MODELS = {
     "gemma3": ("Gemma3ForCausalLM", dict(**ALTERNATE, query_pre_attn_scalar=64)),
     "gpt-oss": ("GptOssForCausalLM", dict(**ALTERNATE, num_local_experts=2, num_experts_per_tok=1)),
 }
+OTHERS = {  # not part of every test
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "granite-swa": ("GraniteSWAForCausalLM", dict(**ALTERNATE, attention_multiplier=64**-0.5)),
+}
 ROWS = {"whole": (0, 0), "left": (0, 61), "right": (0, -61)}
 
 
 def build(name, place=("cpu", torch.float32), **overrides):
-    kind, options = MODELS[name]
+    kind, options = {**MODELS, **OTHERS}[name]
     settings = {**SHAPE, **options, **overrides}
     config = getattr(transformers, kind).config_class(**settings)
     torch.manual_seed(3)

@@ -144,6 +144,11 @@ class ModuleCurves:
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
 
+    def merge(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Add the sums of another process's samples."""
+        for name, tensor in tensors.items():
+            self.tensors[name] += tensor.to(self.tensors[name].device)
+
     def add(self, statistics: TileStatistics, weight: torch.Tensor | None = None) -> None:
         """Add one sequence that starts at position 0; fields [1, Hq, query tiles, key tiles]. Never waits for the
         device. `weight` [Hq, query tiles, key tiles] makes effect of mass; without it both are the same.

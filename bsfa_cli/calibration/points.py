@@ -10,7 +10,7 @@ import torch
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 
 from ..data.texts import is_generated, names
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from . import fit
 from .curves import int8_errors, octave
 from .store import Curves, Run
@@ -117,15 +117,7 @@ def export(
     InputError for a run that is damaged or not finished, UsageError where it gives none of the points.
     """
     plan = run.plan
-    done, curves = {}, {}
-    for role in ("fit", "heldout"):
-        done[role], curves[role] = run.load(role)
-        if set(done[role]) != set(run.planned(role)):
-            total = len(run.manifest["samples"])
-            raise InputError(
-                f"{run.path} is not finished ({role}: {len(done[role])} of {len(run.planned(role))} samples, "
-                f"{total} in all); run the same `bsfa calibrate` again to finish it"
-            )
+    curves = {role: run.complete(role) for role in ("fit", "heldout")}
     if aim == HELD_OUT and not curves["heldout"]:
         raise UsageError("--aim held-out needs held-out samples, and this run has none: calibrate with more --samples")
     reports, rows, left_out = [], [], {}
@@ -144,20 +136,37 @@ def export(
         reports.append(report)
     if not rows:
         raise UsageError("; ".join(left_out.values()))
-    made_for = plan.scores
-    scores = scores or made_for
+    scores = scores or plan.scores
     exact = exact_heads(run, curves["fit"], max_int8_error) if scores == "int8" else {}
     reports = [replace(each, point=replace(each.point, scores=scores, exact_heads=exact)) for each in reports]
+    more = {
+        **({"searched": dict(searched)} if searched else {}),
+        **({"aim": aim} if aim != FITTED else {}),
+        **({"scores": plan.scores} if plan.scores != "exact" else {}),
+        **({"max_int8_error": max_int8_error} if max_int8_error is not None else {}),
+    }
+    return artifact(run, rows, [report.point for report in reports], fitted.modules, more), reports, left_out
+
+
+def artifact(
+    run: Run,
+    rows: Sequence[torch.Tensor],
+    points: Sequence[Point],
+    modules: Mapping[str, slice],
+    more: Mapping[str, object],
+) -> Thresholds:
+    """Thresholds [N, knots] of each point as an artifact for the model of `run`; `more` goes into its provenance."""
     values = torch.stack(rows).float()
-    modules = {path: values[:, heads].contiguous() for path, heads in fitted.modules.items()}
+    tensors = {path: values[:, heads].contiguous() for path, heads in modules.items()}
+    plan = run.plan
     data, options = run.manifest["data"], run.manifest["options"]
-    artifact = Thresholds(
+    return Thresholds(
         model={key: run.manifest["model"].get(key) for key in MODEL_KEYS},
         tile=plan.tile,
         keep_sink=True,
         knots=tuple(tile * plan.tile.rows + plan.tile.rows // 2 for tile in plan.knot_tiles),
-        points=tuple(report.point for report in reports),
-        tensors=modules,
+        points=tuple(points),
+        tensors=tensors,
         provenance={
             "data": {
                 "hash": data["hash"],
@@ -170,13 +179,9 @@ def export(
             "device": options["device"],
             "dtype": options["dtype"],
             "software": run.manifest["software"],
-            **({"searched": dict(searched)} if searched else {}),
-            **({"aim": aim} if aim != FITTED else {}),
-            **({"scores": made_for} if made_for != "exact" else {}),
-            **({"max_int8_error": max_int8_error} if max_int8_error is not None else {}),
+            **more,
         },
     )
-    return artifact, reports, left_out
 
 
 def exact_heads(run: Run, curves: Curves, limit: float | None) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from ..console import console, duration, note, progress
 from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
 from ..models.load import LoadedModel, explain_memory
+from . import together
 from .collector import Collector
 from .curves import TILES_AT_ONCE, ModuleCurves, Plan, int8_errors
+from .group import Group
 from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4
@@ -138,9 +141,13 @@ def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan)
     }
 
 
-def check_memory(needs: dict[str, int], device: torch.device) -> None:
-    """Raise MachineError when a sample cannot fit in what the device has free. Weights are there already."""
-    need = sum(needs[key] for key in ("forward pass", "tile statistics of one module", "curves in memory"))
+def check_memory(needs: dict[str, int], device: torch.device, processes: int = 1) -> None:
+    """Raise MachineError when a sample cannot fit in what the device has free. Weights are there already. Processes
+    share the memory of the host, and each has a GPU of its own.
+    """
+    need = (processes if device.type == "cpu" else 1) * sum(
+        needs[key] for key in ("forward pass", "tile statistics of one module", "curves in memory")
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
     if free is not None and need > free:
         raise MachineError(
@@ -158,16 +165,44 @@ def _free_host_memory() -> int | None:
 
 
 def calibrate(
-    loaded: LoadedModel, samples: list[Sample], modules: dict[str, AttentionModule], options: Options, path: Path
+    loaded: LoadedModel,
+    samples: list[Sample],
+    modules: dict[str, AttentionModule],
+    options: Options,
+    path: Path,
+    group: Group | None = None,
 ) -> dict:
-    """Collect what is missing of the run at `path`; returns a summary for --json.
+    """Collect what is missing of the run at `path`, with the other processes of `group`; returns a summary for --json.
 
     Raises UsageError where `path` holds another run, MachineError when memory or disk run out, InputError when the
     model's output is not finite. KeyboardInterrupt passes through, after a note that says how to resume.
     """
     wanted = manifest(loaded, samples, modules, options)
-    run = Run.begin(path, wanted, lambda count: data_hash(samples[:count]))
+    begun = partial(Run.begin, path, wanted, lambda count: data_hash(samples[:count]))
+    if group is None:
+        run = begun()
+        seconds = _alone(run, loaded, samples, modules)
+    else:
+        run, lock = together.join(path, wanted, group, begun)
+        with lock:
+            seconds = _together(run, loaded, samples, modules, group)
+    return {
+        "run": str(path),
+        "samples": {role: run.merged(role) for role in ROLES},
+        "tokens": sum(len(sample.tokens) for sample in samples),
+        "seconds": seconds,
+        "modules": len(modules),
+        "data_hash": run.manifest["data"]["hash"],
+        "int8_error": int8_errors(run.load("fit")[1]) if options.scores == "int8" else None,
+        "bytes": {f"{role}.safetensors": _size(path / f"{role}.safetensors") for role in ROLES},
+    }
+
+
+def _alone(run: Run, loaded, samples: list[Sample], modules: dict[str, AttentionModule]) -> dict[str, float]:
+    """Run the samples that are not done, in this process; returns {sample id: seconds of its forward pass}."""
     with run.lock():
+        run.tidy()
+        run.merge()
         plan, device = run.plan, next(loaded.model.parameters()).device
         curves, done = {}, {}
         for role in ROLES:
@@ -175,25 +210,27 @@ def calibrate(
             curves[role] = {name: ModuleCurves(plan, module.query_heads, device) for name, module in modules.items()}
             for name, tensors in stored.items():
                 curves[role][name].load(tensors)
-        finished = {*done["fit"], *done["heldout"]}
-        if finished:
-            note(f"resuming {path}: {len(finished)} of {len(samples)} samples are done")
+        together.note_resumed(run)
         try:
-            seconds = _collect(loaded, samples, run, curves, done, device)
+            return _collect(loaded, samples, run, curves, done, device)
         except Exception:
-            if not any(done.values()):
+            if not run.finished():
                 run.discard()
             raise
-    return {
-        "run": str(path),
-        "samples": {role: done[role] for role in ROLES},
-        "tokens": sum(len(sample.tokens) for sample in samples),
-        "seconds": seconds,
-        "modules": len(modules),
-        "data_hash": run.manifest["data"]["hash"],
-        "int8_error": int8_errors({path: module.tensors for path, module in curves["fit"].items()}) or None,
-        "bytes": {f"{role}.safetensors": _size(path / f"{role}.safetensors") for role in ROLES},
-    }
+
+
+def _together(run: Run, loaded, samples: list[Sample], modules, group: Group) -> dict[str, float]:
+    """As `_alone`, with the other processes of the group."""
+    device = next(loaded.model.parameters()).device
+
+    def run_one(sample: Sample, curves: dict[str, ModuleCurves]) -> None:
+        with explain_memory("--length"):
+            forward(loaded.model, sample, curves, device)
+
+    def warm_up(curves: dict[str, ModuleCurves]) -> None:
+        _warm_up(loaded.model, samples[0], run.plan, curves, device)
+
+    return together.collect(run, group, samples, modules, device, run_one, warm_up)
 
 
 def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float]:
@@ -211,18 +248,24 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
                 continue
             role = by_id[sample.id]
             try:
+                stored = run.load_sample(sample.id)  # by one of several processes, before an earlier one was done
                 started = time.perf_counter()
-                with explain_memory("--length"):
-                    forward(loaded.model, sample, curves[role], device)
-                seconds[sample.id] = time.perf_counter() - started
+                if stored is None:
+                    with explain_memory("--length"):
+                        forward(loaded.model, sample, curves[role], device)
+                    seconds[sample.id] = time.perf_counter() - started
+                else:
+                    for path, tensors in stored.items():
+                        curves[role][path].merge(tensors)
                 done[role].append(sample.id)
-                run.save(role, done[role], curves[role])
+                run.save(role, done[role], {path: module.tensors for path, module in curves[role].items()})
+                run.forget_sample(sample.id)
             except KeyboardInterrupt:
-                count = sum(sample["id"] in {*done["fit"], *done["heldout"]} for sample in run.manifest["samples"])
+                count = len(run.finished())
                 note(f"stopped with {count} of {len(samples)} samples done; the same command resumes {run.path}")
                 raise
             bar.advance(task)
-            if not console().is_terminal:
+            if stored is None and not console().is_terminal:
                 left = sum(seconds.values()) / len(seconds) * (len(samples) - len(finished) - len(seconds))
                 note(
                     f"{sample.id}: {len(sample.tokens):,} tokens, {role}, {seconds[sample.id]:.1f} s"

@@ -3,8 +3,10 @@
     run.json              model, data and options: fixed when the run begins
     fit.safetensors       curves of the samples that thresholds are fitted to, and their ids
     heldout.safetensors   the same for the samples that thresholds are checked on
+    sample-I.safetensors  while several processes run: one sample that is not merged yet, as an earlier one is missing
 
-Files are replaced whole after each sample, so whatever ends the process loses at most the sample in progress.
+Files are replaced whole after each sample, so whatever ends the process loses at most the sample in progress. Samples
+are merged in the order of run.json, so that the sums, of which some are in floating point, always come out alike.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.container import Malformed, difference, exact_keys, pack, sequence, short, unpack
 from bsfa_kernels.thresholds import model_difference
+from safetensors import SafetensorError, safe_open
 
 from ..errors import BsfaError, InputError, UsageError
 from ..files import write_whole
 from ..order import natural, ordered
+from . import claims
 from .curves import ModuleCurves, Plan
 
 SCHEMA = 2  # 1 lacks the effect on the residual stream
@@ -117,8 +121,10 @@ class Run:
         longest = max(sample["tokens"] for sample in self.manifest["samples"])
         return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]), options.get("scores", "exact"))
 
-    def lock(self):
-        """Keep other processes from writing to this run for as long as the returned file stays open."""
+    def lock(self, shared: bool = False):
+        """Keep other processes from writing to this run for as long as the returned file stays open; `shared` those
+        that do not ask for the same.
+        """
         path = self.path / ".lock"
         try:
             # Neither emptied nor followed: whatever stands there is not ours to change.
@@ -127,7 +133,7 @@ class Run:
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             file.close()
             raise UsageError(f"another bsfa calibrate is writing to {self.path}") from None
@@ -135,7 +141,7 @@ class Run:
 
     def discard(self) -> None:
         """Remove a run of which no sample was collected, and its directory where nothing else is in it."""
-        for name in ("run.json", ".lock"):
+        for name in ("run.json", ".lock", claims.NAME):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
@@ -143,26 +149,115 @@ class Run:
     def planned(self, role: str) -> list[str]:
         return [sample["id"] for sample in self.manifest["samples"] if sample["role"] == role]
 
-    def save(self, role: str, done: list[str], curves: Mapping[str, ModuleCurves]) -> None:
+    def save(self, role: str, done: list[str], curves: Curves) -> None:
         """Replace the file of `role`. Raises MachineError when the disk is full; the file before it stays."""
-        tensors = {
-            f"{path}/{name}": _narrow(tensor).cpu()
-            for path, module in curves.items()
-            for name, tensor in module.tensors.items()
-        }
-        write_whole(self.path / f"{role}.safetensors", pack("bsfa_run", {"samples": done}, tensors))
+        self._write(self.path / f"{role}.safetensors", done, curves)
 
     def load(self, role: str) -> tuple[list[str], Curves]:
         """(ids of the samples merged, {module path: tensors}); ([], {}) before the first. Raises InputError."""
         file = self.path / f"{role}.safetensors"
+        return self._read(file, self.planned(role)) if file.exists() else ([], {})
+
+    def complete(self, role: str) -> Curves:
+        """The curves of `role`, of all its samples. Raises InputError for a run that is damaged or not finished."""
+        done, curves = self.load(role)
+        if set(done) != set(self.planned(role)):
+            total = len(self.manifest["samples"])
+            raise InputError(
+                f"{self.path} is not finished ({role}: {len(done)} of {len(self.planned(role))} samples, {total} in "
+                "all); run the same `bsfa calibrate` again to finish it"
+            )
+        return curves
+
+    def check_exact(self) -> None:
+        """Raise UsageError for statistics of other scores than those that other engines compute."""
+        if self.plan.scores != "exact":
+            raise UsageError(
+                f"{self.path} has statistics of {self.plan.scores} scores, and other engines have exact ones"
+            )
+
+    def save_sample(self, index: int, curves: Curves) -> None:
+        """Store the curves of the sample at `index` of run.json by themselves. Errors as `save`."""
+        self._write(self._sample(index), [self.manifest["samples"][index]["id"]], curves)
+
+    def load_sample(self, name: str) -> Curves | None:
+        """The curves of a sample that was stored by itself; None where it was not. Raises InputError."""
+        file = self._sample(self._index(name))
+        return self._read(file, [name])[1] if file.exists() else None
+
+    def forget_sample(self, name: str) -> None:
+        """Remove a sample's own file: it is merged."""
+        self._sample(self._index(name)).unlink(missing_ok=True)
+
+    def loose(self) -> list[str]:
+        """Samples that are stored by themselves."""
+        ids = [sample["id"] for sample in self.manifest["samples"]]
+        return [name for index, name in enumerate(ids) if self._sample(index).exists()]
+
+    def finished(self) -> set[str]:
+        """Samples that are merged or stored by themselves. Raises InputError for damaged files."""
+        loose = self.loose()  # before those merged: what is merged meanwhile is in both, not in neither
+        return {*loose, *self.merged("fit"), *self.merged("heldout")}
+
+    def merged(self, role: str) -> list[str]:
+        """As the first part of `load`, from the file's header alone."""
+        file = self.path / f"{role}.safetensors"
         if not file.exists():
-            return [], {}
+            return []
+        try:
+            with safe_open(file, "pt") as opened:
+                return json.loads(opened.metadata()["bsfa_run"])["samples"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return self.load(role)[0]  # which says what is wrong with it
+
+    def merge(self) -> None:
+        """Move samples that are stored by themselves into the files of their roles, as far as none is missing before.
+
+        Only one process at a time may. Raises InputError for damaged files.
+        """
+        for role in ROLES:
+            done, ready = self.merged(role), []
+            for name in self.planned(role):
+                if name in done:
+                    self.forget_sample(name)
+                elif self._sample(self._index(name)).exists():
+                    ready.append(name)
+                else:
+                    break
+            if not ready:
+                continue
+            done, curves = self.load(role)
+            for name in ready:
+                more = self.load_sample(name)
+                curves = {path: _sums(curves.get(path), tensors) for path, tensors in more.items()}
+            self.save(role, done + ready, curves)
+            for name in ready:
+                self.forget_sample(name)
+
+    def tidy(self) -> None:
+        """Remove what only processes at work need."""
+        (self.path / claims.NAME).unlink(missing_ok=True)
+
+    def _index(self, name: str) -> int:
+        return next(i for i, sample in enumerate(self.manifest["samples"]) if sample["id"] == name)
+
+    def _sample(self, index: int) -> Path:
+        return self.path / f"sample-{index}.safetensors"
+
+    def _write(self, file: Path, done: list[str], curves: Curves) -> None:
+        tensors = {
+            f"{path}/{name}": _narrow(tensor).cpu()
+            for path, module in curves.items()
+            for name, tensor in module.items()
+        }
+        write_whole(file, pack("bsfa_run", {"samples": done}, tensors))
+
+    def _read(self, file: Path, planned: list[str]) -> tuple[list[str], Curves]:
         try:
             if os.stat(file).st_size > MAX_BYTES:
                 raise Malformed(f"the file is larger than the {MAX_BYTES:,} bytes allowed for it")
             metadata, tensors = unpack(file.read_bytes(), "bsfa_run", MAX_BYTES)
             exact_keys("the bsfa_run metadata", metadata, ("samples",))
-            planned = self.planned(role)
             done = sequence("samples", metadata["samples"], 1, len(planned))
             if any(done.count(name) > 1 or name not in planned for name in done):
                 raise Malformed("it holds samples that run.json does not plan")
@@ -191,6 +286,10 @@ class Run:
         if tensors:
             raise Malformed(f"unknown tensor {short(next(iter(tensors)))}")
         return curves
+
+
+def _sums(sums: dict[str, torch.Tensor] | None, more: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return more if sums is None else {name: sums[name] + tensor for name, tensor in more.items()}
 
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:

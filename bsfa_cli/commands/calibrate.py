@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from ..errors import UsageError
+from ..errors import MachineError, UsageError
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..calibration.group import Group
 
 TILES = {"64x128": (64, 128), "128x64": (128, 64)}
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
@@ -51,6 +56,14 @@ def calibrate(
     ] = "exact",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    processes: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Share the samples out over so many processes, each with a GPU of its own; the run is the same. "
+            "`torchrun --nproc-per-node N -m bsfa_cli calibrate` does so too.",
+        ),
+    ] = None,
     seed: Annotated[int, Option(min=0, help="Of generated text and of the choice of samples.")] = 0,
     dry_run: Annotated[bool, Option("--dry-run", help="Print memory, file sizes and samples, and stop.")] = False,
     json: Json = False,
@@ -66,13 +79,21 @@ def calibrate(
     ranks = None if top_k is None else _ranks(top_k)
     given = joined(data, image_root, frames, repeat_data)
 
+    from ..calibration.group import Group, started
+
+    if processes is not None and processes > 1 and started() == 1 and not dry_run:
+        _spawn(processes, output, json)
+        return
+
     from ..calibration import run
     from ..console import note, print_json
     from ..data.texts import check_source, default_data, load_texts, remarks
-    from ..environment import resolve_device
     from ..models.load import check_positions, load_model
 
-    place = resolve_device(device)
+    group = None if dry_run else Group.joined(processes)
+    first = group is None or group.first
+    note = note if first else _unsaid
+    place = _place(device, group)
     length = length or DEFAULT_LENGTH[place.type]
     rows, keys = TILES[tile]
     if length < 2 * max(rows, keys):
@@ -128,8 +149,8 @@ def calibrate(
         if json:
             print_json({"bytes": needs, "samples": planned, "modules": len(modules)})
         return
-    run.check_memory(needs, place)
-    summary = run.calibrate(loaded, texts, modules, options, output)
+    run.check_memory(needs, place, group.size if group else 1)
+    summary = run.calibrate(loaded, texts, modules, options, output, group)
     if not summary["samples"]["heldout"]:
         note("one sample only: nothing is held out, so exported points will be unchecked")
     if summary["int8_error"]:
@@ -140,8 +161,53 @@ def calibrate(
             f"{errors[-1][0]:.2%} at worst ({errors[-1][1]})"
         )
     note(f"written: {output} ({len(texts)} samples); next: bsfa export {output} -o thresholds.safetensors")
-    if json:
+    if json and first:
         print_json(summary)
+
+
+def _spawn(processes: int, output: Path, json: bool) -> None:
+    """The same command in several processes. A run that they began and collected nothing of is removed."""
+    from ..calibration import spawn
+    from ..errors import BsfaError
+
+    begun = (output / "run.json").exists()
+    try:
+        spawn.run(processes, json)
+    except BsfaError:
+        if not begun and (output / "run.json").exists():
+            from ..calibration.store import Run
+
+            run = Run.open(output)
+            with run.lock():
+                if not run.finished():
+                    run.discard()
+        raise
+
+
+def _place(device: str, group: Group | None) -> torch.device:
+    """The device of this process. Raises UsageError for one device that several processes would share, MachineError
+    where there are fewer GPUs than processes.
+    """
+    from ..environment import resolve_device
+
+    place = resolve_device(device)
+    if group is None or place.type == "cpu":
+        return place
+    if device not in ("auto", "cuda"):
+        raise UsageError(f"--device {device}: each of several processes takes a GPU of its own; give --device cuda")
+    import torch
+
+    if group.local_rank >= torch.cuda.device_count():
+        raise MachineError(
+            f"process {group.local_rank + 1} of this machine has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}; start as many processes"
+        )
+    torch.cuda.set_device(group.local_rank)
+    return torch.device("cuda", group.local_rank)
+
+
+def _unsaid(message: str) -> None:
+    """The note of a process that is not the first: it would be the same."""
 
 
 def _ranks(text: str) -> tuple[int, ...]:

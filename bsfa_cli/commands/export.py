@@ -64,6 +64,22 @@ def export(
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
     ] = None,
+    to: Annotated[
+        str | None,
+        Option(
+            metavar="ENGINE",
+            help="Write another engine's one number instead: the sparse_attention_config of modelopt, trtllm or "
+            "vllm-omni for one --target-skip, and what it loses. An output that is a checkpoint's config.json is "
+            "completed.",
+        ),
+    ] = None,
+    from_modelopt: Annotated[
+        Path | None,
+        Option(
+            metavar="CONFIG.json",
+            help="Convert such a configuration to thresholds for the model of RUN, for prompts of --length.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         Option(
@@ -77,7 +93,12 @@ def export(
     repeat_data: RepeatData = False,
     samples: Annotated[int, Option(min=1, help="With --largest-skip-with: number of texts.")] = 4,
     length: Annotated[
-        int | None, Option(min=2, help="With --largest-skip-with: tokens a text, at most; the run's by default.")
+        int | None,
+        Option(
+            min=2,
+            help="With --largest-skip-with: tokens a text, at most. With --from-modelopt: tokens of the prompts. The "
+            "run's by default.",
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -111,9 +132,16 @@ def export(
     searching = bool(largest_skip_with)
     if model is not None and from_official is None and not searching:
         raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
+    asked = (top_k or [], target_skip or [], effect_skip or [], one_threshold or [], max_dropped_mass or [])
+    if to is not None or from_modelopt is not None:
+        others = (from_official, data, image_root, scores, max_int8_error, length if from_modelopt is None else None)
+        only = not any((*asked[:1], *asked[2:])) and not searching and all(value is None for value in others)
+        if not only or gate != "gap" or aim != "fitted":
+            raise UsageError("--to and --from-modelopt take RUN, -o and --target-skip, --from-modelopt --length too")
+        _hand_over(run, output, to, from_modelopt, target_skip, length, quantile, json)
+        return
     if any(value is not None for value in (data, image_root, length)) and not searching:
         raise UsageError("--data, --image-root and --length belong to --largest-skip-with; other points need no texts")
-    asked = (top_k or [], target_skip or [], effect_skip or [], one_threshold or [], max_dropped_mass or [])
     if from_official is not None and (any(asked) or searching):
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
 
@@ -168,6 +196,26 @@ def export(
     if left_out:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise GateFailed(f"{output} lacks {reasons}")
+
+
+def _hand_over(run, output, to, config, target_skip, length, quantile: float, json: bool) -> None:
+    from ..files import check_writable
+    from . import handover
+
+    if to is not None and config is not None:
+        raise UsageError("give either --to or --from-modelopt")
+    if to is None:
+        rate = handover.one_rate(target_skip, "--from-modelopt")
+        check_writable(output)
+        handover.from_modelopt(run, config, output, rate, length, quantile, json)
+        return
+    if to not in handover.ENGINES:
+        raise UsageError(f"--to must be one of {', '.join(handover.ENGINES)}, got {to!r}")
+    rate = handover.one_rate(target_skip, "--to")
+    if rate is None:
+        raise UsageError("which skip rate should be the engine's default? give --target-skip")
+    check_writable(output)
+    handover.to_engine(run, to, output, rate, json)
 
 
 class _Place(NamedTuple):

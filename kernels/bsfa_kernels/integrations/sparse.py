@@ -35,7 +35,8 @@ class SparseAttention:
     and stay where they are until a call comes on another device: calls can be captured in a CUDA graph and replayed.
     Past the last knot thresholds no longer change, so that a gate rarely needs `longest` columns. `counts` sums kept
     and candidate tiles on the device, without waiting for it, over all threads and streams. `scores` override the
-    point's own; those of a call are `scores_of`.
+    point's own; those of a call are `scores_of`. `heads` are the module's query heads that calls bring, where a process
+    computes only a run of them.
     """
 
     knows_scoring = True
@@ -51,6 +52,7 @@ class SparseAttention:
         backend: str = "auto",
         longest: int | None = None,
         device: torch.device | str = "cpu",
+        heads: slice = slice(None),
     ):
         tile = thresholds.tile
         self.path, self.point, self.thresholds, self.backend = path, point, thresholds, backend
@@ -61,28 +63,37 @@ class SparseAttention:
         self.override = None  # a note, where the scores are not the point's own
         if self.scores != own.scores:
             self.override = f"{self.scores} scores, with thresholds for {own.scores} ones"
-        self.exact_heads = tuple(own.exact_heads.get(path, ())) if self.scores == own.scores else ()
+        here = range(thresholds.tensors[path].shape[1])[heads]
+        exact = own.exact_heads.get(path, ()) if self.scores == own.scores else ()
+        self.exact_heads = tuple(here.index(head) for head in exact if head in here)  # as calls count them
         self.least_rows, self.fused_tile = tile.rows, tile if backend == "auto" else None
         # The column behind whose centre no knot lies holds the value of all that follow.
         flat = max(0, -(-(thresholds.knots[-1] - tile.rows // 2) // tile.rows)) + 1
         most = MAX_TILES if longest is None else -(-longest // tile.rows)
         self.longest = None if flat <= most else most * tile.rows
-        self._gate = thresholds.gate(path, point, min(flat, most), device)
-        heads = thresholds.tensors[path].shape[1]
-        self._totals = torch.zeros(2 * heads, dtype=torch.int64, device=device) if count else None
+        gate = thresholds.gate(path, point, min(flat, most))
+        self._gate = gate.map(lambda values: values[heads].to(device, copy=True))
+        self._totals = torch.zeros(2 * len(here), dtype=torch.int64, device=device) if count else None
 
     @classmethod
     def for_model(
-        cls, thresholds: Thresholds, modules: Mapping[str, AttentionModule], point: str | None = None, **options
+        cls,
+        thresholds: Thresholds,
+        modules: Mapping[str, AttentionModule],
+        point: str | None = None,
+        shards: Mapping[str, slice] | None = None,
+        **options,
     ) -> dict[str, SparseAttention]:
         """{module path: handler} for every module that `thresholds` holds, with its buffers on the module's device.
+        `shards`: the query heads by module that this process computes (head_shards.py), None for all.
 
         Raises ThresholdsError for an unknown point, module or number of heads.
         """
         thresholds.index(point)
         thresholds.check_model({}, {path: module.query_heads for path, module in modules.items()})
+        shards = shards or {}
         return {
-            path: cls(thresholds, point, path, device=module.device, **options)
+            path: cls(thresholds, point, path, device=module.device, heads=shards.get(path, slice(None)), **options)
             for path, module in modules.items()
             if path in thresholds.tensors
         }

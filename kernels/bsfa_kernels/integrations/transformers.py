@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..api import block_sparse_attention
 from . import dense
+from .head_shards import head_shards
 from .identity import model_identity
 from .masks import SpanMask, decode, mask_function, visible
 from .modules import AttentionModule, attends, attention_modules, named_modules, unwrapped
@@ -124,6 +125,7 @@ def attention(
     query, key, value = _autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    s_aux = s_aux.to_local() if hasattr(s_aux, "to_local") else s_aux  # divided as the heads are
     spans = mask = window = None
     if isinstance(attention_mask, SpanMask):
         spans, (causal, window) = decode(attention_mask)
@@ -290,21 +292,26 @@ def apply(
     `scores`, "exact" or "int8", override those that the point was made for, and `notes` says so; a GPU without a kernel
     for int8 scores runs exact ones, and `notes` says so too.
 
+    Of a tensor-parallel model (transformers' `tp_plan`) each process takes the thresholds of the heads it computes, and
+    counts its own tiles.
+
     Raises ThresholdsError for a bad file, an unknown point, and, naming the field, a file made for another model:
     configuration and weights are compared, the weights by `identity.fingerprint` and only where it can be taken (not
-    of sharded or quantised parameters). Raises ValueError for a tensor-parallel model.
+    of sharded or quantised parameters). Raises ValueError where it is not plain which heads a process computes.
     """
     from ..thresholds import Thresholds
 
     model = unwrapped(model)
-    _refuse_shards_of_heads(model)
     if not isinstance(thresholds, Thresholds):
         thresholds = Thresholds.read(thresholds)
     thresholds.check_model(model_identity(model))
     modules = attention_modules(model)
     if longest is None:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    handlers = SparseAttention.for_model(thresholds, modules, point, count=count, longest=longest, scores=scores)
+    shards = head_shards(model, modules)
+    handlers = SparseAttention.for_model(
+        thresholds, modules, point, shards, count=count, longest=longest, scores=scores
+    )  # fmt: skip
     former = {}
     if all(model.get_submodule(path).config._attn_implementation != NAME for path in modules):
         former = _implementations(model)
@@ -351,15 +358,6 @@ def _restore(former: dict) -> None:
     for config, implementation in former.values():
         if config._attn_implementation == NAME:  # and not what somebody chose since
             config._attn_implementation_internal = implementation
-
-
-def _refuse_shards_of_heads(model: nn.Module) -> None:
-    processes = getattr(model, "_tp_size", None) or 1
-    if processes > 1:
-        raise ValueError(
-            f"{type(model).__name__} is tensor-parallel over {processes} processes, each with a part of every layer's "
-            "heads; thresholds hold all heads and are not divided yet: load the model without tp_plan"
-        )
 
 
 AttentionInterface.register(NAME, attention)
