@@ -53,7 +53,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _compiled(module: nn.Module) -> bool:
-    """Whether torch.compile wrapped it. Where its machinery was never imported (which takes seconds) it wrapped none."""
+    """Whether torch.compile wrapped it: nothing did where its machinery, whose import takes seconds, was never used."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
