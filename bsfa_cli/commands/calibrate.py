@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import UsageError
-from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 TILES = {"64x128": (64, 128), "128x64": (128, 64)}
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
@@ -66,9 +66,18 @@ def calibrate(
     ranks = None if top_k is None else _ranks(top_k)
     given = joined(data, image_root, frames, repeat_data)
 
+    # First what can be refused without the model: to import transformers takes seconds.
+    from ..data.texts import check_source, default_data, load_texts, remarks
+    from ..files import check_folder
+
+    if layers is not None:
+        parse_layers(layers)
+    if not dry_run:
+        check_folder(output)
+    check_source(given, length or min(DEFAULT_LENGTH.values()))
+
     from ..calibration import run
     from ..console import note, print_json
-    from ..data.texts import check_source, default_data, load_texts, remarks
     from ..environment import resolve_device
     from ..models.load import check_positions, load_model
 
@@ -77,11 +86,8 @@ def calibrate(
     rows, keys = TILES[tile]
     if length < 2 * max(rows, keys):
         raise UsageError(f"--length {length} is shorter than two tiles ({2 * max(rows, keys)} tokens)")
-    if layers is not None:
-        run.parse_layers(layers)
     if not dry_run:
         run.Run.check_place(output)
-    check_source(given, length)
     positions = partial(check_positions, length=length, flag="--length")
     loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
