@@ -57,7 +57,7 @@ def test_stored_results_say_it_from_what_they_hold():
         assert (SENTENCE in block(stored, path.name, Path("x.svg"))) != held
 
 
-def test_tables_name_versions_and_rivals_with_their_error(result, capsys, monkeypatch):
+def test_tables_name_versions_and_rivals_with_their_error(result, capsys):
     measured = result["cells"][0]
     add_flash_attention_3(measured)
     fp8 = row("FlashAttention-3 FP8", "dense, approximate", ms=1.2) | {"library": "fa3-fwd 0.0.3", "error": 0.037}
@@ -65,7 +65,6 @@ def test_tables_name_versions_and_rivals_with_their_error(result, capsys, monkey
     rival |= {"skip": 0.53, "skip_from": "computed from all query tiles", "error": 0.2, "library": "flashinfer 0.7.2"}
     measured["contenders"] += [fp8, rival]
     console.console.cache_clear()
-    monkeypatch.setenv("COLUMNS", "200")
     profile_table.show_cell(measured, details=True)
     shown = capsys.readouterr().err
     console.console.cache_clear()

@@ -36,7 +36,7 @@ def show_cell(cell: dict, details: bool = False) -> None:
     note_wrapped(f"{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
     if cell["fastest_dense"]:
         note(f"  fastest dense: {fastest(cell)}, {cell['fastest_dense_ms']:.3f} ms")
-    for line in aligned(rows_table(cell) if details else brief_table(cell), width() - 2):
+    for line in aligned(rows_table(cell)) if details else aligned(brief_table(cell), width() - 2):
         note(f"  {line}".rstrip())
     if not details:
         if any(row["published"] for row in cell["rows"]):

@@ -67,7 +67,7 @@ def show_cell(cell: dict, details: bool = False) -> None:
     for name, reason in cell["passed_over"].items():
         note_wrapped(f"backend {name} not used: {reason}", 2)
     table = [HEADINGS, *cell_rows(cell)]
-    for line in aligned(table if details else chosen(table, BRIEF), width() - 2):
+    for line in aligned(table) if details else aligned(chosen(table, BRIEF), width() - 2):
         note(f"  {line}")
     for absent in cell["unavailable"]:
         reason = textwrap.shorten(absent["reason"], 200, placeholder=" ... (-o FILE.json keeps all of it)")
