@@ -24,6 +24,23 @@ def note(message: str) -> None:
     console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def note_wrapped(message: str, indent: int = 0) -> None:
+    """A sentence, or a list of names, over as many lines as it needs, all but the first set in by two more."""
+    import textwrap
+
+    left = " " * indent
+    lines = textwrap.wrap(
+        message, max(width(), 40), initial_indent=left, subsequent_indent=left + "  ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    note("\n".join(lines))
+
+
+def width() -> int:
+    """Characters of a line; 80 where stderr is no terminal and COLUMNS does not say otherwise."""
+    return console().width
+
+
 def note_speeds(device) -> None:
     """A warning before times that a CPU takes."""
     if device.type == "cpu":

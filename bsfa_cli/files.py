@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def read_result(path: Path, formats: dict[str, int]) -> dict:
     if not isinstance(stored.get("environment"), dict) or not isinstance(measured, list):
         raise InputError(f"{path} lacks its environment or its cells")
     return stored
+
+
+def check_folder(path: Path) -> None:
+    """Raise UsageError where `path` is no folder to write to, and none can be made there; writes nothing."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; -o needs a directory for the run")
+    parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write {path}: {parent} is no directory that can be written to")
 
 
 def check_writable(path: Path) -> None:

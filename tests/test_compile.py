@@ -82,7 +82,7 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, t
     assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
     assert code.spilled <= HOPPER_SPILLS[variant[1]]
     assert len(code.product_loops) == (2 if variant[1] > 128 else 3)
-    # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); not causal, one value is read there.
+    # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); not causal, one value is read.
     in_loops = HOPPER_SPILLED_IN_LOOPS.get(variant[1], 0 if variant[2] else 2)
     assert code.spilled_in_loops <= in_loops
     assert code.shared <= HOPPER_SHARED

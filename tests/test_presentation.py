@@ -13,7 +13,7 @@ import pytest
 
 from bsfa_cli import console
 from bsfa_cli.errors import InputError, UsageError
-from bsfa_cli.presentation import figures, plot, profile_table, readme
+from bsfa_cli.presentation import columns, figures, plot, profile_table, readme
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -140,14 +140,32 @@ def test_table_marks_what_exceeds_the_bound_and_names_the_missing(capsys, monkey
     shown = capsys.readouterr()
     console.console.cache_clear()
     assert shown.out == ""
-    assert "1.40x *" in shown.err and "baseline inefficiency" in shown.err
+    assert "1.40x*" in shown.err and "baseline inefficiency" in shown.err
     assert "not timed: FlexAttention (out of memory)" in shown.err
-    assert "fastest dense: cuDNN; at 0 % skipped bsfa takes +2.0% time; breaks even at 5% skipped" in shown.err
+    assert "fastest dense: cuDNN\n" in shown.err
+    assert "at 0 % skipped bsfa takes +2.0% time; breaks even at 5% skipped\n" in shown.err
+    assert max(map(len, shown.err.splitlines())) <= 80
+
+
+def test_details_show_every_column(capsys):
+    console.console.cache_clear()
+    profile_table.show_cell(cell(4096), details=True)
+    shown = capsys.readouterr().err
+    console.console.cache_clear()
+    assert all(heading in shown for heading in profile_table.HEADINGS)
 
 
 def test_aligned_columns_end_together():
-    lines = profile_table.aligned([("", "ms"), ("long name", "1.5"), ("x", "100.25")])
+    lines = columns.aligned([("", "ms"), ("long name", "1.5"), ("x", "100.25")])
     assert lines == ["               ms", "long name     1.5", "x          100.25"]
+
+
+def test_names_too_long_for_the_terminal_are_wrapped_and_no_digit_is_cut():
+    lines = columns.aligned([("", "ms"), ("a kernel of a long name (library 1.2.3)", "1.234567"), ("x", "2")], 28)
+    assert lines == [
+        "                          ms", "a kernel of a long", "name (library", "1.2.3)              1.234567",
+        "x                          2",
+    ]  # fmt: skip
 
 
 def test_json_refuses_what_json_cannot_say(capsys):

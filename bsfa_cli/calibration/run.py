@@ -18,6 +18,7 @@ from ..console import console, duration, note, progress
 from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
 from ..models.load import LoadedModel, explain_memory
+from ..options import parse_layers
 from . import together
 from .collector import Collector
 from .curves import TILES_AT_ONCE, ModuleCurves, Plan, int8_errors
@@ -84,22 +85,6 @@ def chosen_modules(model, layers: str | None, plain: bool = False) -> tuple[dict
     if not able:
         raise InputError(f"no attention module of this model may skip tiles: {'; '.join(sorted(set(dense.values())))}")
     return able, dense
-
-
-def parse_layers(text: str) -> set[int]:
-    """Layer indices of "0-3,8". Raises UsageError."""
-    result: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            low = int(first)
-            high = int(last) if dash else low
-        except ValueError:
-            raise UsageError(f"--layers must be like 0-3,8; got {text!r}") from None
-        if not 0 <= low <= high < 1 << 20:
-            raise UsageError(f"--layers must be like 0-3,8; got {text!r}")
-        result |= set(range(low, high + 1))
-    return result
 
 
 def manifest(loaded: LoadedModel, samples: list[Sample], modules: dict[str, AttentionModule], options: Options) -> dict:

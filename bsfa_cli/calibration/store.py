@@ -26,7 +26,7 @@ from bsfa_kernels.thresholds import model_difference
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BsfaError, InputError, UsageError
-from ..files import write_whole
+from ..files import check_folder, write_whole
 from ..order import natural, ordered
 from . import claims
 from .curves import ModuleCurves, Plan
@@ -99,15 +99,11 @@ class Run:
     @staticmethod
     def check_place(path: Path) -> None:
         """Raise UsageError where no run can begin or go on, InputError for a run that is damaged; writes nothing."""
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; -o needs a directory for the run")
+        check_folder(path)
         if (path / "run.json").exists():
             Run.open(path)
         elif path.is_dir() and any(entry.suffix != ".part" and entry.name != ".lock" for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and holds no calibration run; choose another -o")
-        parent = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot write {path}: {parent} is no directory that can be written to")
 
     def check_model(self, identity: Mapping[str, object]) -> None:
         """Raise InputError, naming the field, unless the run is of this model."""

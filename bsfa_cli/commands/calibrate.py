@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from ..errors import MachineError, UsageError
-from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,16 @@ def calibrate(
     ranks = None if top_k is None else _ranks(top_k)
     given = joined(data, image_root, frames, repeat_data)
 
+    # First what can be refused without the model: to import transformers takes seconds.
+    from ..data.texts import check_source, default_data, load_texts, remarks
+    from ..files import check_folder
+
+    if layers is not None:
+        parse_layers(layers)
+    if not dry_run:
+        check_folder(output)
+    check_source(given, length or min(DEFAULT_LENGTH.values()))
+
     from ..calibration.group import Group, started
 
     if processes is not None and processes > 1 and started() == 1 and not dry_run:
@@ -87,7 +97,6 @@ def calibrate(
 
     from ..calibration import run
     from ..console import note, print_json
-    from ..data.texts import check_source, default_data, load_texts, remarks
     from ..models.load import check_positions, load_model
 
     group = None if dry_run else Group.joined(processes)
@@ -98,11 +107,8 @@ def calibrate(
     rows, keys = TILES[tile]
     if length < 2 * max(rows, keys):
         raise UsageError(f"--length {length} is shorter than two tiles ({2 * max(rows, keys)} tokens)")
-    if layers is not None:
-        run.parse_layers(layers)
     if not dry_run:
         run.Run.check_place(output)
-    check_source(given, length)
     positions = partial(check_positions, length=length, flag="--length")
     loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import InputError, UsageError
-from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
 
@@ -36,23 +36,26 @@ def capture(
     """Write post-RoPE Q, K and V of chosen layers for one prompt, for `bsfa compare --captured`."""
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
-
-    from ..calibration.run import chosen_modules, parse_layers
-    from ..comparison import tensors
-    from ..comparison.capture import capture as run
-    from ..console import note, print_json
-    from ..data.texts import check_source, default_data, falls_short, load_texts, remarks
-    from ..environment import resolve_device
-    from ..files import check_writable, write_whole
-    from ..models.load import check_positions, explain_memory, load_model
-
-    check_writable(output)
-    place = resolve_device(device)
-    length = length or DEFAULT_LENGTH[place.type]
     if layers is not None:
         parse_layers(layers)
     given = joined(data, image_root, frames, repeat_data)
-    check_source(given, length)
+
+    # First what can be refused without the model: to import transformers takes seconds.
+    from ..data.texts import check_source, default_data, falls_short, load_texts, remarks
+    from ..files import check_writable, write_whole
+
+    check_source(given, length or min(DEFAULT_LENGTH.values()))
+    check_writable(output)
+
+    from ..calibration.run import chosen_modules
+    from ..comparison import tensors
+    from ..comparison.capture import capture as run
+    from ..console import note, print_json
+    from ..environment import resolve_device
+    from ..models.load import check_positions, explain_memory, load_model
+
+    place = resolve_device(device)
+    length = length or DEFAULT_LENGTH[place.type]
     positions = partial(check_positions, length=length, flag="--length")
     loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:

@@ -71,6 +71,7 @@ def compare(
     plot: Annotated[
         Path | None, Option(metavar="FILE.svg", help="Plot loss against speed, of one length; .svg or .png.")
     ] = None,
+    details: Annotated[bool, Option("--details", help="Show every column, not those that fit 80.")] = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -168,7 +169,7 @@ def compare(
         with progress() as display:
             begin = beginner(display, "all tokens" if n is None else f"{n:,} tokens")
             result["cells"].append(cell(i, begin))
-        compare_table.show_cell(result["cells"][-1])
+        compare_table.show_cell(result["cells"][-1], details)
         if output:
             write_json(output, result)
     compare_table.show_break_even(result)

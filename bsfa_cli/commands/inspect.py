@@ -26,17 +26,17 @@ def inspect(
     if path is None:
         raise UsageError("which file? give thresholds, a run directory, captured layers or a stored result")
 
-    from ..console import note, print_json
+    from ..console import note, print_json, width
     from ..inspection import inspect as look
-    from ..presentation.profile_table import aligned
+    from ..presentation.columns import aligned
 
     found = look(path)
     if json:
         print_json(found.data)
         return
-    width = max(len(name) for name, _ in found.facts)
+    widest = max(len(name) for name, _ in found.facts)
     for name, words in found.facts:
-        note(f"{name:{width}}  {words}")
+        note(f"{name:{widest}}  {words}")
     note("")
-    for line in aligned(found.table):
+    for line in aligned(found.table, width() - 2):
         note(f"  {line}".rstrip())

@@ -54,6 +54,7 @@ def profile(
     fail_under: Annotated[
         float | None, Option(help="Exit 1 when old time / new time falls below this anywhere (with --baseline).")
     ] = None,
+    details: Annotated[bool, Option("--details", help="Show every column, not those that fit 80.")] = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -115,7 +116,7 @@ def profile(
 
     def save(cell=None):
         if cell:
-            profile_table.show_cell(cell)
+            profile_table.show_cell(cell, details)
         if output:
             write_json(output, result)
 

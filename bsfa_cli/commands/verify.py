@@ -132,7 +132,7 @@ def verify(
     from ..environment import describe
     from ..files import check_writable, write_json
     from ..models.load import check_positions, load_model, resolve_device
-    from ..verification import FORMAT, KIND, run
+    from ..verification import FORMAT, KIND
 
     device = resolve_device(device)
     length = length or DEFAULT_LENGTH[device.type]
@@ -141,6 +141,9 @@ def verify(
     _check_inputs(artifact, given, length, tasks, sizes, questions)
     for path in filter(None, (output, heat_map, save_questions)):
         check_writable(path)
+
+    from ..verification import run  # last: it imports transformers, which takes seconds
+
     longest, flag = max(sizes), "--length" if lengths is None else "--lengths"
     positions = partial(check_positions, length=longest, flag=flag)
     # The questions of a file have lengths of their own.

@@ -124,8 +124,8 @@ def stand_in(spec: str) -> str | None:
     if not any(part.startswith(BUILTIN) for part in _parts(spec)):
         return None
     return (
-        f"{spec} is generated text, unlike what a model is asked; thresholds fitted to it, absolute ones and top-k "
-        "above all, cost accuracy on real text, and numbers measured on it say little of real text"
+        f"{spec} is generated text: thresholds fitted to it, absolute ones and top-k above all, cost accuracy on real "
+        "text, and numbers measured on it say little of that"
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ..comparison import matching
+from .columns import aligned, chosen
 from .dense_kernels import fastest
-from .profile_table import aligned
 
+# What a terminal of 80 characters has room for, beside method and setting.
+BRIEF = ("density", "total ms", "speedup", "recall", "worst row")
+BRIEF_MODEL = ("density", "TTFT ms", "speedup", "recall", "top-1")
+BRIEF_TASKS = ("density", "TTFT ms", "speedup", "top-1", "accuracy")
 HEADINGS = (
     "method", "setting", "density", "flops", "select ms", "attend ms", "total ms", "speedup", "recall", "worst row",
     "error", "needle",
@@ -22,19 +26,26 @@ METRICS = {  # path into a row: (words, larger is better)
 }
 
 
-def show_cell(cell: dict) -> None:
-    """One cell: every row, then the methods' first metric at equal time and at equal density."""
-    from ..console import note
+def show_cell(cell: dict, details: bool = False) -> None:
+    """One cell: every row, then the methods' first metric at equal time and at equal density. With `details` every
+    column.
+    """
+    from ..console import note, note_wrapped, width
 
-    note(f"\n{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
+    note("")
+    note_wrapped(f"{cell['length']:,} tokens, {cell['label']}, backend {cell['backend']}")
     if cell["fastest_dense"]:
         note(f"  fastest dense: {fastest(cell)}, {cell['fastest_dense_ms']:.3f} ms")
-    for line in aligned(rows_table(cell)):
+    for line in aligned(rows_table(cell)) if details else aligned(brief_table(cell), width() - 2):
         note(f"  {line}".rstrip())
+    if not details:
+        if any(row["published"] for row in cell["rows"]):
+            note("  *: the setting that the method's authors publish")
+        note("  --details shows every column, -o FILE.json keeps them")
     for method, reason in cell["left_out"].items():
-        note(f"  left out: {method} ({reason})")
+        note_wrapped(f"left out: {method} ({reason})", 2)
     for absent in cell["unavailable"]:
-        note(f"  not measured: {absent['name']} ({absent['reason']})")
+        note_wrapped(f"not measured: {absent['name']} ({absent['reason']})", 2)
     for metric in present(cell)[:1]:  # the report has the others
         show_matched(cell, metric)
 
@@ -46,15 +57,17 @@ def present(cell: dict) -> list[str]:
 
 def show_matched(cell: dict, metric: str) -> None:
     """One metric of every method at equal time and equal density."""
-    from ..console import note
+    from ..console import note, note_wrapped, width
 
     for title, headings, table in matched_tables(cell, metric):
-        note(f"\n  {title}")
+        note("")
+        note_wrapped(title, 2)
         lines = [(name, *(number(x) for x in values)) for name, values in table.items()]
-        for line in aligned([("", *headings), *lines]):
+        short = [heading.rpartition("density ")[2] for heading in headings]  # the title names the axis
+        for line in aligned([("", *short), *lines], width() - 4):
             note(f"    {line}")
         for sentence in matching.verdicts(table, headings, METRICS[metric][1], matching.questions(cell, metric)):
-            note(f"    {sentence}")
+            note_wrapped(sentence, 4)
 
 
 def matched_tables(cell: dict, metric: str) -> list[tuple[str, list[str], dict[str, list[float | None]]]]:
@@ -95,6 +108,22 @@ def rows_table(cell: dict) -> list[tuple[str, ...]]:
     return lines
 
 
+def brief_table(cell: dict) -> list[tuple[str, ...]]:
+    """As rows_table with the columns that a terminal of 80 characters has room for, and none of the notes."""
+    brief = BRIEF
+    if cell["level"] == "model":
+        brief = BRIEF_TASKS if any(row["accuracy"] for row in cell["rows"]) else BRIEF_MODEL
+    names = ["method"] + [
+        f"{row['method']} {_setting(row)}".strip() + ("*" if row["published"] else "") for row in cell["rows"]
+    ]
+    table = chosen(rows_table(cell), brief)
+    return [(name, *(field.partition(" [")[0] for field in fields)) for name, fields in zip(names, table, strict=True)]
+
+
+def _setting(row: dict) -> str:
+    return f"{row['knob']} {row['setting']:g}" if row["knob"] else ""
+
+
 def _accuracy(found: dict | None) -> str:
     if found is None:
         return "-"
@@ -104,11 +133,10 @@ def _accuracy(found: dict | None) -> str:
 
 def row_texts(row: dict) -> tuple[str, ...]:
     """One row's fields under HEADINGS."""
-    setting = f"{row['knob']} {row['setting']:g}" if row["knob"] else ""
     recall, needle = row["recall"], row["needle"]
     return (
         row["method"],
-        setting + (" (published)" if row["published"] else ""),
+        _setting(row) + (" (published)" if row["published"] else ""),
         f"{row['density']:.3f}",
         f"{row['flop_density']:.3f}",
         f"{row['selection_ms']:.3f}",
@@ -124,13 +152,13 @@ def row_texts(row: dict) -> tuple[str, ...]:
 
 def show_break_even(result: dict) -> None:
     """From which length on each method is no slower than the fastest dense kernel, selection included."""
-    from ..console import note
+    from ..console import note, note_wrapped
 
     rows = break_even_rows(result)
     if rows:
-        note("\nlength from which a method is no slower than the fastest dense kernel, selection included")
-    for line in aligned(rows) if rows else ():
-        note(f"  {line}")
+        note("\nno slower than the fastest dense kernel, selection included, from this length on")
+    for method, words in rows:
+        note_wrapped(f"{method}  {words}", 2)
 
 
 def break_even_rows(result: dict) -> list[tuple[str, str]]:

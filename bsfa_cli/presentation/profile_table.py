@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from ..timing.plan import OURS
+from .columns import aligned, chosen
 from .dense_kernels import fastest, named
 
+BRIEF = ("", "ms", "TFLOP/s", "skipped", "speedup", "bound")  # what a terminal of 80 characters has room for
 HEADINGS = ("", "ms", "p20-p80", "TFLOP/s", "executed", "skipped", "speedup", "bound", "error")
 
 
@@ -23,7 +27,7 @@ def cell_rows(cell: dict) -> list[tuple[str, ...]]:
                 rate(row["tflops_dense_equivalent"]),
                 rate(row["tflops_executed"]),
                 skipped(row),
-                speedup + (" *" if row["suspect"] else ""),
+                speedup + ("*" if row["suspect"] else ""),
                 f"{row['bound']:.2f}x" if row["kind"] in OURS.values() else "-",
                 f"{row['error']:.1e}" if row.get("error") is not None else "-",
             )
@@ -52,68 +56,67 @@ def head_shape(cell: dict) -> str:
     )
 
 
-def show_cell(cell: dict) -> None:
-    """Print one cell to stderr."""
-    from ..console import note
+def show_cell(cell: dict, details: bool = False) -> None:
+    """Print one cell to stderr: the columns of BRIEF, and with `details` all of them."""
+    from ..console import note, note_wrapped, width
 
-    note(f"\n{cell['length']:,} tokens, {head_shape(cell)}, {cell['tile']} tiles, backend {cell['backend']}")
-    note(f"  data {cell['data']}")
+    note("")
+    note_wrapped(f"{cell['length']:,} tokens, {head_shape(cell)}")
+    note(f"  {cell['tile']} tiles, backend {cell['backend']}")
+    note_wrapped(f"data {cell['data']}", 2)
     for name, reason in cell["passed_over"].items():
-        note(f"  backend {name} not used: {reason}")
-    for line in aligned([HEADINGS, *cell_rows(cell)]):
+        note_wrapped(f"backend {name} not used: {reason}", 2)
+    table = [HEADINGS, *cell_rows(cell)]
+    for line in aligned(table) if details else aligned(chosen(table, BRIEF), width() - 2):
         note(f"  {line}")
     for absent in cell["unavailable"]:
-        note(f"  not timed: {absent['name']} ({absent['reason']})")
-    note(f"  {verdict(cell)}")
-
-
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines: first column to the left, the others to the right. Never cut, so that a log keeps every digit."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            field.ljust(width) if i == 0 else field.rjust(width)
-            for i, (field, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+        reason = textwrap.shorten(absent["reason"], 200, placeholder=" ... (-o FILE.json keeps all of it)")
+        note_wrapped(f"not timed: {absent['name']} ({reason})", 2)
+    for part in findings(cell):
+        note_wrapped(part, 2)
 
 
 def verdict(cell: dict) -> str:
-    """Overhead, break-even and correctness of one cell in one line."""
+    """`findings` in one line."""
+    return "; ".join(findings(cell))
+
+
+def findings(cell: dict) -> list[str]:
+    """Overhead, break-even and correctness of one cell, one idea each."""
     if cell["fastest_dense"] is None:
-        return "no dense baseline ran here"
+        return ["no dense baseline ran here"]
     parts = [f"fastest dense: {fastest(cell)}"]
     if cell["overhead_at_zero"] is not None:
-        parts.append(f"at 0 % skipped bsfa takes {cell['overhead_at_zero']:+.1%} time")
         even = cell["break_even_skip"]
         if even is None:
-            parts.append("no measured skip rate breaks even")
+            words = "no measured skip rate breaks even"
         else:
-            parts.append("never slower" if even == 0 else f"breaks even at {even:.0%} skipped")
+            words = "never slower" if even == 0 else f"breaks even at {even:.0%} skipped"
+        parts.append(f"at 0 % skipped bsfa takes {cell['overhead_at_zero']:+.1%} time; {words}")
     if cell["error_at_zero"] is not None:
         parts.append(f"distance to dense {cell['error_at_zero']:.1e}")
     if any(row["suspect"] for row in cell["contenders"]):
         parts.append("* exceeds the tensor-pipe bound 2/(1+kept), of int8 scores 2/(0.5+kept): baseline inefficiency")
-    return "; ".join(parts)
+    return parts
 
 
 def show_prefill(entry: dict) -> None:
     """Print one end-to-end comparison to stderr."""
-    from ..console import note
+    from ..console import note, note_wrapped, width
 
-    note("")
-    note(
-        f"prefill of {entry['model']}, {entry['length']:,} tokens of {entry['data']}, {entry['dtype']}, "
-        f"point {entry['point']}"
-    )
+    note(f"\nprefill of {entry['model']}, {entry['length']:,} tokens of {entry['data']}")
+    note(f"  {entry['dtype']}, point {entry['point']}")
     if entry["label"]:
         note(f"  {entry['label']}")
+    rows = [("", "ms", "p20-p80", "speedup", "skipped")]
     for row in entry["contenders"]:
-        skip = "" if row["skip"] is None else f", {row['skip']:.1%} of candidate tiles skipped"
-        speedup = "" if row["speedup"] is None else f", {row['speedup']:.2f}x"
-        note(f"  {row['name']}: {row['ms_median']:.2f} ms ({row['ms_p20']:.2f}-{row['ms_p80']:.2f}){speedup}{skip}")
+        speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        skip = "-" if row["skip"] is None else f"{row['skip']:.1%}"
+        rows.append((row["name"], f"{row['ms_median']:.2f}", f"{row['ms_p20']:.2f}-{row['ms_p80']:.2f}", speedup, skip))
+    for line in aligned(rows, width() - 2):
+        note(f"  {line}")
     for reason, modules in entry["dense_modules"].items():
-        note(f"  {modules} modules ran dense: {reason}")
+        note_wrapped(f"{modules} modules ran dense: {reason}", 2)
     for absent in entry["unavailable"]:
-        note(f"  not timed: {absent['name']} ({absent['reason']})")
+        reason = textwrap.shorten(absent["reason"], 200, placeholder=" ... (-o FILE.json keeps all of it)")
+        note_wrapped(f"not timed: {absent['name']} ({reason})", 2)

@@ -47,12 +47,15 @@ def reason_against(module: str, request: Request) -> str | None:
     return loaded.unsupported(request)
 
 
-@torch.compiler.assume_constant_result
 def fused(
     device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int, scores: str = "exact"
 ) -> tuple[str | None, str]:
     """(the fused backend that serves such calls with tiles of rows x keys, ""), or (None, why there is none)."""
     return _fused(device, dtype, head_dim, TileShape(rows, keys), scores)
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds.
+fused._dynamo_marked_constant = True
 
 
 @cache

@@ -41,17 +41,7 @@ def attention(request: Request):
                 candidates[b, :, t] = listed.sum(1, dtype=torch.int32)
             keep = _keep(plan, passed)
             values = v_b[:, -span.k_offset :][:, : scores.shape[-1]]
-            for h in range(heads):
-                columns = _columns(keep[h], scores.shape[-1], request.tile.keys)
-                s = scores[h] if columns is None else scores[h, :, columns]
-                value = values[h * k.shape[1] // heads]
-                row_lse = s.logsumexp(-1)
-                if request.sinks is not None:
-                    row_lse = torch.logaddexp(row_lse, request.sinks[h].to(compute))
-                # A row that sees nothing weighs nothing.
-                p = s.sub_(row_lse.masked_fill(row_lse == -torch.inf, 0)[:, None]).exp_()
-                out[b, h, rows] = (p @ (value if columns is None else value[columns])).to(v.dtype)
-                lse[b, h, rows] = row_lse.float()
+            out[b, :, rows], lse[b, :, rows] = _attend(request, scores, values, keep)
     return out, lse, kept, candidates
 
 
@@ -72,7 +62,7 @@ def tile_statistics(request: Request, lse: torch.Tensor):
             order = plan.forced() + plan.candidates()
             running = row_max[..., order].cummax(-1).values
             before = torch.cat([torch.full_like(running[..., :1], -torch.inf), running[..., :-1]], -1)
-            mass = (tiles - lse[b, :, rows, None, None].to(compute)).exp_().sum(-1)
+            mass = tiles.sub_(lse[b, :, rows, None, None].to(compute)).exp_().sum(-1)
             end = row_max.shape[-1]
             maximum[b, :, t, :end] = row_max.amax(1).float()
             gap[b, :, t, order] = (row_max[..., order] - before).amax(1).float()
@@ -107,8 +97,9 @@ def _visible_scores(request: Request, q_b, k_b, span: Span, query_tile: int, pla
     visible = slice(-span.k_offset, min(plan.end_keys * tile.keys, span.length) - span.k_offset)
     count = rows.stop - rows.start
     grouped = q_b[:, rows].to(compute).reshape(kv_heads, -1, head_dim)  # a KV head's query heads share one matmul
-    scores = (grouped @ k_b[:, visible].transpose(1, 2)).view(-1, count, visible.stop - visible.start)
-    scores *= request.scale
+    keys = k_b[:, visible].transpose(1, 2)
+    products = torch.baddbmm(grouped.new_empty(()), grouped, keys, beta=0, alpha=request.scale)
+    scores = products.view(-1, count, visible.stop - visible.start)
     if request.softcap is not None:
         scores.div_(request.softcap).tanh_().mul_(request.softcap)
     if request.causal:
@@ -170,10 +161,45 @@ def _keep(plan: Visit, passed: torch.Tensor) -> torch.Tensor:
     return keep
 
 
-def _columns(keep: torch.Tensor, keys: int, tile_keys: int) -> torch.Tensor | None:
-    """Indices of the keys in kept tiles, or None when every tile is kept."""
+def _attend(request: Request, scores, values, keep) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [Hq, rows, D] in the dtype of v, lse float32 [Hq, rows]) over the key tiles that each head keeps.
+
+    scores [Hq, rows, keys] are overwritten; values [Hkv, keys, D]; keep bool [Hq, key tiles].
+    """
+    heads, count, visible = scores.shape
+    sinks = None if request.sinks is None else request.sinks.to(scores.dtype)[:, None, None]
     if bool(keep.all()):
-        return None
+        # A KV head's query heads share one matmul.
+        return _softmax_pv(request, scores, values, sinks)
+    out = request.v.new_empty(heads, count, values.shape[-1])
+    lse = torch.empty(heads, count, dtype=torch.float32, device=scores.device)
+    group = heads // values.shape[0]
+    for h in range(heads):
+        columns = _columns(keep[h], visible, request.tile.keys)
+        one = slice(h, h + 1)
+        out[one], lse[one] = _softmax_pv(
+            request, scores[one, :, columns], values[h // group, columns][None], None if sinks is None else sinks[one]
+        )
+    return out, lse
+
+
+def _softmax_pv(request: Request, s, values, sinks) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [H, rows, D] in the dtype of v, lse float32 [H, rows]) of scores [H, rows, keys], overwritten."""
+    largest = s.amax(-1, keepdim=True)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks)
+    largest.masked_fill_(largest == -torch.inf, 0)  # of a row that sees nothing: it weighs nothing
+    p = s.sub_(largest).exp_()
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total += (sinks - largest).exp_()
+    out = (p.view(values.shape[0], -1, p.shape[-1]) @ values).view(*p.shape[:2], -1)
+    out /= total.masked_fill(total == 0, 1)
+    return out.to(request.v.dtype), (total.log() + largest).squeeze(-1).float()
+
+
+def _columns(keep: torch.Tensor, keys: int, tile_keys: int) -> torch.Tensor:
+    """Indices of the keys in kept tiles."""
     tiles = keep.nonzero()[:, 0]
     columns = (tiles[:, None] * tile_keys + torch.arange(tile_keys, device=keep.device)).flatten()
     return columns[columns < keys]

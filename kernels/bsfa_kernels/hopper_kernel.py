@@ -446,7 +446,7 @@ def cap_scores(s, scale, softcap):
 
 @gluon.jit
 def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
-    """One tile joins the softmax: its keys in parts, so that a part's product runs behind the next one's exponentials."""
+    """One tile joins the softmax, its keys in parts: a part's product runs behind the next one's exponentials."""
     SLABS: gl.constexpr = VARIANT.slabs
     PARTS: gl.constexpr = VARIANT.parts
     new_max = larger(row.maximum, gl.reduce(largest * by_row(unit, VARIANT), 1, larger))

@@ -235,6 +235,8 @@ class Thresholds:
         try:
             with open(path, "rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
+        except IsADirectoryError:
+            raise ThresholdsError(f"cannot read {path}: it is a directory, not a thresholds file") from None
         except OSError as error:
             raise ThresholdsError(f"cannot read {path}: {error.strerror or error}") from error
         try:

@@ -10,11 +10,16 @@ from kernel_cases import Case, check, check_statistics
 WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
 
 
+def heads(causal: bool, gate: str) -> tuple[int, int]:
+    """Query and KV heads. Grouping is tried at one point of the grid in four: the interpreter is slow."""
+    return (4, 2) if causal and gate == "gap" else (2, 1)
+
+
 def grid():
     for tile, causal, gate in itertools.product((WIDE, TALL), (True, False), ("", "absolute", "gap", "both")):
-        yield Case(1, 4, 2, 173, 173, 16, tile, causal, gate)
+        yield Case(1, *heads(causal, gate), 173, 173, 16, tile, causal, gate)
     for tile, causal in itertools.product((WIDE, TALL), (True, False)):
-        yield Case(3, 2, 1, 150, 150, 32, tile, causal, "gap", padded=True)
+        yield Case(3, 2, 1, 100, 100, 32, tile, causal, "gap", padded=True)
         yield Case(3, 2, 2, 40, 170, 16, tile, causal, "absolute", padded=True)
         yield Case(1, 2, 1, 80, 190, 16, tile, causal, "gap", q_offset=110)
         yield Case(1, 2, 1, 80, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False)
@@ -36,9 +41,9 @@ def grid():
 
 def listed():
     for tile, causal, gate in itertools.product((WIDE, TALL), (True, False), ("", "gap", "both")):
-        yield Case(1, 4, 2, 173, 173, 16, tile, causal, gate, blocks="ordered")
+        yield Case(1, *heads(causal, gate), 173, 173, 16, tile, causal, gate, blocks="ordered")
     for tile, causal in itertools.product((WIDE, TALL), (True, False)):
-        yield Case(3, 2, 1, 150, 150, 32, tile, causal, "gap", padded=True, blocks="shuffled")
+        yield Case(3, 2, 1, 100, 100, 32, tile, causal, "gap", padded=True, blocks="shuffled")
         yield Case(3, 2, 2, 40, 170, 16, tile, causal, "absolute", padded=True, blocks="ordered")
         yield Case(1, 2, 1, 80, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False, blocks="shuffled")
         yield Case(1, 2, 2, 120, 50, 16, tile, causal, "", keep_sink=False, blocks="shuffled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,6 @@ from types import CodeType
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from .plan import HEAD_DIMS, SINKS, softcap_reason, window_reason
 
@@ -43,13 +43,19 @@ def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of `model` as if neither it nor any part of it were wrapped by torch.compile."""
     for path, module in model.named_modules():
-        if not isinstance(module, OptimizedModule):
+        if not _compiled(module):
             yield ".".join(part for part in path.split(".") if part != WRAPPED), module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped, or `model`."""
-    return getattr(model, WRAPPED) if isinstance(model, OptimizedModule) else model
+    return getattr(model, WRAPPED) if _compiled(model) else model
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile wrapped it: nothing did where its machinery, whose import takes seconds, was never used."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def attends(module: nn.Module) -> bool:
