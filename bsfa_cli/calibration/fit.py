@@ -7,15 +7,14 @@ every tile, entry i has the threshold grid[i - 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from bsfa_kernels.thresholds import Reached, interpolate
 
 from ..errors import UsageError
 from .curves import FIXED_POINT, GRIDS, LEVELS, Plan, octave
-from .effect import LARGEST
 
 BISECTIONS = 60
 
@@ -33,11 +32,27 @@ class Table:
     within: torch.Tensor  # int32 [N, P, levels, entries]: query tiles whose bound stays within the level
     candidates: torch.Tensor  # int64 [N, P]
     tiles: torch.Tensor  # int64 [N, P]: query tiles with a candidate
+    kl: torch.Tensor | None = None  # float64 [N, P, entries]: nats that dropping costs predictions, over all rows
 
     @property
     def reach(self) -> float:
         """The share of candidate tiles that the highest threshold of the grid drops, in four digits rounded down."""
         return math.floor(1e4 * int(self.dropped[..., -1].sum()) / max(1, int(self.candidates.sum()))) / 1e4
+
+    def heads(self, paths: Sequence[str]) -> torch.Tensor:
+        """bool [N]: the heads of these modules."""
+        found = torch.zeros(len(self.candidates), dtype=torch.bool)
+        for path in paths:
+            found[self.modules[path]] = True
+        return found
+
+    def keeping(self, paths: Sequence[str]) -> Table:
+        """The same where no threshold drops a tile of these modules; their tiles stay candidates."""
+        if not paths:
+            return self
+        kept = self.heads(paths)[:, None, None]
+        names = ("dropped", "mass", "effect") + (("kl",) if self.kl is not None else ())
+        return replace(self, **{name: getattr(self, name).masked_fill(kept, 0) for name in names})
 
     @classmethod
     def of(cls, curves: Mapping[str, Mapping[str, torch.Tensor]], gate: str) -> Table:
@@ -50,6 +65,7 @@ class Table:
             torch.cat([tensors[f"{gate}.{name}"] for tensors in curves.values()])
             for name in ("count", "mass", "effect", "reach")
         )
+        kl = [tensors[f"{gate}.kl"] for tensors in curves.values() if f"{gate}.kl" in tensors]
         tiles = torch.cat([t["tiles"].expand(t[f"{gate}.count"].shape[0], -1) for t in curves.values()])
         return cls(
             gate,
@@ -61,6 +77,7 @@ class Table:
             reach.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1),
             count.sum(-1),
             tiles,
+            torch.cat(kl).double() / FIXED_POINT if kl else None,
         )
 
     def tightened(self, choice: torch.Tensor) -> torch.Tensor:
@@ -83,6 +100,13 @@ def effect_skip(table: Table, rate: float) -> torch.Tensor:
     return _cheapest(table, rate, table.effect)
 
 
+def kl_skip(table: Table, rate: float) -> torch.Tensor:
+    """The same, shared out so that the predictions change least. Raises UsageError for a run without gradients."""
+    if table.kl is None:
+        raise UsageError("sharing by KL needs a run of calibrate --gradients, and this one has none")
+    return _cheapest(table, rate, table.kl)
+
+
 def _cheapest(table: Table, rate: float, cost: torch.Tensor) -> torch.Tensor:
     """Choice [N, P] that drops `rate` of all candidate tiles for the least `cost` [N, P, entries].
 
@@ -100,7 +124,7 @@ def _cheapest(table: Table, rate: float, cost: torch.Tensor) -> torch.Tensor:
 
     low = torch.zeros_like(table.candidates)
     high = table.tightened(torch.full_like(low, len(table.values) - 1))
-    below, above = 0.0, 2.0 * LARGEST  # more than any tile costs, so that it drops all that the grid can
+    below, above = 0.0, float(cost.max()) + 1  # more than any tile costs, so that it drops all that the grid can
     for _ in range(BISECTIONS):
         price = (below + above) / 2
         choice = cheapest(price)
@@ -205,6 +229,16 @@ def evaluate(table: Table, choice: torch.Tensor, quantile: float, heads: slice =
     within = table.within[heads].gather(-1, at[..., None].expand(-1, -1, len(LEVELS), 1))[..., 0]
     beyond = _beyond(table.tiles[heads], within, mass)
     return _reached(table, heads, float(dropped.sum()), float(mass.sum()), beyond, quantile)
+
+
+def predicted_kl(table: Table, choice: torch.Tensor, rows: int) -> float | None:
+    """Nats a position that a choice costs the predictions, over positions with something to drop in query tiles of
+    `rows`; None for a run without gradients. What heads and layers cost singly is added up.
+    """
+    positions = rows * int(table.tiles.amax(0).sum())
+    if table.kl is None or not positions:
+        return None
+    return float(table.kl.gather(-1, choice[..., None]).sum()) / positions
 
 
 def evaluate_positions(

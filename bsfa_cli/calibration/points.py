@@ -19,8 +19,8 @@ FITTED, HELD_OUT = "fitted", "held-out"
 AIMED = 1e-3  # how near to the rate asked for a search for it stops
 NEAR = 0.02  # of a rate asked for, from which on a point says nothing
 CHOICES = {
-    "target-skip": fit.target_skip, "effect-skip": fit.effect_skip, "even-skip": fit.even_skip,
-    "one-threshold": fit.one_threshold,
+    "target-skip": fit.target_skip, "effect-skip": fit.effect_skip, "kl-skip": fit.kl_skip,
+    "even-skip": fit.even_skip, "one-threshold": fit.one_threshold,
 }  # fmt: skip
 
 
@@ -29,14 +29,16 @@ class Request:
     """One point: a recipe and what is asked of it.
 
     "top-k" K; "max-dropped-mass" E; and for a skip rate R "target-skip" (shared out over heads so that the mass dropped
-    is least), "effect-skip" (so that the residual stream moves least), "even-skip" (the same in every head) or
-    "one-threshold" (for the whole model).
+    is least), "effect-skip" (so that the residual stream moves least), "kl-skip" (so that predictions change least),
+    "even-skip" (the same in every head) or "one-threshold" (for the whole model). `dense` layers keep every tile, or so
+    many, in which a dropped tile costs most; the others skip more for them.
     """
 
     recipe: str
     argument: float
     gate: str
     label: str | None = None  # the point's name, where it is not the recipe's
+    dense: frozenset[int] | int = frozenset()
 
     @property
     def name(self) -> str:
@@ -66,24 +68,29 @@ class Report:
     point: Point
     modules: tuple[ModuleReport, ...]
     between: tuple[tuple[int, float], ...] = ()  # of a k that was not collected: its neighbours, and what they skip
+    dense: tuple[str, ...] = ()  # modules that keep every tile because they were asked to
+    kl: tuple[float | None, ...] = ()  # nats a position that skipping costs, predicted for fitted, held-out samples
 
 
 def make_requests(
-    top_k: Sequence[int], target_skip: Sequence[float], effect_skip: Sequence[float], one_threshold: Sequence[float],
-    max_dropped_mass: Sequence[float], gate: str,
+    top_k: Sequence[int], target_skip: Sequence[float], effect_skip: Sequence[float], kl_skip: Sequence[float],
+    one_threshold: Sequence[float], max_dropped_mass: Sequence[float], gate: str,
+    dense: frozenset[int] | int = frozenset(),
 ) -> list[Request]:  # fmt: skip
     """The points that were asked for. Raises UsageError for values that cannot be meant, or none at all."""
-    if not (top_k or target_skip or effect_skip or one_threshold or max_dropped_mass):
+    if not (top_k or target_skip or effect_skip or kl_skip or one_threshold or max_dropped_mass):
         raise UsageError(
-            "which operating points? give --top-k K, --target-skip R, --effect-skip R, --one-threshold R or "
-            "--max-dropped-mass E, repeatedly"
+            "which operating points? give --top-k K, --target-skip R, --effect-skip R, --kl-skip R, --one-threshold R "
+            "or --max-dropped-mass E, repeatedly"
         )
+    if isinstance(dense, int) and (top_k or max_dropped_mass):
+        raise UsageError("--keep-dense auto shares a skip rate out again; name layers for --top-k, --max-dropped-mass")
     for k in top_k:
         if k < 1:
             raise UsageError(f"--top-k must be at least 1, got {k}")
     for option, values in (
-        ("--target-skip", target_skip), ("--effect-skip", effect_skip), ("--one-threshold", one_threshold),
-        ("--max-dropped-mass", max_dropped_mass),
+        ("--target-skip", target_skip), ("--effect-skip", effect_skip), ("--kl-skip", kl_skip),
+        ("--one-threshold", one_threshold), ("--max-dropped-mass", max_dropped_mass),
     ):  # fmt: skip
         for value in values:
             if not 0 < value < 1:
@@ -91,8 +98,10 @@ def make_requests(
     requests = [Request("top-k", k, "absolute") for k in top_k]
     requests += [Request("target-skip", rate, gate) for rate in target_skip]
     requests += [Request("effect-skip", rate, gate) for rate in effect_skip]
+    requests += [Request("kl-skip", rate, gate) for rate in kl_skip]
     requests += [Request("one-threshold", rate, gate) for rate in one_threshold]
     requests += [Request("max-dropped-mass", most, gate) for most in max_dropped_mass]
+    requests = [replace(request, dense=dense) for request in requests]
     names = [request.name for request in requests]
     for name in names:
         if names.count(name) > 1:
@@ -139,11 +148,13 @@ def export(
     scores = scores or plan.scores
     exact = exact_heads(run, curves["fit"], max_int8_error) if scores == "int8" else {}
     reports = [replace(each, point=replace(each.point, scores=scores, exact_heads=exact)) for each in reports]
+    kept_dense = {report.point.name: report.dense for report in reports if report.dense}
     more = {
         **({"searched": dict(searched)} if searched else {}),
         **({"aim": aim} if aim != FITTED else {}),
         **({"scores": plan.scores} if plan.scores != "exact" else {}),
         **({"max_int8_error": max_int8_error} if max_int8_error is not None else {}),
+        **({"kept_dense": kept_dense} if kept_dense else {}),
     }
     return artifact(run, rows, [report.point for report in reports], fitted.modules, more), reports, left_out
 
@@ -201,8 +212,12 @@ def _point(
     request: Request, plan, curves: Curves, fitted: fit.Table, held_out: fit.Table | None, quantile: float, aim: str
 ):  # fmt: skip
     """(thresholds float64 [N, knots], Report) of one point."""
+    dense = _dense(request, fitted)
+    fitted, held_out = (table and table.keeping(dense) for table in (fitted, held_out))
+    kept = fitted.heads(dense)
     if request.recipe == "top-k":
         thresholds = fit.top_k(curves, plan, int(request.argument))
+        thresholds[kept] = -torch.inf
 
         def reached(table, heads=slice(None)):
             return table and fit.evaluate_positions(table, plan, thresholds, quantile, heads)
@@ -211,6 +226,7 @@ def _point(
             choice = _choice(request, fitted, held_out, aim)
         else:
             choice = fit.max_dropped_mass(fitted, request.argument, quantile)
+        choice[kept] = 0
         thresholds = fit.at_knots(fitted, plan, choice)
 
         def reached(table, heads=slice(None)):
@@ -231,7 +247,43 @@ def _point(
     point = Point(
         request.name, request.gate, request.recipe, request.argument, quantile, reached(fitted), reached(held_out)
     )
-    return thresholds, Report(point, tuple(modules), tuple(between))
+    kl = ()
+    if request.recipe == "kl-skip":
+        kl = tuple(table and fit.predicted_kl(table, choice, plan.tile.rows) for table in (fitted, held_out))
+    return thresholds, Report(point, tuple(modules), tuple(between), dense, kl)
+
+
+def layer_of(path: str) -> int | None:
+    """The layer of a module's path: the last number in it."""
+    numbers = [int(part) for part in path.split(".") if part.isdecimal()]
+    return numbers[-1] if numbers else None
+
+
+def _dense(request: Request, table: fit.Table) -> tuple[str, ...]:
+    """The modules that keep every tile. Raises UsageError for layers that there are not, and for all of them."""
+    if isinstance(request.dense, int):
+        dense = _dearest(request, table, request.dense)
+    else:
+        layers = {layer_of(path) for path in table.modules}
+        if request.dense - layers:
+            raise UsageError(f"--keep-dense: the run has no layer {min(request.dense - layers)}")
+        dense = tuple(path for path in table.modules if layer_of(path) in request.dense)
+    if len(dense) >= len(table.modules):
+        raise UsageError(f"--keep-dense would keep all {len(table.modules)} modules dense: nothing would be skipped")
+    return dense
+
+
+def _dearest(request: Request, table: fit.Table, count: int) -> tuple[str, ...]:
+    """The modules in which a dropped tile costs most, by what the recipe goes by, at the skip rate asked for."""
+    cost = {"effect-skip": table.effect, "kl-skip": table.kl}.get(request.recipe, table.mass)
+    choice = _choice(request, table, None, FITTED)[..., None]
+
+    def price(path: str) -> float:
+        of, at = table.modules[path], choice[table.modules[path]]
+        return float(cost[of].gather(-1, at).sum()) / max(1, int(table.dropped[of].gather(-1, at).sum()))
+
+    dearest = set(sorted(table.modules, key=price, reverse=True)[:count])
+    return tuple(path for path in table.modules if path in dearest)
 
 
 def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim: str) -> torch.Tensor:
@@ -263,6 +315,14 @@ def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim
 def remarks(report: Report, samples: int) -> list[str]:
     """What the user should know about a point fitted to so many `samples`, in sentences."""
     point, found = report.point, []
+    if report.dense:
+        found.append(f"{point.name} keeps every tile of {', '.join(report.dense)}")
+    if report.kl:
+        there = "" if len(report.kl) < 2 or report.kl[1] is None else f", {report.kl[1]:.2g} on held-out samples"
+        found.append(
+            f"{point.name} costs predictions about {report.kl[0]:.2g} nats a position by gradients{there}; verify "
+            "measures it"
+        )
     if report.between:
         ends = " and ".join(f"{skip:.1%} (top-k {k})" for k, skip in report.between)
         found.append(

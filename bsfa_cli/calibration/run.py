@@ -17,9 +17,10 @@ from .. import environment
 from ..console import console, duration, note, progress
 from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
+from ..metrics.logits import Head
 from ..models.load import LoadedModel, explain_memory
 from ..options import parse_layers
-from . import together
+from . import divergence, together
 from .collector import Collector
 from .curves import TILES_AT_ONCE, ModuleCurves, Plan, int8_errors
 from .group import Group
@@ -45,6 +46,7 @@ class Options:
     device: str  # its type: rounding differs between CPU and GPU
     dtype: str
     scores: str = "exact"
+    gradients: bool = False
 
 
 def default_ranks(longest: int, keys: int) -> tuple[int, ...]:
@@ -117,22 +119,28 @@ def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan)
     tiles = plan.query_tiles * -(-plan.longest // plan.tile.keys)
     config = loaded.model.config.get_text_config()
     width = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    return {
+    found = {
         "weights": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
         "forward pass": plan.longest * width * next(loaded.model.parameters()).element_size(),
         "tile statistics of one module": 16 * widest * tiles + 96 * min(widest * tiles, max(TILES_AT_ONCE, tiles)),
         "curves in memory": len(ROLES) * heads * plan.bytes_per_head(),
         "files on disk": len(ROLES) * heads * plan.bytes_per_head(),
     }
+    if plan.gradients:
+        # What comes into every layer is kept, and one layer at a time is computed again.
+        kept = config.num_hidden_layers * config.hidden_size + 2 * width
+        found["backward pass"] = plan.longest * kept * next(loaded.model.parameters()).element_size()
+        found["backward pass"] += 24 * divergence.SCORES_AT_ONCE
+    return found
 
 
 def check_memory(needs: dict[str, int], device: torch.device, processes: int = 1) -> None:
     """Raise MachineError when a sample cannot fit in what the device has free. Weights are there already. Processes
     share the memory of the host, and each has a GPU of its own.
     """
-    need = (processes if device.type == "cpu" else 1) * sum(
-        needs[key] for key in ("forward pass", "tile statistics of one module", "curves in memory")
-    )
+    passes = max(needs["forward pass"], needs.get("backward pass", 0))
+    need = passes + needs["tile statistics of one module"] + needs["curves in memory"]
+    need *= processes if device.type == "cpu" else 1
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
     if free is not None and need > free:
         raise MachineError(
@@ -208,9 +216,13 @@ def _together(run: Run, loaded, samples: list[Sample], modules, group: Group) ->
     """As `_alone`, with the other processes of the group."""
     device = next(loaded.model.parameters()).device
 
+    head = _head(loaded.model, run.plan)
+
     def run_one(sample: Sample, curves: dict[str, ModuleCurves]) -> None:
         with explain_memory("--length"):
             forward(loaded.model, sample, curves, device)
+            if head is not None:
+                divergence.backward(loaded.model, sample, curves, head)
 
     def warm_up(curves: dict[str, ModuleCurves]) -> None:
         _warm_up(loaded.model, samples[0], run.plan, curves, device)
@@ -225,6 +237,7 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
     seconds: dict[str, float] = {}
     if len(finished) < len(samples):
         _warm_up(loaded.model, samples[0], run.plan, curves["fit"], device)
+        head = _head(loaded.model, run.plan)
     bar = progress()
     with bar:
         task = bar.add_task("calibrating", total=len(samples), completed=len(finished))
@@ -238,6 +251,8 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
                 if stored is None:
                     with explain_memory("--length"):
                         forward(loaded.model, sample, curves[role], device)
+                        if head is not None:
+                            divergence.backward(loaded.model, sample, curves[role], head)
                     seconds[sample.id] = time.perf_counter() - started
                 else:
                     for path, tensors in stored.items():
@@ -257,6 +272,12 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
                     + (f"; about {duration(left)} left" if left else "")
                 )
     return seconds
+
+
+@torch.no_grad()
+def _head(model, plan: Plan) -> Head | None:
+    """What gradients begin at; None for a run without them."""
+    return Head(model) if plan.gradients else None
 
 
 def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves], device: torch.device) -> None:
@@ -293,7 +314,7 @@ def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torc
 def plan_of(samples: list[Sample], options: Options) -> Plan:
     """What the run would count, before it begins."""
     longest = max(len(sample.tokens) for sample in samples)
-    return Plan(TileShape(*options.tile), longest, options.top_k, options.scores)
+    return Plan(TileShape(*options.tile), longest, options.top_k, options.scores, options.gradients)
 
 
 def _size(path: Path) -> int | None:

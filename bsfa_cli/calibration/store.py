@@ -115,7 +115,8 @@ class Run:
     def plan(self) -> Plan:
         options = self.manifest["options"]
         longest = max(sample["tokens"] for sample in self.manifest["samples"])
-        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]), options.get("scores", "exact"))
+        scores, gradients = options.get("scores", "exact"), options.get("gradients") is True
+        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]), scores, gradients)
 
     def lock(self, shared: bool = False):
         """Keep other processes from writing to this run for as long as the returned file stays open; `shared` those

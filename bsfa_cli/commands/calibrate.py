@@ -54,6 +54,13 @@ def calibrate(
             help="exact, or int8: statistics with Q and K rounded to 8 bits, and what that does to every head's output."
         ),
     ] = "exact",
+    gradients: Annotated[
+        bool,
+        Option(
+            "--gradients",
+            help="Also run a backward pass over every sample, for `export --kl-skip`: takes several times as long.",
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     processes: Annotated[
@@ -76,6 +83,8 @@ def calibrate(
         raise UsageError(f"--tile must be one of {', '.join(TILES)}, got {tile!r}")
     if scores not in ("exact", "int8"):
         raise UsageError(f"--scores must be exact or int8, got {scores!r}")
+    if gradients and scores != "exact":
+        raise UsageError("--gradients knows exact scores only; calibrate once with it, and once with --scores int8")
     ranks = None if top_k is None else _ranks(top_k)
     given = joined(data, image_root, frames, repeat_data)
 
@@ -136,6 +145,7 @@ def calibrate(
         place.type,
         str(loaded.model.dtype).split(".")[-1],
         scores,
+        gradients,
     )
     plan = run.plan_of(texts, options)
     idle = [k for k in ranks if k >= plan.most_ranked]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 if TYPE_CHECKING:
     from ..calibration.points import Request
@@ -31,6 +31,10 @@ def export(
     effect_skip: Annotated[
         list[float] | None, Option(help="Skip this share where the residual stream moves least. Repeatable.")
     ] = None,
+    kl_skip: Annotated[
+        list[float] | None,
+        Option(help="Skip this share where predictions change least; needs calibrate --gradients. Repeatable."),
+    ] = None,
     one_threshold: Annotated[
         list[float] | None,
         Option(help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable."),
@@ -47,6 +51,14 @@ def export(
         ),
     ] = None,
     gate: Annotated[str, Option(help="gap or absolute; top-k is always absolute.")] = "gap",
+    keep_dense: Annotated[
+        str | None,
+        Option(
+            metavar="LAYERS",
+            help="Layers such as 0-1,29 that keep every tile, or auto:N, the N in which a dropped tile costs most; the "
+            "others skip more to reach the rate.",
+        ),
+    ] = None,
     aim: Annotated[
         str, Option(help="Samples to reach skip rates on: fitted, or held-out, which then check all but the rate.")
     ] = "fitted",
@@ -132,9 +144,12 @@ def export(
     searching = bool(largest_skip_with)
     if model is not None and from_official is None and not searching:
         raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
-    asked = (top_k or [], target_skip or [], effect_skip or [], one_threshold or [], max_dropped_mass or [])
+    asked = tuple(
+        each or [] for each in (top_k, target_skip, effect_skip, kl_skip, one_threshold, max_dropped_mass)
+    )  # fmt: skip
     if to is not None or from_modelopt is not None:
-        others = (from_official, data, image_root, scores, max_int8_error, length if from_modelopt is None else None)
+        others = (from_official, data, image_root, scores, max_int8_error, keep_dense)
+        others += (length if from_modelopt is None else None,)
         only = not any((*asked[:1], *asked[2:])) and not searching and all(value is None for value in others)
         if not only or gate != "gap" or aim != "fitted":
             raise UsageError("--to and --from-modelopt take RUN, -o and --target-skip, --from-modelopt --length too")
@@ -142,6 +157,9 @@ def export(
         return
     if any(value is not None for value in (data, image_root, length)) and not searching:
         raise UsageError("--data, --image-root and --length belong to --largest-skip-with; other points need no texts")
+    if keep_dense is not None and (searching or not any(asked)):
+        raise UsageError("--keep-dense belongs to --target-skip and other points of a run that take no search")
+    dense = frozenset() if keep_dense is None else _kept_dense(keep_dense)
     if from_official is not None and (any(asked) or searching):
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
 
@@ -158,7 +176,7 @@ def export(
         from ..data.texts import stand_in
         from ..presentation import points_table
 
-        requests = points.make_requests(*asked, gate) if any(asked) or not searching else []
+        requests = points.make_requests(*asked, gate, dense) if any(asked) or not searching else []
         begun = Run.open(run)
         if max_int8_error is not None and (scores or begun.plan.scores) != "int8":
             raise UsageError("--max-int8-error belongs to int8 scores; give --scores int8")
@@ -216,6 +234,16 @@ def _hand_over(run, output, to, config, target_skip, length, quantile: float, js
         raise UsageError("which skip rate should be the engine's default? give --target-skip")
     check_writable(output)
     handover.to_engine(run, to, output, rate, json)
+
+
+def _kept_dense(text: str) -> frozenset[int] | int:
+    """The layers of "0-1,29", or N of "auto:N". Raises UsageError."""
+    automatic, _, count = text.partition(":")
+    if automatic.strip() != "auto":
+        return frozenset(parse_layers(text, "--keep-dense"))
+    if not (count.isdecimal() and 0 < int(count) < 1 << 20):
+        raise UsageError(f"--keep-dense must be like 0-1,29 or auto:2; got {text!r}")
+    return int(count)
 
 
 class _Place(NamedTuple):

@@ -42,7 +42,10 @@ def verify(
     ] = None,
     tasks: Annotated[
         str | None,
-        Option(help="Ask questions instead: all, frames, task names (single,multi-key,...), or a RULER .jsonl file."),
+        Option(
+            help="Ask questions instead: all, frames, task names (single,multi-key,...), a RULER .jsonl file, or your "
+            "own, judged by likelihood: a line has question, choices and answer, or text and answer."
+        ),
     ] = None,
     questions: Annotated[int, Option(min=1, help="With --tasks: questions for each task and length.")] = 20,
     lengths: Annotated[str | None, Option(help="With --tasks: several, e.g. 4096,32768, instead of --length.")] = None,
@@ -138,7 +141,7 @@ def verify(
     length = length or DEFAULT_LENGTH[device.type]
     sizes = (length,) if lengths is None else _lengths(lengths)
     given = joined(data, image_root, frames, repeat_data)
-    _check_inputs(artifact, given, length, tasks, sizes, questions)
+    _check_inputs(artifact, given, length, tasks, sizes, questions, save_questions)
     for path in filter(None, (output, heat_map, save_questions)):
         check_writable(path)
 
@@ -247,7 +250,7 @@ def _tasks(
 ) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..console import note, progress
-    from ..data import ruler
+    from ..data import question_files, ruler
     from ..files import write_whole
     from ..models.load import explain_memory
     from ..presentation import figures, tasks_table
@@ -258,7 +261,7 @@ def _tasks(
     loaded = job.loaded
     asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
     if _is_file(spec):
-        ruler.check_positions(Path(spec), asked, loaded)
+        question_files.check_positions(Path(spec), asked, loaded)
     how = mode(asked[0])
     note(f"{len(asked)} questions of {spec}, answers {how}")
     if save is not None:
@@ -297,20 +300,20 @@ def _tasks(
 
 def _count(spec: str, lengths: str | None, count: int) -> int:
     """How many questions will be asked."""
-    from ..data import ruler
+    from ..data import question_files
     from ..data.plans import names_of
 
     if _is_file(spec):
-        return len(ruler.read(Path(spec).expanduser()))
+        return len(question_files.read(Path(spec).expanduser()))
     return count * len(names_of(spec)) * (1 if lengths is None else len(_lengths(lengths)))
 
 
 def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> list:
-    from ..data import ruler
+    from ..data import question_files
     from ..data.plans import plan
 
     if _is_file(spec):
-        return ruler.read(Path(spec).expanduser())
+        return question_files.read(Path(spec).expanduser())
     return list(plan(spec, lengths, count, seed).questions_for(tokenizer))
 
 
@@ -320,11 +323,13 @@ def _is_file(spec: str) -> bool:
 
 
 def _check_inputs(
-    artifact: Thresholds, data: str | None, length: int, tasks: str | None, sizes: tuple[int, ...], count: int
-) -> None:
+    artifact: Thresholds, data: str | None, length: int, tasks: str | None, sizes: tuple[int, ...], count: int,
+    save: Path | None,
+) -> None:  # fmt: skip
     """Raise for texts and questions that can be refused without the model."""
-    from ..data import ruler
+    from ..data import question_files
     from ..data.plans import plan
+    from ..data.questions import TextQuestion
     from ..data.texts import check_source
 
     if tasks is None:
@@ -333,7 +338,9 @@ def _check_inputs(
             raise UsageError(f"--length {length} is shorter than two tiles of the thresholds ({shortest} tokens)")
         check_source(data, length)
     elif _is_file(tasks):
-        ruler.read(Path(tasks).expanduser())
+        found = question_files.read(Path(tasks).expanduser())
+        if save is not None and not isinstance(found[0], TextQuestion):
+            raise UsageError(f"--save-questions writes RULER's files, and {tasks} is judged by likelihood")
     else:
         plan(tasks, sizes, count)
 

@@ -183,7 +183,7 @@ def _samples(source: str, samples: int, length: int, seed: int, tokenizer) -> It
     if source.startswith(TASKS):
         yield from _tasks(source, samples, length, seed, tokenizer)
         return
-    prefix = _prefix(tokenizer)
+    prefix = beginning(tokenizer)
     if source.startswith(BUILTIN):
         texts = _builtin(source, samples, length, seed)
     else:
@@ -242,7 +242,7 @@ def falls_short(sample: Sample, length: int) -> bool:
     return len(sample.tokens) < length and not getattr(sample, "parts", ())
 
 
-def _prefix(tokenizer) -> list[int]:
+def beginning(tokenizer) -> list[int]:
     """The token every text begins with for this tokenizer (BOS), if it adds one."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
@@ -336,6 +336,8 @@ def _said(path: Path, number: int, record: dict) -> str | list[dict]:
     if key is None:
         keys = ", ".join(map(str, record))[:80] or "none"
         hint = "; images need --image-root" if "image" in keys or "video" in keys else ""
+        if "choices" in keys:
+            hint = "; questions with choices go to verify --tasks"
         raise InputError(f"{path}, line {number}: needs one of the keys {', '.join(TEXT_KEYS)}; it has {keys}{hint}")
     if key != MESSAGES:
         check_text(path, number, key, record[key])
@@ -396,7 +398,7 @@ def _windows(path: Path, text: str, samples: int, length: int, tokenizer):
     slots = 1 << (samples - 1).bit_length()
     if len(text) <= slots * length * CHARACTERS_PER_TOKEN:
         tokens = _tokenize(tokenizer, text)
-        step = length - len(_prefix(tokenizer))
+        step = length - len(beginning(tokenizer))
         for i, start in enumerate(range(0, len(tokens), max(step, 1))):
             yield f"window-{i}", f"from token {start}", tokens[start : start + length]
         return

@@ -18,6 +18,7 @@ import torch
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import SparseAttention, attach, attention_modules
 
+from ..calibration.store import Run
 from ..data.texts import Sample, data_hash, load_texts
 from ..environment import describe, resolve_device
 from ..errors import MachineError, UsageError
@@ -32,7 +33,7 @@ from ..timing.plan import EXACT, INT8
 from ..verification.layers import skip_rate
 from ..verification.run import everything
 from . import end
-from .recipes import RECIPES, TILE, calibrated, contenders
+from .recipes import RECIPES, TILE, calibrated, contenders, need_gradients
 from .texts import KINDS
 
 RATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
@@ -46,6 +47,16 @@ def texts_of(folder: Path, kind: str, samples: int, length: int, tokenizer) -> l
     """Texts to judge on."""
     spec = str(folder / f"{kind}-judge.jsonl")
     return load_texts(spec, samples=samples, length=length, tokenizer=tokenizer, shortest=2 * max(TILE))
+
+
+def run_on(
+    loaded: LoadedModel, texts: Path, name: str, samples: int, length: int, folder: Path, gradients: bool
+) -> Run:
+    """The calibration of that name, on the texts in a folder; resumes the one in `folder`."""
+    spec = ",".join(str(texts / f"{kind}-calibrate.jsonl") for kind in CALIBRATIONS[name])
+    tiles = -(-length // TILE[1])
+    ranks = tuple(sorted({max(1, round(share * tiles)) for share in RANKS}))
+    return calibrated(loaded, spec, samples, length, folder, ranks, gradients)
 
 
 @torch.no_grad()
@@ -143,14 +154,12 @@ def measured(options: argparse.Namespace) -> dict:
         options.model, device=device, check_config=lambda config: check_positions(config, length, "--length")
     )
     work = options.out / "work"
-    tiles = -(-length // TILE[1])
-    ranks = tuple(sorted({max(1, round(share * tiles)) for share in RANKS}))
     chosen, found, hashes = tuple(options.recipe or RECIPES), {}, {}
     for name in options.calibrations.split(","):
         if name not in CALIBRATIONS:
             raise UsageError(f"--calibrations takes {', '.join(CALIBRATIONS)}, got {name!r}")
-        spec = ",".join(str(options.texts / f"{kind}-calibrate.jsonl") for kind in CALIBRATIONS[name])
-        begun = calibrated(loaded, spec, options.samples, length, work / f"{options.name}-{name}", ranks)
+        place = work / f"{options.name}-{name}"
+        begun = run_on(loaded, options.texts, name, options.samples, length, place, need_gradients(chosen))
         hashes[name] = begun.manifest["data"]["hash"]
         for (recipe, point), handlers in contenders(loaded, begun, chosen, RATES, scores).items():
             found[name, recipe, point] = handlers

@@ -13,8 +13,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
 
@@ -39,25 +40,42 @@ from . import end
 RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # or as much less as the gate can reach
 TOP_K = (96, 64, 48, 32, 16, 8, 4, 2)
 MASSES = tuple(10 ** (-exponent / 4) for exponent in (12, 10, 8, 6, 4, 3, 2, 1))  # levels that calibration counts at
-RECIPES = {  # by name: how thresholds are chosen, and for which gate
-    "top-k, absolute": ("top-k", "absolute"),
-    "even skip, absolute": ("even-skip", "absolute"),
-    "shared skip, absolute": ("target-skip", "absolute"),
-    "one lambda, gap": ("one-threshold", "gap"),
-    "shared skip, gap": ("target-skip", "gap"),
-    "shared by effect, gap": ("effect-skip", "gap"),
-    "max dropped mass, gap": ("max-dropped-mass", "gap"),
+
+
+class Recipe(NamedTuple):
+    """How thresholds are chosen, for which gate, and how many layers, the dearest, keep every tile."""
+
+    kind: str
+    gate: str
+    dense: int = 0
+
+
+RECIPES = {
+    "top-k, absolute": Recipe("top-k", "absolute"),
+    "even skip, absolute": Recipe("even-skip", "absolute"),
+    "shared skip, absolute": Recipe("target-skip", "absolute"),
+    "shared by KL, absolute": Recipe("kl-skip", "absolute"),
+    "one lambda, gap": Recipe("one-threshold", "gap"),
+    "shared skip, gap": Recipe("target-skip", "gap"),
+    "shared by effect, gap": Recipe("effect-skip", "gap"),
+    "shared by KL, gap": Recipe("kl-skip", "gap"),
+    "shared skip, gap, 2 layers dense": Recipe("target-skip", "gap", 2),
+    "shared by KL, gap, 2 layers dense": Recipe("kl-skip", "gap", 2),
+    "max dropped mass, gap": Recipe("max-dropped-mass", "gap"),
 }
 QUANTILE, TILE, KEPT = 0.99, (64, 128), 0.99
 DENSE = "dense"
 
 
-def calibrated(loaded: LoadedModel, spec: str, samples: int, length: int, folder: Path, top_k: tuple[int, ...]) -> Run:
+def calibrated(
+    loaded: LoadedModel, spec: str, samples: int, length: int, folder: Path, top_k: tuple[int, ...], gradients: bool
+) -> Run:
     """A run of `samples` documents, like `bsfa calibrate --data spec`; resumes the one in `folder`."""
     texts = load_texts(spec, samples=samples, length=length, tokenizer=loaded.tokenizer)
     modules, _ = run.chosen_modules(loaded.model, None)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    options = run.Options(spec, samples, length, 0, TILE, top_k, None, loaded.model.device.type, dtype)
+    place = loaded.model.device.type
+    options = run.Options(spec, samples, length, 0, TILE, top_k, None, place, dtype, gradients=gradients)
     run.calibrate(loaded, texts, modules, options, folder)
     return Run.open(folder)
 
@@ -71,9 +89,16 @@ def recipes(begun: Run, rates: tuple[float, ...]) -> dict[str, list[Request]]:
         asked[gate] = [rate * min(1.0, reach / rates[-1]) for rate in rates]
     counted = {"top-k": begun.plan.ranks, "max-dropped-mass": MASSES}
     return {
-        name: [Request(kind, setting, gate) for setting in counted.get(kind, asked[gate])]
-        for name, (kind, gate) in RECIPES.items()
-    }
+        name: [
+            Request(kind, setting, gate, dense=dense or frozenset()) for setting in counted.get(kind, asked[gate])
+        ]
+        for name, (kind, gate, dense) in RECIPES.items()
+    }  # fmt: skip
+
+
+def need_gradients(chosen: Iterable[str]) -> bool:
+    """Whether a run must have gradients for one of these recipes."""
+    return any(RECIPES[name].kind == "kl-skip" for name in chosen)
 
 
 def contenders(
@@ -183,8 +208,10 @@ def measured(options: argparse.Namespace) -> dict:
     planned = plan(options.tasks, lengths, -(-options.questions // (len(names) * len(lengths))), seed=1)
     spec = TASKS + options.calibrate_on
     with tempfile.TemporaryDirectory() as folder:
-        begun = calibrated(loaded, spec, options.samples, options.calibrate_length, Path(folder) / "run", TOP_K)
-        found = contenders(loaded, begun, tuple(options.recipe or RECIPES), RATES)
+        chosen = tuple(options.recipe or RECIPES)
+        place, length = Path(folder) / "run", options.calibrate_length
+        begun = calibrated(loaded, spec, options.samples, length, place, TOP_K, need_gradients(chosen))
+        found = contenders(loaded, begun, chosen, RATES)
     answers = measure(loaded, found, planned, 60 * options.minutes)
     asked = answers[DENSE]
     return {

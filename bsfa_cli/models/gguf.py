@@ -75,6 +75,10 @@ def convert(path: Path, folder: Path, expected: str, files: Mapping[str, bytes] 
             loaded.tokenizer.save_pretrained(written)
         for name, content in files.items():
             (written / name).write_bytes(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in written.iterdir():
+            file.chmod(0o666 & ~mask)  # weights are saved for their owner alone
         os.rename(written, folder)
 
 

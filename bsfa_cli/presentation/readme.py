@@ -15,6 +15,7 @@ from ..files import read_result, write_whole
 from ..timing.compare import FORMATS
 from . import compare_readme, figures, headline
 from .dense_kernels import named, without_flash_attention_3
+from .loss_table import loss_table
 from .plot import speedup_plot
 from .profile_table import head_shape
 from .real_plot import real_plot
@@ -46,6 +47,9 @@ def rendered(root: Path) -> dict[Path, str]:
         files[path.with_suffix(".svg")] = figures.svg(recipes_plot(json.loads(path.read_text(encoding="utf-8"))))
     for path in sorted(results.glob("real/*.json")):
         stored[path.name] = real = json.loads(path.read_text(encoding="utf-8"))
+        if "layers" in real:
+            blocks.append(loss_table(real, f"../profiles/results/real/{path.name}"))
+            continue
         files[path.with_suffix(".svg")] = figures.svg(real_plot(real))
         blocks.append(real_table(real, f"../profiles/results/real/{path.name}"))
     files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, DOWN, BOTTOM = 860, 720, 72, 230, 96, 56, 56
+LABEL = 36  # pixels of a recipe's label, of which each panel has all
 HIGHEST_KL, LEAST_KL, HIGHEST_INCREASE = 0.3, 1e-4, 0.06  # what lies above is not drawn
 METRICS = (
     ("kl", HIGHEST_KL, "KL divergence from the dense model, nats a position"),
@@ -27,7 +28,8 @@ def real_plot(result: dict, calibration: str = "mixed") -> Figure:
     name = calibration if calibration in result["calibrations"] else next(iter(result["calibrations"]))
     recipes, floor = result["calibrations"][name], result["floor"]
     machine = result["environment"].get("gpu") or "a CPU"
-    figure, panels = figures.new(WIDTH, HEIGHT, rows=2, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, down=DOWN)
+    height = max(HEIGHT, TOP + DOWN + BOTTOM + 2 * LABEL * len(recipes))
+    figure, panels = figures.new(WIDTH, height, rows=2, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, down=DOWN)
     figures.title(
         figure,
         f"What skipping costs {result['model']['id']}, {result['length']:,} tokens, {machine}",
@@ -56,7 +58,7 @@ def real_plot(result: dict, calibration: str = "mixed") -> Figure:
             panel.set_ylim(min(-0.002, *(p[metric] - 0.002 for e in recipes.values() for p in e["points"])), highest)
             panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:+.0f} %")
             panel.set_xlabel("tiles skipped")
-        figures.end_labels(panel, [(1.0, y, words, colour) for _, y, words, colour in ends], gap=36)
+        figures.end_labels(panel, [(1.0, y, words, colour) for _, y, words, colour in ends], gap=LABEL)
     return figure
 
 

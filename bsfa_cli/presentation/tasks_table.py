@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..console import console, note
+from ..suites.summary import telling
 from .verify_table import percent, scores
 
 
@@ -29,13 +30,17 @@ def show(result: dict, failures: list[str]) -> None:
     table.add_section()
     table.add_row("all", *_cells(result))
     console().print(table)
-    if result["retention"] is not None:
+    worst = result["worst_retention"]
+    if telling(result):
         low, high = result["retention_interval"]
-        worst = result["worst_retention"]
         note(
             f"{percent(result['retention'])} of dense accuracy kept ({percent(low)} to {percent(high)}) at "
-            f"{percent(result['skip'])} skipped; least on {worst}: {percent(result['by_task'][worst]['retention'])}"
+            f"{percent(result['skip'])} skipped"
+            + (f"; least on {worst}: {percent(result['by_task'][worst]['retention'])}" if worst else "")
         )
+    if result["unanswered"]:
+        words = ", ".join(f"{name} {percent(result['by_task'][name]['dense'])}" for name in result["unanswered"])
+        note(f"the dense model answers too little of these to show what skipping keeps: {words}")
     for failure in failures:
         note(f"FAILED {result['name']}: {failure}")
 

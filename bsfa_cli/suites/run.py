@@ -8,7 +8,9 @@
 A TokenQuestion is teacher-forced: document, question and right answer in one prefill, and exact where the model
 predicts every token of the answer. Its answer is read through sparse attention too. A TextQuestion is answered by
 greedy generation, as RULER does it: a sparse prefill, then decode steps, which run dense; exact where the answer
-contains all outputs (or any, for match "part").
+contains all outputs (or any, for match "part"). A LikelihoodQuestion is judged by the log-probabilities of its
+choices, each read behind the text in a prefill of its own: exact where the right one's is the highest, its share the
+probability of the right one among them; a cloze is exact where every token of its answer is the likeliest.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import torch
 from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
 
+from ..data.likelihood import LikelihoodQuestion
 from ..data.questions import TextQuestion, TokenQuestion
 from ..metrics.logits import Head
 from ..prefill_tiles import Attending
 
-TEACHER_FORCED, GENERATED = "teacher-forced", "generated"
+TEACHER_FORCED, GENERATED, LIKELIHOOD = "teacher-forced", "generated", "by likelihood"
+Question = TokenQuestion | TextQuestion | LikelihoodQuestion
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,16 @@ class Answer:
     counted).
     """
 
-    question: TokenQuestion | TextQuestion
+    question: Question
     score: Score
     kept: int = 0
     candidates: int = 0
 
 
-def mode(question: TokenQuestion | TextQuestion) -> str:
+def mode(question: Question) -> str:
     """How `Examiner` asks it; belongs beside every result."""
+    if isinstance(question, LikelihoodQuestion):
+        return LIKELIHOOD
     return TEACHER_FORCED if isinstance(question, TokenQuestion) else GENERATED
 
 
@@ -63,9 +69,11 @@ class Examiner:
         self._head = Head(model)
 
     @torch.no_grad()
-    def ask(self, question: TokenQuestion | TextQuestion) -> Score:
+    def ask(self, question: Question) -> Score:
         if isinstance(question, TokenQuestion):
             return self._force(question)
+        if isinstance(question, LikelihoodQuestion):
+            return self._weigh(question)
         return match(self.generate(question), question)
 
     def _force(self, question: TokenQuestion) -> Score:
@@ -77,6 +85,20 @@ class Examiner:
 
     def _extra(self, question: TokenQuestion) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in (question.extra or {}).items()}
+
+    def _weigh(self, question: LikelihoodQuestion) -> Score:
+        totals = []
+        for choice in question.choices:
+            tokens, count = question.encoded(self.tokenizer, choice)
+            hidden = self._head.hidden(torch.tensor(tokens, device=self.model.device))
+            log_p = self._head.logits(hidden[-count - 1 : -1]).log_softmax(-1)
+            targets = torch.tensor(tokens[-count:], device=log_p.device)
+            if len(question.choices) == 1:
+                right = log_p.argmax(-1) == targets
+                return Score(bool(right.all()), float(right.double().mean()))
+            totals.append(log_p.gather(1, targets[:, None]).sum(dtype=torch.float64))
+        shares = torch.stack(totals).softmax(0)
+        return Score(int(shares.argmax()) == question.answer, float(shares[question.answer]))
 
     @torch.no_grad()
     def generate(self, question: TextQuestion) -> str:
@@ -107,7 +129,7 @@ def dense_handlers(model) -> dict[str, Handler]:
 def examine(
     examiner: Examiner,
     contenders: Mapping[str, Mapping[str, Handler]],
-    questions: Iterable[TokenQuestion | TextQuestion],
+    questions: Iterable[Question],
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Answer]]:
     """Every question to every contender {name: {module path: handler}} in turn; `step` is called after each answer.

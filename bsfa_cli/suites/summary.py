@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from ..metrics import statistics
 from .run import Answer
 
+LEAST_DENSE = 0.5  # dense accuracy below which there is too little to lose: what is kept of it says little
+
 
 def summarise(answers: Sequence[Answer], dense: Sequence[Answer]) -> dict:
     """JSON: all together, by_task, by_length, by_length_and_depth (a list), by_modality (of what questions about frames
-    are answered from; empty for others), and the names of the worst tasks.
+    are answered from; empty for others), the names of the worst tasks (the retention among those that the dense model
+    answers), and `unanswered`, those that it answers too little of to lose any.
 
     Each part has questions, exact (share), exact_interval (Wilson, 95 %), share, skip (None where nothing was counted),
     dense (share exact), and `statistics.paired` of the exact answers.
@@ -25,7 +28,7 @@ def summarise(answers: Sequence[Answer], dense: Sequence[Answer]) -> dict:
 
     by_task = groups(lambda question: question.task)
     places = groups(lambda question: None if question.depth is None else (question.length, question.depth))
-    retained = {name: part["retention"] for name, part in by_task.items() if part["retention"] is not None}
+    retained = {name: part["retention"] for name, part in by_task.items() if telling(part)}
     return {
         **_group(pairs),
         "by_task": by_task,
@@ -36,7 +39,13 @@ def summarise(answers: Sequence[Answer], dense: Sequence[Answer]) -> dict:
         "by_modality": groups(lambda question: getattr(question, "modality", None)),
         "worst_task": min(by_task, key=lambda name: by_task[name]["exact"]),
         "worst_retention": min(retained, key=retained.get) if retained else None,
+        "unanswered": [name for name, part in by_task.items() if not telling(part)],
     }
+
+
+def telling(part: dict) -> bool:
+    """Whether the dense model answers enough of a part for its retention to say something."""
+    return part["dense"] >= LEAST_DENSE
 
 
 def _group(pairs: list[tuple[Answer, Answer]]) -> dict:

@@ -1,0 +1,28 @@
+"""Files of questions: RULER's, answered by generation, or choices and clozes, answered by likelihood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError
+from . import likelihood, ruler
+from .likelihood import LikelihoodQuestion
+from .questions import TextQuestion
+from .texts import read_text, records
+
+
+def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
+    """The questions of a .jsonl file, all of one kind. Raises InputError, naming the line."""
+    kinds = {likelihood.is_likelihood(record): number for number, record in records(path, read_text(path))}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{path}, line {max(kinds.values())}: all lines must be of one kind: RULER's (input, outputs) or by "
+            "likelihood (question, choices, answer; or text, answer)"
+        )
+    return (likelihood if kinds.get(True) else ruler).read(path)
+
+
+def check_positions(path: Path, questions: list, loaded) -> None:
+    """Raise InputError for a question that does not fit into the model's positions."""
+    kind = likelihood if isinstance(questions[0], LikelihoodQuestion) else ruler
+    kind.check_positions(path, questions, loaded)
