@@ -29,6 +29,9 @@ def begun(run, tmp_path):
 def test_from_calibration_to_a_verdict(run, one_sentence, begun, tmp_path):
     errors = curves.int8_errors(Run.open(begun["int8"]).load("fit")[1])
     assert len(errors) == 3 and all(0 < error < 0.1 for heads in errors.values() for error in heads)
+    moved = curves.int8_score_errors(Run.open(begun["int8"]).load("fit")[1])
+    assert moved.keys() == errors.keys() and all(0 < each < 0.1 for heads in moved.values() for each in heads)
+    assert "int8 scores, nothing skipped" in run("inspect", begun["int8"]).err
     assert curves.int8_errors(Run.open(begun["exact"]).load("fit")[1]) == {}
     assert "scores" not in json.loads((begun["exact"] / "run.json").read_text())["options"]
     one_sentence(run("calibrate", "-o", begun["exact"], *CALIBRATE, "--scores", "int8"), 2, "scores")
