@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -64,7 +65,9 @@ def describe(device=None) -> dict:
 
 
 def backends() -> list[dict]:
-    """Every attention backend, fastest first, for a small bf16 call here: {name, available, reason}."""
+    """Every attention backend, fastest first, for a small bf16 call here: {name, available, reason, int8_scores}, the
+    last one "yes" or why it has none.
+    """
     import torch
     from bsfa_kernels import Gate, TileShape
     from bsfa_kernels.backends import ATTENTION, reason_against
@@ -76,7 +79,16 @@ def backends() -> list[dict]:
     k = torch.empty(1, 2, 256, 128, device=device, dtype=dtype)
     request = Request(q, k, k, Gate(), 128**-0.5, True, TileShape(), True, 0, None, False, False)
     reasons = {name: reason_against(module, request) for name, module in ATTENTION.items()}
-    return [{"name": name, "available": reason is None, "reason": reason} for name, reason in reasons.items()]
+    rounded = replace(request, scores="int8")
+    return [
+        {
+            "name": name,
+            "available": reason is None,
+            "reason": reason,
+            "int8_scores": reason or reason_against(ATTENTION[name], rounded) or "yes",
+        }
+        for name, reason in reasons.items()
+    ]
 
 
 def baselines() -> list[dict]:

@@ -137,12 +137,23 @@ def _run(path: Path) -> Inspected:
         ("modules", f"{len(manifest['modules'])}, {sum(manifest['modules'].values())} heads"),
         ("tile", "x".join(map(str, options["tile"]))),
         ("top-k", ", ".join(map(str, options["top_k"])) or "none"),
+        *_scores(run),
         ("computed on", f"{options['device']}, {options['dtype']}"),
         ("bytes", f"{sum(files.values()):,}"),
     ]
     rows = [("sample", "tokens", "role", "done", "source")]
     rows += [(s["id"], f"{s['tokens']:,}", s["role"], "yes" if s["done"] else "no", s["source"]) for s in samples]
     return Inspected(data, facts, rows)
+
+
+def _scores(run) -> list[tuple[str, str]]:
+    """Of a run with int8 scores: that it is one, and what they do."""
+    from .calibration.curves import int8_errors, int8_words
+
+    if run.plan.scores == "exact":
+        return []
+    errors = int8_errors(run.load("fit")[1])
+    return [("scores", int8_words(errors) if errors else "int8")]
 
 
 def _capture(path: Path) -> Inspected:

@@ -38,6 +38,7 @@ def test_every_method_is_there_or_says_why_not(cell):
         "blasst",
         "bsfa",
         "bsfa_top_k",
+        methods.INT8,
         *(name + methods.GATE for name in methods.ON_TOP),
         "dense",
     }

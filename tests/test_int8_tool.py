@@ -1,9 +1,11 @@
 """int8 scores through the tool: every step says which scores it is about, and none passes one for the other."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from bsfa_kernels.integrations import plan as planner
 from bsfa_kernels.integrations import transformers as bsfa
 from bsfa_kernels.thresholds import Thresholds
 
@@ -12,6 +14,7 @@ from bsfa_cli.calibration.store import Run
 from bsfa_cli.comparison import methods
 from bsfa_cli.models.load import load_model
 from bsfa_cli.timing import plan, sweep
+from bsfa_cli.verification.gates import Gates
 
 pytestmark = pytest.mark.usefixtures("random_model")
 CALIBRATE = ("--samples", 2, "--length", 512, "--top-k", "1,2")
@@ -29,6 +32,9 @@ def begun(run, tmp_path):
 def test_from_calibration_to_a_verdict(run, one_sentence, begun, tmp_path):
     errors = curves.int8_errors(Run.open(begun["int8"]).load("fit")[1])
     assert len(errors) == 3 and all(0 < error < 0.1 for heads in errors.values() for error in heads)
+    moved = curves.int8_score_errors(Run.open(begun["int8"]).load("fit")[1])
+    assert moved.keys() == errors.keys() and all(0 < each < 0.1 for heads in moved.values() for each in heads)
+    assert "int8 scores, nothing skipped" in run("inspect", begun["int8"]).err
     assert curves.int8_errors(Run.open(begun["exact"]).load("fit")[1]) == {}
     assert "scores" not in json.loads((begun["exact"] / "run.json").read_text())["options"]
     one_sentence(run("calibrate", "-o", begun["exact"], *CALIBRATE, "--scores", "int8"), 2, "scores")
@@ -90,6 +96,25 @@ def test_apply_runs_the_points_scores_or_others_and_notes_it(run, begun, tmp_pat
     assert (logits["int8"] - logits["exact"]).norm() < 0.1 * logits["exact"].norm()
     with pytest.raises(ValueError, match="scores must be one of exact, int8, got 'fp8'"):
         bsfa.apply(loaded.model, file, scores="fp8")
+
+
+def test_a_gpu_without_int8_scores_runs_exact_ones_and_says_so(monkeypatch):
+    def fused(device, dtype, head_dim, rows, keys, scores="exact"):
+        return ("triton", "") if scores == "exact" else (None, "it has no int8 scores")
+
+    monkeypatch.setattr(planner, "fused", fused)
+    q = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shape=(1, 2, 64, 64))
+    handler = SimpleNamespace(least_rows=64, fused_tile=sweep.TileShape(), knows_scoring=True, scores="int8")
+    step = planner.plan(planner.Call(q, q, q, True, False, False, None, None, False), handler)
+    assert step.route is planner.Route.GATED and step.expected
+    assert step.reason == "exact scores instead of int8 ones: no fused kernel: it has no int8 scores"
+    assert bsfa.SparseAttention.scores_of(handler, q) == "exact"
+    verified = {"scores": "int8", "modules": [{"scores": "exact"}], "kept": 1, "candidates": 2, "skip": 0.5}
+    verified |= {"logits": {"top1": 1, "perplexity_increase": 0, "kl_over_floor": {"value": 0}}, "finite": True}
+    failures = Gates().failures(verified | {"dropped_mass": {"p99": 0}, "kernel": []})
+    assert failures == ["1 modules ran exact scores: no kernel here has int8 ones for them"]
+    answers = {"skip": 0.5, "instead": [step.reason]}
+    assert Gates().task_failures(answers) == [step.reason]
 
 
 def test_a_profile_names_both_scores():

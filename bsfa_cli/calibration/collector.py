@@ -60,7 +60,7 @@ class Collector:
         if self.curves.plan.scores != "exact":
             options |= dict(scores=self.curves.plan.scores)
             seen = block_sparse_attention(q, k, v, return_lse=True, sinks=sinks, **options)
-            self.curves.add_error(seen.out, dense.out)
+            self.curves.add_error(seen, dense)
         query_tiles = -(-q.shape[2] // tile.rows)  # with spans the statistics may have one more, an empty one
         statistics = tile_statistics(q, k, seen.lse, **options)
         self.curves.add(TileStatistics(*(x[:, :, :query_tiles] for x in statistics)), self._weight(v, dense.out))

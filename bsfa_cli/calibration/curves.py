@@ -19,8 +19,8 @@ bytes. Query tiles without a candidate are in none of the counts.
 The gap grid ends at 0: below it a dropped tile never holds a row's running maximum, so the gap measured with nothing
 dropped is the gap that the kernel meets, and the skip rate read from the curve is exact for the same scores.
 
-With int8 scores all of this is of those, and `int8.error` sums, by query head, what they do to its output with nothing
-dropped.
+With int8 scores all of this is of those, and `int8.error` sums, by query head, what they do to its output and to the
+log-sum-exp of its rows with nothing dropped.
 
 For top-k (the BSFA authors' recipe) the midpoint between the k-th and k+1-th largest maximum of the tiles off the
 diagonal is summed per query tile at the artifact's knots. Key tile 0 takes part in that ranking, as in the authors'
@@ -37,7 +37,7 @@ import torch
 from bsfa_kernels.tiles import TileShape
 
 if TYPE_CHECKING:
-    from bsfa_kernels import TileStatistics
+    from bsfa_kernels import Attention, TileStatistics
 
 FIXED_POINT = 1 << 40
 INT8_ERROR = "int8.error"
@@ -64,8 +64,28 @@ def octave(query_tile: int) -> int:
 
 def int8_errors(curves: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[float]]:
     """{module path: relative output error of int8 scores by query head}; empty where a run did not measure it."""
+    return _int8(curves, 0)
+
+
+def int8_score_errors(curves: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[float]]:
+    """{module path: how far int8 scores move a row's log-sum-exp, root mean square in natural units, by query head}."""
+    return _int8(curves, 2)
+
+
+def _int8(curves, column: int) -> dict[str, list[float]]:
     sums = {path: tensors[INT8_ERROR].double() for path, tensors in curves.items() if INT8_ERROR in tensors}
-    return {path: (x[:, 0] / x[:, 1].clamp(min=1e-300)).sqrt().tolist() for path, x in sums.items()}
+    return {path: (x[:, column] / x[:, column + 1].clamp(min=1e-300)).sqrt().tolist() for path, x in sums.items()}
+
+
+def int8_words(errors: dict[str, list[float]]) -> str:
+    """{module path: errors by head} of a run in a sentence."""
+    ranked = sorted(
+        (error, f"{path} head {head}") for path, found in errors.items() for head, error in enumerate(found)
+    )
+    return (
+        f"int8 scores, nothing skipped: a head's output is off by {ranked[len(ranked) // 2][0]:.2%} in the middle, "
+        f"{ranked[-1][0]:.2%} at worst ({ranked[-1][1]})"
+    )
 
 
 def knot_tiles(query_tiles: int) -> tuple[int, ...]:
@@ -111,7 +131,8 @@ class Plan:
         """Size of one query head's curves in memory, on the device."""
         cells = sum(len(grid) + 1 for grid in GRIDS.values())
         sums = 8 * (3 + self.gradients) + 4 * len(LEVELS)
-        return self.octaves * cells * sums + 8 * len(self.ranks) * len(self.knot_tiles) + 16
+        tops = 8 * len(self.ranks) * len(self.knot_tiles)
+        return self.octaves * cells * sums + tops + 32 * (self.scores == "int8")
 
 
 class ModuleCurves:
@@ -141,7 +162,7 @@ class ModuleCurves:
                 layout[f"{gate}.kl"] = ((heads, plan.octaves, cells), torch.int64)
         layout["top_k.sum"] = ((len(plan.ranks), heads, len(plan.knot_tiles)), torch.float64)
         if plan.scores == "int8":
-            layout[INT8_ERROR] = ((heads, 2), torch.float64)
+            layout[INT8_ERROR] = ((heads, 4), torch.float64)
         layout["top_k.samples"] = ((len(plan.knot_tiles),), torch.int64)
         return layout
 
@@ -166,13 +187,19 @@ class ModuleCurves:
             moved = 1.0 if weight is None else weight[heads]
             self._add_heads(heads, *(x[0, heads] for x in statistics), moved, counted=first == 0)
 
-    def add_error(self, rounded: torch.Tensor, exact: torch.Tensor) -> None:
-        """Add the squared distance of int8 scores' output [1, Hq, T, D] from exact ones', and its squared length."""
+    def add_error(self, rounded: Attention, exact: Attention) -> None:
+        """Add what int8 scores do: the squared distance of the output [1, Hq, T, D] from that of exact ones, its
+        squared length, and the squared distance of rows' log-sum-exp, with the number of rows.
+        """
         for head in range(self.heads):  # one at a time: float32 copies of a whole layer would be large
-            wanted = exact[:, head].float()
+            wanted = exact.out[:, head].float()
+            seen = exact.lse[:, head] > -torch.inf
+            moved = torch.where(seen, rounded.lse[:, head] - exact.lse[:, head], 0.0)
             sums = self.tensors[INT8_ERROR][head]
-            sums[0] += (rounded[:, head].float() - wanted).square().sum(dtype=torch.float64)
+            sums[0] += (rounded.out[:, head].float() - wanted).square().sum(dtype=torch.float64)
             sums[1] += wanted.square().sum(dtype=torch.float64)
+            sums[2] += moved.square().sum(dtype=torch.float64)
+            sums[3] += seen.sum()
 
     def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, moved, counted: bool) -> None:
         candidate = gap.isfinite()

@@ -22,7 +22,7 @@ from ..models.load import LoadedModel, explain_memory
 from ..options import parse_layers
 from . import divergence, together
 from .collector import Collector
-from .curves import TILES_AT_ONCE, ModuleCurves, Plan, int8_errors
+from .curves import TILES_AT_ONCE, ModuleCurves, Plan, int8_errors, int8_score_errors
 from .group import Group
 from .store import ROLES, SCHEMA, Run
 
@@ -179,6 +179,7 @@ def calibrate(
         run, lock = together.join(path, wanted, group, begun)
         with lock:
             seconds = _together(run, loaded, samples, modules, group)
+    errors = run.load("fit")[1] if options.scores == "int8" else {}
     return {
         "run": str(path),
         "samples": {role: run.merged(role) for role in ROLES},
@@ -186,7 +187,8 @@ def calibrate(
         "seconds": seconds,
         "modules": len(modules),
         "data_hash": run.manifest["data"]["hash"],
-        "int8_error": int8_errors(run.load("fit")[1]) if options.scores == "int8" else None,
+        "int8_error": int8_errors(errors) or None,
+        "int8_score_error": int8_score_errors(errors) or None,
         "bytes": {f"{role}.safetensors": _size(path / f"{role}.safetensors") for role in ROLES},
     }
 

@@ -105,6 +105,7 @@ def calibrate(
         return
 
     from ..calibration import run
+    from ..calibration.curves import int8_words
     from ..console import note, print_json
     from ..models.load import check_positions, load_model
 
@@ -170,12 +171,7 @@ def calibrate(
     if not summary["samples"]["heldout"]:
         note("one sample only: nothing is held out, so exported points will be unchecked")
     if summary["int8_error"]:
-        found = summary["int8_error"].items()
-        errors = sorted((error, f"{path} head {head}") for path, heads in found for head, error in enumerate(heads))
-        note(
-            f"int8 scores, nothing skipped: a head's output is off by {errors[len(errors) // 2][0]:.2%} in the middle, "
-            f"{errors[-1][0]:.2%} at worst ({errors[-1][1]})"
-        )
+        note(int8_words(summary["int8_error"]))
     note(f"written: {output} ({len(texts)} samples); next: bsfa export {output} -o thresholds.safetensors")
     if json and first:
         print_json(summary)

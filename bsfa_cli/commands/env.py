@@ -19,6 +19,7 @@ def env(json: Json = False, config: Config = None) -> None:
         if key not in ("backends", "baselines"):
             note(f"{key:{width}}  {'-' if value is None else value}")
     for backend in facts["backends"]:
-        note(f"{'backend':{width}}  {backend['name']}: {'yes' if backend['available'] else backend['reason']}")
+        said = f"yes; int8 scores: {backend['int8_scores']}" if backend["available"] else backend["reason"]
+        note(f"{'backend':{width}}  {backend['name']}: {said}")
     for library in facts["baselines"]:
         note(f"{'baseline':{width}}  {library['name']}: {library['version'] or library['reason']}")

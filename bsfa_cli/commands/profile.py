@@ -71,6 +71,9 @@ def profile(
         from ..presentation import figures
 
         figures.check(plot)
+    asked = None if scores is None else tuple(dict.fromkeys(each.strip() for each in scores.split(",")))
+    if asked is not None and end_to_end is not None and (len(asked) > 1 or thresholds is None):
+        raise UsageError("with --end-to-end --scores takes one value, and overrides that of a point of --thresholds")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     # Everything that can be refused without torch is refused before its import.
@@ -94,7 +97,7 @@ def profile(
     plan = plan.with_flags(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
         tile=tile, data=synthetic, backend=backend, baselines=names, seed=seed,
-        scores=None if scores is None else tuple(dict.fromkeys(each.strip() for each in scores.split(","))),
+        scores=asked,
         dtype=None if dtype == "auto" else dtype,
     )  # fmt: skip
     if plan.backend != "auto":
@@ -130,7 +133,7 @@ def profile(
         from ..timing.prefill import Prefill
 
         positions = partial(check_positions, length=max(plan.lengths), flag="--lengths")
-        override = plan.scores[0] if scores is not None else None
+        override = None if asked is None else asked[0]
         prefill = Prefill(end_to_end, artifact, point, device, dtype, positions, override)
         spec = given or default_data(prefill.loaded.tokenizer)
         for remark in remarks(given, spec, 1):

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 from bsfa_kernels.integrations.dense import DenseAttention
-from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules
+from bsfa_kernels.integrations.plan import INSTEAD
+from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules, notes
 
 from ..data.likelihood import LikelihoodQuestion
 from ..data.questions import TextQuestion, TokenQuestion
@@ -124,6 +125,13 @@ def dense_handlers(model) -> dict[str, Handler]:
     """PyTorch's attention in every module that could skip tiles: what sparse answers are compared with."""
     able = [path for path, module in attention_modules(model).items() if module.dense_reason is None]
     return dict.fromkeys(able, DenseAttention())
+
+
+def exact_instead(model) -> list[str]:
+    """Why modules of `model` ran exact scores so far although others were asked for; whoever reports of scores that are
+    not exact has to look here.
+    """
+    return sorted({note.reason for note in notes(model) if note.reason.startswith(INSTEAD)})
 
 
 def examine(

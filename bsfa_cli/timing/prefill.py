@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn.attention import sdpa_kernel
 from ..data.texts import falls_short, load_texts
 from ..errors import InputError
 from ..prefill_tiles import Attending
+from ..suites.run import exact_instead
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Begin, Contender, first_call, measure, unseen
-from .plan import OURS, with_scores
+from .plan import EXACT, OURS, with_scores
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
@@ -84,7 +86,12 @@ class Prefill:
         if self.handlers is not None:
             skip = self._skip(forward)
             scores = next(iter(self.handlers.values())).scores
-            enter(with_scores("bsfa", scores), OURS[scores], forward, lambda: self._use("bsfa", self.handlers), skip)
+            instead = [] if scores == EXACT else exact_instead(self.model)
+            if instead:
+                unavailable.append({"name": with_scores("bsfa", scores), "reason": "; ".join(instead)})
+            else:
+                prepare = partial(self._use, "bsfa", self.handlers)
+                enter(with_scores("bsfa", scores), OURS[scores], forward, prepare, skip)
         timings = measure(contenders, self.device, seconds=seconds, seed=seed, begin=begin)
         self._use("bsfa")
         fastest = min((timings[row["name"]].median for row in rows if row["kind"] == "dense"), default=None)

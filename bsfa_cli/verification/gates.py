@@ -114,7 +114,7 @@ class Gates:
 
     def task_failures(self, result: dict) -> list[str]:
         """Everything that fails a point's answers: its limits, and no skipping."""
-        found, skip = self.task_accuracy_failures(result), result["skip"] or 0.0
+        found, skip = self.task_accuracy_failures(result) + result.get("instead", []), result["skip"] or 0.0
         if self.min_skip is not None and skip < self.min_skip:
             found.append(f"skip rate is {skip:.4g} (--min-skip {self.min_skip:g})")
         if not skip:

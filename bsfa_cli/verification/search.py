@@ -19,11 +19,11 @@ from bsfa_kernels.integrations.transformers import SparseAttention, attach, atte
 
 from ..calibration import fit, points
 from ..calibration.store import Run
-from ..errors import UsageError
+from ..errors import MachineError, UsageError
 from ..metrics.logits import Head
 from ..metrics.statistics import Z, wilson
 from ..models.load import LoadedModel
-from ..suites.run import dense_handlers
+from ..suites.run import dense_handlers, exact_instead
 
 TOP1, KL, PERPLEXITY = "top1", "kl", "perplexity-increase"
 METRICS = {TOP1: True, KL: False, PERPLEXITY: False}  # whether larger is better
@@ -134,6 +134,9 @@ class Search:
                 for tokens, exact in zip(self._tokens, self._exact, strict=True):
                     blocks += self._blocks(exact, self._head.hidden(tokens), tokens)
                     self.step()
+            instead = [] if artifact.points[0].scores == "exact" else exact_instead(self.model)
+            if instead:
+                raise MachineError("; ".join(instead))
             self._seen[steps] = measure(torch.tensor(blocks, dtype=torch.float64))
         return self._seen[steps]
 

@@ -8,7 +8,7 @@ from bsfa_kernels.integrations.transformers import SparseAttention, attention_mo
 from bsfa_kernels.thresholds import Thresholds
 
 from ..models.load import LoadedModel
-from ..suites.run import Answer, Examiner, dense_handlers, examine
+from ..suites.run import Answer, Examiner, dense_handlers, exact_instead, examine
 from ..suites.summary import summarise
 from .run import absurd, made_for, scores_of
 
@@ -33,7 +33,9 @@ def verify_tasks(
     answers = examine(Examiner(loaded.model, loaded.tokenizer), contenders, questions, step)
     summaries = {name: {"name": name, **summarise(found, answers[DENSE])} for name, found in answers.items()}
     for point in points:
-        summaries[point] |= {"scores": scores_of(thresholds, point, scores), "made_for": made_for(thresholds, point)}
+        used = scores_of(thresholds, point, scores)
+        instead = [] if used == "exact" else exact_instead(loaded.model)
+        summaries[point] |= {"scores": used, "made_for": made_for(thresholds, point), "instead": instead}
     return summaries[DENSE], [summaries[point] for point in points], answers
 
 

@@ -37,7 +37,7 @@ def attention(q, k, v, gate: Gate, exact_heads: Iterable[int], **options) -> Att
         parts.append((rows, result))
     if len(parts) == 1:
         return parts[0][1]
-    return Attention(*(_joined([(rows, result[i]) for rows, result in parts], q.shape[1]) for i in range(4)))
+    return Attention(*(_joined([(rows, result[i]) for rows, result in parts]) for i in range(4)))
 
 
 def _runs(heads: Iterable[int]) -> Iterator[slice]:
@@ -58,7 +58,7 @@ def _taken(x: torch.Tensor, slices: list[slice], axis: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
-def _joined(parts: list, heads: int) -> torch.Tensor | None:
+def _joined(parts: list) -> torch.Tensor | None:
     """Results of some heads each, [B, heads, ...], in the order of all heads."""
     if parts[0][1] is None:
         return None

@@ -22,6 +22,7 @@ SINKS = "attention sinks"
 HEAD_DIMS = "keys and values differ in head dim"
 MASK = "its mask is not plain causal or bidirectional with padding at the ends (custom, packed, chunked or with holes)"
 WIDEST_GAIN = 128  # head dim; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
+INSTEAD = "exact scores instead of"
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
 
@@ -122,7 +123,7 @@ def no_kernel(q: torch.Tensor, tile: TileShape | None, scores: str = "exact") ->
 def _other_scores(call: Call, tile: TileShape | None, scores: str) -> str | None:
     """Why a gated call runs exact scores although others were asked for."""
     reason = None if scores == "exact" else no_kernel(call.q, tile, scores)
-    return None if reason is None else f"exact scores instead of {scores}: {reason}"
+    return None if reason is None else f"{INSTEAD} {scores} ones: {reason}"
 
 
 def _no_gain(call: Call, tile: TileShape | None) -> str | None:
