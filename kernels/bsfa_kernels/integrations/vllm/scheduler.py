@@ -1,0 +1,39 @@
+"""Schedulers that end prefill chunks at query tiles: `--scheduler-cls bsfa_kernels.integrations.vllm.TileScheduler`.
+
+A chunk that ends inside a query tile leaves that tile whole to no call, and all of its key tiles are kept. Nothing is
+wrong then, only less is skipped. vLLM calls schedulers' interface its own affair: what is used of it is one method,
+through which the size of every chunk passes.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from .options import Options
+from .plan import round_to_tiles
+
+
+class RoundsToTiles:
+    """Before a scheduler of vLLM's in the order of bases."""
+
+    def __init__(self, vllm_config, *arguments, **keywords):
+        super().__init__(vllm_config, *arguments, **keywords)
+        options = Options.of(vllm_config.additional_config)
+        config = vllm_config.scheduler_config
+        # Chunks that something else has aligned stay as they are.
+        aligned = self.need_mamba_block_aligned_split or config.disable_chunked_mm_input
+        self.tile_rows = None if options is None or aligned else options.read().tile.rows
+
+    def _reserve_prefill_lookahead(self, request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        if self.tile_rows is not None and num_new_tokens > 0:
+            num_new_tokens = round_to_tiles(num_computed_tokens, num_new_tokens, request.num_tokens, self.tile_rows)
+        return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+
+
+class TileScheduler(RoundsToTiles, AsyncScheduler):
+    """For vLLM's default, asynchronous scheduling."""
+
+
+class SyncTileScheduler(RoundsToTiles, Scheduler):
+    """For `--no-async-scheduling`."""
