@@ -70,13 +70,20 @@ def _check(keys, values, block_table, length, dtype, scales):
     if keys.dtype != values.dtype or keys.stride(-1) != 1 or values.stride(-1) != 1:
         raise ValueError("keys and values must have one dtype and be contiguous along their last axis")
     if block_table.dim() != 1 or block_table.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"block_table must be int32 or int64 [pages], got {block_table.dtype} {block_table.dim()} axes")
+        raise ValueError(
+            f"block_table must be int32 or int64 [pages], got {block_table.dtype} {block_table.dim()} axes"
+        )
     if length < 1 or -(-length // keys.shape[2]) > len(block_table):
         raise ValueError(f"{length} positions do not fit {len(block_table)} pages of {keys.shape[2]}")
     quantised = keys.dtype.itemsize == 1
     if not keys.dtype.is_floating_point or (quantised and (dtype is None or None in scales)):
         raise ValueError(f"a cache of {keys.dtype} needs dtype, key_scale and value_scale, and must hold floats")
-    for name, x in (("values", values), ("block_table", block_table), ("key_scale", scales[0]), ("value_scale", scales[1])):
+    for name, x in (
+        ("values", values),
+        ("block_table", block_table),
+        ("key_scale", scales[0]),
+        ("value_scale", scales[1]),
+    ):
         if x is not None and x.device != keys.device:
             raise ValueError(f"{name} is on {x.device}, but keys are on {keys.device}")
     for scale in scales:

@@ -29,7 +29,7 @@ def gather(
 @triton.jit
 def copy(source, target, scale_ptr, inside):
     """One tile, times the scale where there is one."""
-    x = tl.load(source, mask=inside, other=0)
+    x = tl.load(source, mask=inside)
     if scale_ptr is not None:
         x = x.to(tl.float32) * tl.load(scale_ptr)
     tl.store(target, x.to(target.dtype.element_ty), mask=inside)

@@ -97,12 +97,12 @@ class Counters:
         """The line for the log: the skip rate since the last line, and by layer since the start."""
         kept, candidates = (sum(pair[i] for pair in tiles.values()) for i in range(2))
         kept, new = kept - self._logged[0], candidates - self._logged[1]
-        layers = ", ".join(f"{layer} {1 - k / c:.1%}" for layer, (k, c) in tiles.items() if c)
+        names = _short(list(tiles))
+        layers = ", ".join(f"{name}: {1 - k / c:.1%}" for name, (k, c) in zip(names, tiles.values(), strict=True) if c)
         rank = f" (heads of rank {self.rank} of {self.ranks})" if self.ranks > 1 else ""
-        passed = sum(self.passed.values())
         return (
-            f"bsfa{rank}: skipped {1 - kept / new:.1%} of {new:,} tiles that gates may drop; since the start by layer: "
-            f"{layers}; prefills left to vLLM's kernel: {passed:,}"
+            f"bsfa{rank}: skipped {1 - kept / new:.1%} of {new:,} tiles that gates may drop; by layer since the start "
+            f"{layers}; prefills left to vLLM's kernel {sum(self.passed.values()):,}"
         )
 
     def _write(self, tiles) -> None:
@@ -121,3 +121,13 @@ class Counters:
                 except Exception:  # counting must not end a server, and must not go quiet
                     logger.exception("bsfa: counters cannot be reported any more")
                     return
+
+
+def _short(names: list[str]) -> list[str]:
+    """The names without the parts that all of them begin and end with."""
+    parts = [name.split(".") for name in names]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return [".".join(part) for part in parts]

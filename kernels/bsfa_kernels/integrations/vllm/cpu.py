@@ -51,7 +51,7 @@ class SplittingCPUBuilder(SplittingBuilder, CPUAttentionMetadataBuilder):
         prepare(self, vllm_config, layer_names, device, SparseCPUBackend)
 
     def host_lengths(self, common):
-        return common.seq_lens.tolist()
+        return common.seq_lens[: common.num_reqs].tolist()
 
 
 class SparseCPULayer(SparseLayer, CPUAttentionBackendImpl):

@@ -119,7 +119,7 @@ class SparseLayer:
 class SplittingBuilder:
     """Before vLLM's metadata builder in the order of bases: what it builds gets an attribute `bsfa`, a Split or None."""
 
-    least_rows: int | None = None  # set by `setup.prepare`; None: no layer of the group has thresholds
+    least_rows: int | None = None  # of a prefill; set by `setup.prepare`, None where no layer of the group is ours
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -129,13 +129,11 @@ class SplittingBuilder:
     def _split(self, common) -> Split | None:
         if self.least_rows is None or common.max_query_len < self.least_rows:
             return None
-        starts = common.query_start_loc_cpu.tolist()
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         lengths = self.host_lengths(common)
+        reason = self.batch_reason(common)
         if lengths is None:
-            queries = (b - a for a, b in zip(starts, starts[1:], strict=False))
-            lengths, reason = [max(0, rows) for rows in queries], vllm_plan.UNKNOWN_LENGTHS
-        else:
-            reason = self.batch_reason(common)
+            lengths, reason = [b - a for a, b in zip(starts, starts[1:], strict=False)], vllm_plan.UNKNOWN_LENGTHS
         batch = take_apart(starts, lengths, self.least_rows)
         if not batch.prefills:
             return None
@@ -147,14 +145,17 @@ class SplittingBuilder:
     def host_lengths(self, common) -> list[int] | None:
         """Keys of each request, exact where it has a tile's queries or more, without waiting for the device."""
         lengths = common.seq_lens_cpu_upper_bound
-        return None if lengths is None else lengths.tolist()
+        return None if lengths is None else lengths[: common.num_reqs].tolist()
 
     def batch_reason(self, common) -> str | None:
         """Why vLLM's kernel has to serve the whole batch."""
-        if common.causal is not True or common.mm_req_doc_ranges or common.rswa_prefix_lens is not None:
-            return vllm_plan.BIDIRECTIONAL
-        if common.dcp_local_seq_lens is not None:
+        parallel, model = self.vllm_config.parallel_config, self.vllm_config.model_config
+        if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
             return vllm_plan.CONTEXT_PARALLEL
+        if model.rswa_window is not None:
+            return vllm_plan.REFERENCE_WINDOW
+        if common.causal is not True or any((common.mm_req_doc_ranges or {}).values()):
+            return vllm_plan.BIDIRECTIONAL
         return vllm_plan.CROSS if common.encoder_seq_lens is not None else None
 
     def _others(self, common, requests, starts, lengths) -> Others:

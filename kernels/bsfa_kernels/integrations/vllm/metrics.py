@@ -11,7 +11,6 @@ by way of files (counters.py). With several API servers vLLM's registry takes no
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from .counters import folder
 from .options import Options
-
-logger = logging.getLogger("vllm.bsfa")
 
 
 class Collector:
@@ -74,7 +71,10 @@ class Metrics(StatLoggerBase):
     def __init__(self, vllm_config, engine_index: int = 0):
         self.collector = None
         options = Options.of(vllm_config.additional_config)
-        if options is not None and options.log_every and engine_index == 0:
+        if options is None:
+            return
+        options.check_backend(vllm_config)
+        if options.log_every and engine_index == 0:
             self.collector = Collector(folder(vllm_config.instance_id))
             REGISTRY.register(self.collector)
 

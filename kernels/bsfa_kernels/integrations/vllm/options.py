@@ -49,7 +49,9 @@ class Options:
             raise OptionsError('additional_config "bsfa" needs "thresholds", the path of a thresholds file')
         options = cls(**found)
         if not 0 <= options.log_every < float("inf"):
-            raise OptionsError(f'additional_config "bsfa": log_every must be 0 or more seconds, got {options.log_every}')
+            raise OptionsError(
+                f'additional_config "bsfa": log_every must be 0 or more seconds, got {options.log_every}'
+            )
         return options
 
     def check_version(self, version: tuple) -> None:
@@ -61,6 +63,14 @@ class Options:
             f"this is vLLM {'.'.join(map(str, version[:3]))}, and bsfa knows {known}: install one of these, or set "
             '"any_version": true in additional_config "bsfa" to try'
         )
+
+    @staticmethod
+    def check_backend(vllm_config) -> None:
+        """Raise OptionsError where a GPU's server would ignore the options: there the backend has to be asked for."""
+        attention = vllm_config.attention_config
+        chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+        if vllm_config.device_config.device_type == "cuda" and "CUSTOM" not in {getattr(x, "name", x) for x in chosen}:
+            raise OptionsError('additional_config "bsfa" does nothing without --attention-backend CUSTOM')
 
     def read(self) -> Thresholds:
         """The thresholds file. Raises ThresholdsError for what is none, and for a point that it does not have."""

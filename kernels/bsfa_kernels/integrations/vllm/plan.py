@@ -15,6 +15,7 @@ from ..plan import SINKS, softcap_reason, window_reason
 
 MLA, CROSS = "multi-head latent attention", "it does not attend causally to its own sequence"
 BIDIRECTIONAL = "the batch is not plain causal"
+REFERENCE_WINDOW = "a reference sliding window"
 CONTEXT_PARALLEL = "context parallelism divides sequences over ranks"
 UNKNOWN_LENGTHS = "vLLM gave no sequence lengths on the host"
 QUANTISED_OUTPUT = "vLLM asks for a quantised output"

@@ -20,6 +20,8 @@ class RoundsToTiles:
     def __init__(self, vllm_config, *arguments, **keywords):
         super().__init__(vllm_config, *arguments, **keywords)
         options = Options.of(vllm_config.additional_config)
+        if options is not None:
+            options.check_backend(vllm_config)
         config = vllm_config.scheduler_config
         # Chunks that something else has aligned stay as they are.
         aligned = self.need_mamba_block_aligned_split or config.disable_chunked_mm_input

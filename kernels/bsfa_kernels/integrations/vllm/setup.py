@@ -56,8 +56,7 @@ def prepare(builder: SplittingBuilder, vllm_config: VllmConfig, layer_names, dev
         else:
             counters.note(reason, f"{name} and layers like it")
         impl.serving = Serving(name, handler, reason, counters)
-    if any(layer.impl.serving.handler is not None for layer in layers.values()):
-        builder.least_rows = thresholds.tile.rows
+    builder.least_rows = thresholds.tile.rows
     point = thresholds.points[thresholds.index(options.point)]
     logger.info(
         "bsfa: %s, point %s (%s gate, tiles %s): %d of %d attention layers, matched by configuration, the weights not",
