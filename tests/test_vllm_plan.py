@@ -1,4 +1,4 @@
-"""What vLLM's batches and layers are taken for, and its options: no vLLM needed. With a real one: test_vllm_engine.py."""
+"""What vLLM's batches and layers are taken for, and its options; no vLLM needed (with one: test_vllm_engine.py)."""
 
 import json
 import logging

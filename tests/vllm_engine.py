@@ -1,6 +1,6 @@
 """A vLLM engine with bsfa, in the venv that `make vllm` makes: one process that runs everything the tests ask about.
 
-    .venv-vllm/bin/python tests/vllm_engine.py FOLDER MODEL      writes FOLDER/found.json and FOLDER/thresholds.safetensors
+    .venv-vllm/bin/python tests/vllm_engine.py FOLDER MODEL      writes thresholds.safetensors, then found.json there
 
 No pytest and nothing of bsfa_cli here. One engine in float32; between runs the layers' handlers are exchanged.
 """
@@ -76,7 +76,7 @@ class Engine:
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def serve(self, point: str | None, rounds: bool = True) -> None:
-        """Serve `point` (None: vLLM's own kernel serves all) with an empty prefix cache; chunks in whole tiles or not."""
+        """Serve `point` (None: vLLM's own kernel serves all), prefix cache empty; chunks in whole tiles or not."""
         for layer, serving in zip(self.layers, self.serving, strict=True):
             handler = serving.handler
             if point is not None:
@@ -117,10 +117,35 @@ def continued(engine: Engine, ids: list[int]) -> dict:
     }
 
 
+def cuda_interface() -> dict:
+    """What cuda.py and its unit tests suppose of vLLM, as this vLLM has it."""
+    import dataclasses
+    import inspect
+
+    from bsfa_kernels.integrations.vllm import cuda
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends import flash_attn
+
+    def arguments(function) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    methods = [("FlashAttentionImpl", name) for name in ("__init__", "forward")]
+    methods += [("FlashAttentionMetadataBuilder", name) for name in ("__init__", "build", "update_block_table")]
+    return {
+        "name": cuda.SparseCUDABackend.get_name(),
+        "graphs": cuda.SplittingCUDABuilder._cudagraph_support.name,
+        "forward": arguments(cuda.SparseCUDALayer.forward),
+        "forward of vLLM": arguments(flash_attn.FlashAttentionImpl.forward),
+        "common": [field.name for field in dataclasses.fields(CommonAttentionMetadata)],
+        "arguments": {f"{kind}.{name}": arguments(getattr(getattr(flash_attn, kind), name)) for kind, name in methods},
+    }
+
+
 def main(folder: Path, model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    texts, found = prompts(), {}
+    texts = prompts()
+    found = {"prompts": texts, "cuda": cuda_interface()}
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     thresholds = make_thresholds(loaded)
     thresholds.write(folder / "thresholds.safetensors")

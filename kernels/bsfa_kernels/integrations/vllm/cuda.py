@@ -85,7 +85,7 @@ class SplittingCUDABuilder(SplittingBuilder, FlashAttentionMetadataBuilder):
 
 
 class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
-    """FlashAttention's layer. Prefills go through `block_sparse_attention`, the rest of the batch through FlashAttention."""
+    """FlashAttention's layer. Prefills go through `block_sparse_attention`, the rest of the batch does not."""
 
     reads_fp8 = True
 

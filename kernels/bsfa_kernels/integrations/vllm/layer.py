@@ -117,7 +117,7 @@ class SparseLayer:
 
 
 class SplittingBuilder:
-    """Before vLLM's metadata builder in the order of bases: what it builds gets an attribute `bsfa`, a Split or None."""
+    """Before vLLM's metadata builder in the order of bases: what it builds gets an attribute `bsfa`, Split or None."""
 
     least_rows: int | None = None  # of a prefill; set by `setup.prepare`, None where no layer of the group is ours
 

@@ -50,7 +50,7 @@ class Options:
         options = cls(**found)
         if not 0 <= options.log_every < float("inf"):
             raise OptionsError(
-                f'additional_config "bsfa": log_every must be 0 or more seconds, got {options.log_every}'
+                f'additional_config "bsfa": log_every must be 0 seconds or more, got {options.log_every}'
             )
         return options
 
