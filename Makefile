@@ -119,7 +119,7 @@ $(VLLM_STAMP): constraints.txt pyproject.toml Makefile
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) $(VLLM_STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The harness brings many packages, so it gets a folder of its own, which sees those of $(VENV) too.
 $(LM_EVAL)/.installed: $(STAMP)

@@ -132,7 +132,9 @@ def server(engine):
     ]  # fmt: skip
     log = folder / "server.log"
     with log.open("w") as file:
-        process = subprocess.Popen(list(map(str, command)), env=environment(), stdout=file, stderr=file)
+        process = subprocess.Popen(
+            list(map(str, command)), env=environment() | {"TMPDIR": str(folder)}, stdout=file, stderr=file
+        )
     try:
         address = f"http://127.0.0.1:{port}"
         wait(lambda: get(f"{address}/health") is not None, process, log, 400)
@@ -143,6 +145,7 @@ def server(engine):
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+    assert not list(folder.glob("bsfa-vllm-*"))  # nothing stays behind
 
 
 def get(url: str, body: dict | None = None) -> str | None:
@@ -166,8 +169,8 @@ def wait(happens, process, log, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def test_the_server_answers_as_the_engine_does_and_shows_what_it_skipped(server, found):
-    address, process, log = server
+def test_the_server_answers_as_the_engine_does_and_shows_what_it_skipped(server, engine):
+    (address, process, log), (folder, found, _) = server, engine
     tokens = found["prompts"]["long"]
     body = {"model": "m", "prompt": tokens, "max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     reply = json.loads(get(f"{address}/v1/completions", body | {"return_token_ids": True}))
@@ -180,4 +183,4 @@ def test_the_server_answers_as_the_engine_does_and_shows_what_it_skipped(server,
     wanted = found["whole tiles"]
     wait(lambda: counts("candidate") == wanted["candidates"], process, log, 60)
     assert counts("kept") == wanted["kept"]
-    assert "bsfa: skipped" in log.read_text()
+    assert "bsfa: skipped" in log.read_text() and list(folder.glob("bsfa-vllm-*/rank-0-*.json"))

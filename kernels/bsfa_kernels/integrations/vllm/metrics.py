@@ -10,8 +10,10 @@ by way of files (counters.py). With several API servers vLLM's registry takes no
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +79,8 @@ class Metrics(StatLoggerBase):
         if options.log_every and engine_index == 0:
             self.collector = Collector(folder(vllm_config.instance_id))
             REGISTRY.register(self.collector)
+            # Workers are often ended by a signal, without a chance to tidy up.
+            atexit.register(shutil.rmtree, self.collector.place, ignore_errors=True)
 
     def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0) -> None:
         pass
