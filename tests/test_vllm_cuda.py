@@ -13,6 +13,7 @@ from bsfa_kernels.integrations.vllm import plan
 from bsfa_kernels.integrations.vllm.options import OptionsError
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds, ThresholdsError
 from bsfa_kernels.tiles import TileShape
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE, LAYERS = 4, 2, 32, 128, 2
@@ -234,6 +235,7 @@ BATCH_REASONS = {
     "prefix-LM": ({"mm_req_doc_ranges": {1: [(3, 9)]}}, plan.BIDIRECTIONAL),
     "encoder": ({"encoder_seq_lens": torch.ones(2)}, plan.CROSS),
     "no lengths": ({"seq_lens_cpu_upper_bound": None}, plan.UNKNOWN_LENGTHS),
+    "made-up lengths": ({"seq_lens_cpu_upper_bound": torch.tensor([0, 0])}, plan.UNKNOWN_LENGTHS),
 }
 
 
@@ -266,12 +268,21 @@ def test_a_quantised_output_stays_with_flash_attention(monkeypatch, file):
     assert len(layer.impl.calls) == 1 and (NAMES[0], plan.QUANTISED_OUTPUT) in layer.impl.serving.counters.passed
 
 
-def test_a_profiling_run_has_no_metadata(monkeypatch, file):
+def test_a_profiling_run_sees_the_longest_sequences_memory(monkeypatch, file):
     server = Server(monkeypatch, file)
-    called = []
+    called, sizes = [], []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.append(tuple(result.shape))
+            return result
+
     monkeypatch.setattr(fakes.FlashAttentionImpl, "forward", lambda self, *args: called.append(args[5]))
-    server.layers[0].impl.forward(server.layers[0], *[torch.ones(2)] * 3, None, None, torch.ones(2))
-    assert called == [None]
+    output = torch.empty(7, HEADS, HEAD_DIM)
+    with Allocations():
+        server.layers[0].impl.forward(server.layers[0], output, None, None, None, None, output)
+    assert called == [None] and sizes == [(2, KV_HEADS, 4096, HEAD_DIM), (7, HEADS, HEAD_DIM)]
 
 
 def test_the_backend_as_vllm_sees_it(monkeypatch, file):
@@ -320,6 +331,7 @@ def test_a_layer_without_thresholds_stays_with_flash_attention(monkeypatch, file
         "draft.0.attn", backend.get_impl_cls()(HEADS, HEAD_DIM, 1.0, KV_HEADS, kv_cache_dtype="auto"), backend
     )
     server.context["draft.0.attn"] = extra
+    server.config.model_config.hf_config = hf_config(intermediate_size=99)  # the drafter's own
     server.cuda.SplittingCUDABuilder(None, ["draft.0.attn"], server.config, "cpu")
     assert extra.impl.serving.handler is None and extra.impl.serving.counters is server.layers[0].impl.serving.counters
     assert "draft.0.attn" in caplog.text

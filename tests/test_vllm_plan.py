@@ -146,8 +146,8 @@ def test_options():
         ({"thresholds": 3}, "thresholds must be text, got 3"),
         ({"thresholds": "f", "pont": "p"}, "'pont'.*thresholds, point"),
         ({"thresholds": "f", "log_every": True}, "log_every must be a number of seconds"),
-        ({"thresholds": "f", "log_every": -1}, "0 or more"),
-        ({"thresholds": "f", "log_every": float("nan")}, "0 or more"),
+        ({"thresholds": "f", "log_every": -1}, "must be 0 seconds or more"),
+        ({"thresholds": "f", "log_every": float("nan")}, "must be 0 seconds or more"),
         ({"thresholds": "f", "any_version": "yes"}, "true or false"),
     ],
 )

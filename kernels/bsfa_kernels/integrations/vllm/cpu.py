@@ -65,10 +65,8 @@ class SparseCPULayer(SparseLayer, CPUAttentionBackendImpl):
         page = kv_cache.shape[2]
         order = packing(layer.isa, page, self.head_size, kv_cache.dtype)
         pages = kv_cache[block_table[: -(-length // page)].long()].view(-1, self.num_kv_heads, 2, page * self.head_size)
-        return tuple(
-            join_pages(pages[:, :, i][..., order[i]].unflatten(-1, (page, self.head_size)), length)[None]
-            for i in range(2)
-        )
+        halves = (pages[:, :, i][..., order[i]].unflatten(-1, (page, self.head_size)) for i in range(2))
+        return tuple(join_pages(half, length)[None].to(output.dtype) for half in halves)
 
 
 @cache

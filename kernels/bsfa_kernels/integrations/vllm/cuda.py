@@ -89,6 +89,19 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
 
     reads_fp8 = True
 
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.longest = get_current_vllm_config().model_config.max_model_len
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **scales_by_name):
+        if attn_metadata is None and self.dense_reason is None:
+            # vLLM measures its peak memory in this call: let it see the longest sequence's keys and values side by
+            # side, and an output to copy from.
+            shape = (2, self.num_kv_heads, self.longest, self.head_size)
+            held = torch.empty(shape, dtype=output.dtype, device=output.device), torch.empty_like(output)
+            del held
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **scales_by_name)
+
     def reason_against(self, layer, query, output):
         if self.dcp_world_size > 1 or self.pcp_world_size > 1:
             return CONTEXT_PARALLEL
@@ -101,7 +114,7 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
             scales = dict(zip(("key_scale", "value_scale"), _scales(layer)[1:], strict=True))
             return gather_pages(*self._halves(kv_cache), block_table, length, dtype=output.dtype, **scales)
-        return gather_pages(*self._halves(kv_cache), block_table, length)
+        return gather_pages(*self._halves(kv_cache), block_table, length, dtype=output.dtype)
 
     def dequantised(self, layer, query, output):
         if query.dtype.itemsize > 1:

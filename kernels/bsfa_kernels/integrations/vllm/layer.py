@@ -132,8 +132,9 @@ class SplittingBuilder:
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         lengths = self.host_lengths(common)
         reason = self.batch_reason(common)
-        if lengths is None:
-            lengths, reason = [b - a for a, b in zip(starts, starts[1:], strict=False)], vllm_plan.UNKNOWN_LENGTHS
+        queries = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        if lengths is None or any(rows > keys for rows, keys in zip(queries, lengths, strict=True)):
+            lengths, reason = queries, vllm_plan.UNKNOWN_LENGTHS  # the latter in batches that only warm up
         batch = take_apart(starts, lengths, self.least_rows)
         if not batch.prefills:
             return None

@@ -14,7 +14,8 @@ import atexit
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client import REGISTRY
@@ -35,21 +36,24 @@ class Collector:
         return []  # nothing is read when it is registered
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        candidates, kept = (
-            CounterMetricFamily(f"vllm:bsfa_{name}_tiles", text, labels=["layer", "rank"])
-            for name, text in (("candidate", "Tiles that a gate might have dropped"), ("kept", "Of these, kept"))
-        )
-        passed = CounterMetricFamily(
-            "vllm:bsfa_passed_prefills", "Sequences that vLLM's own kernel served", labels=["layer", "reason", "rank"]
-        )
-        for counts in read(self.place):
+        candidates, kept, passed = Counter(), Counter(), Counter()
+        for counts in read(self.place):  # replicas of the model add up
             rank = str(counts["rank"])
             for layer, (k, c) in counts["tiles"].items():
-                candidates.add_metric([layer, rank], c)
-                kept.add_metric([layer, rank], k)
+                candidates[layer, rank] += c
+                kept[layer, rank] += k
             for layer, reason, count in counts["passed"]:
-                passed.add_metric([layer, reason, rank], count)
-        yield from (candidates, kept, passed)
+                passed[layer, reason, rank] += count
+        yield family("candidate_tiles", "Tiles that a gate might have dropped", ("layer", "rank"), candidates)
+        yield family("kept_tiles", "Of these, kept", ("layer", "rank"), kept)
+        yield family("passed_prefills", "Sequences that vLLM's kernel served", ("layer", "reason", "rank"), passed)
+
+
+def family(name: str, text: str, labels: tuple[str, ...], values: Mapping[tuple, int]) -> CounterMetricFamily:
+    found = CounterMetricFamily(f"vllm:bsfa_{name}", text, labels=labels)
+    for key, value in values.items():
+        found.add_metric(key, value)
+    return found
 
 
 def read(place: Path) -> Iterator[dict]:

@@ -30,13 +30,15 @@ def prepare(builder: SplittingBuilder, vllm_config: VllmConfig, layer_names, dev
     """
     options = Options.of(vllm_config.additional_config)
     context = vllm_config.compilation_config.static_forward_context
-    layers = {name: context[name] for name in layer_names if isinstance(context[name].impl, SparseLayer)}
+    layers = {name: context[name] for name in layer_names}
+    layers = {name: layer for name, layer in layers.items() if isinstance(getattr(layer, "impl", None), SparseLayer)}
     if options is None or not layers:
         return
     thresholds = options.read()
     paths = module_paths(_attention(context), thresholds.tensors)
     parallel = vllm_config.parallel_config
-    _check(thresholds, vllm_config, context, paths)
+    if not paths or not paths.keys().isdisjoint(layers):  # a drafter's layers come with its own configuration
+        _check(thresholds, vllm_config, context, paths)
     rank, ranks = parallel.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
     counters = _counters(context, vllm_config, options)
     for name, layer in layers.items():
