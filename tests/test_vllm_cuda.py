@@ -33,19 +33,22 @@ def hf_config(**changes):
 def file(tmp_path, monkeypatch):
     """A thresholds file for two layers at which about half of the tiles drop."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return write_thresholds(tmp_path / "t.safetensors", TILE)
+
+
+def write_thresholds(path, tile):
     generator = torch.Generator().manual_seed(3)
     tensors = {name.removesuffix(".attn"): 0.6 + 0.5 * torch.rand(1, HEADS, 1, generator=generator) for name in NAMES}
     identity = dict.fromkeys(MODEL_KEYS) | {"id": "test", "architecture": "LlamaForCausalLM", "weights": "0" * 64}
     identity |= {"head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, **configuration(hf_config())}
-    path = tmp_path / "t.safetensors"
-    Thresholds(identity, TILE, True, (0,), (Point("half", "gap", "test", 0.0),), tensors).write(path)
+    Thresholds(identity, tile, True, (0,), (Point("half", "gap", "test", 0.0),), tensors).write(path)
     return path
 
 
 class Server:
     """Two layers of a rank, their builder, and batches for them."""
 
-    def __init__(self, monkeypatch, file, rank=0, ranks=1, config=None, **layer):
+    def __init__(self, monkeypatch, file, rank=0, ranks=1, config=None, device="cpu", **layer):
         options = {"bsfa": {"thresholds": str(file), "log_every": 0}}
         self.config = fakes.Config(options, config or hf_config(), rank, ranks)
         fakes.install(monkeypatch, self.config)
@@ -55,7 +58,8 @@ class Server:
         for name in NAMES:
             impl = backend.get_impl_cls()(HEADS // ranks, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS // ranks, **arguments)
             self.context[name] = fakes.Layer(name, impl, backend)
-        self.builder = backend.get_builder_cls()(None, NAMES, self.config, "cpu")
+        self.builder = backend.get_builder_cls()(None, NAMES, self.config, device)
+        self.device = device
         self.layers = [self.context[name] for name in NAMES]
         self.ranks = ranks
 
@@ -67,12 +71,14 @@ class Server:
         """Requests of so many queries and keys, in pages that lie in no order."""
         generator = torch.Generator().manual_seed(sum(lengths))
         starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+        device = self.device
         pages = -(-max(lengths) // PAGE)
         table = torch.randperm(len(lengths) * pages, generator=generator).view(len(lengths), pages).to(torch.int32)
         fields = dict(
-            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            query_start_loc=starts.to(device), query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
             num_reqs=len(lengths), num_actual_tokens=sum(queries), max_query_len=max(queries), max_seq_len=max(lengths),
-            block_table_tensor=table, slot_mapping=torch.arange(sum(queries)),
+            block_table_tensor=table.to(device), slot_mapping=torch.arange(sum(queries), device=device),
             seq_lens_cpu_upper_bound=torch.tensor(lengths),
         )  # fmt: skip
         return fakes.CommonAttentionMetadata(**{**fields, **changes})
@@ -83,10 +89,11 @@ class Server:
         heads = KV_HEADS // self.ranks
         cache = torch.randn(pages, heads, PAGE, 2 * HEAD_DIM, generator=generator).to(dtype)
         query = torch.randn(common.num_actual_tokens, HEADS // self.ranks, HEAD_DIM, generator=generator)
-        return query, cache
+        return query.to(self.device), cache.to(self.device)
 
     def forward(self, query, cache, metadata, layer=0, key=None):
-        output = torch.full(query.shape, torch.nan, dtype=torch.float32)
+        dtype = query.dtype if query.dtype.itemsize > 1 else torch.float32
+        output = torch.full(query.shape, torch.nan, dtype=dtype, device=self.device)
         layer = self.layers[layer]
         result = layer.impl.forward(layer, query, key, key, cache, metadata, output)
         assert result is output
@@ -100,8 +107,9 @@ def expected(server, query, cache, common, request, layer=0):
     k, v = cache[common.block_table_tensor[request].long()].transpose(0, 1).flatten(1, 2)[:, :keys].chunk(2, -1)
     q = query[start:end].transpose(0, 1)
     gate = server.layers[layer].impl.serving.handler.gate(keys, q.device)
+    tile = server.layers[layer].impl.serving.handler.thresholds.tile
     result = block_sparse_attention(
-        q[None], k[None], v[None], gate, tile=TILE, q_offset=keys - (end - start), return_counts=True
+        q[None], k[None], v[None], gate, tile=tile, q_offset=keys - (end - start), return_counts=True
     )
     return result.out[0].transpose(0, 1), result
 
@@ -110,7 +118,7 @@ def dense(server, query, cache, common, layer=0):
     """What vLLM's kernel gives for the whole batch."""
     metadata = fakes.FlashAttentionMetadataBuilder(None, NAMES, server.config, "cpu").build(0, common)
     impl = server.layers[layer].impl
-    output = torch.empty(query.shape, dtype=torch.float32)
+    output = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     return fakes.FlashAttentionImpl.forward(impl, None, query, None, None, cache, metadata, output)
 
 
@@ -142,6 +150,32 @@ def test_prefills_are_gated_and_the_rest_is_flash_attentions(monkeypatch, file, 
     (call,) = server.layers[0].impl.calls[:-1]  # the last is dense()'s
     assert call.metadata.fast and len(call.query) == 22
     assert not server.layers[0].impl.serving.counters.passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8], ids=str)
+def test_a_mixed_batch_on_a_gpu(monkeypatch, tmp_path, cache_dtype):
+    """The fused kernels, the gather kernel and the output's place; FlashAttention is still a stand-in."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    file = write_thresholds(tmp_path / "t.safetensors", TileShape())
+    fp8 = cache_dtype == FP8
+    server = Server(monkeypatch, file, device="cuda", kv_cache_dtype="fp8" if fp8 else "auto")
+    for scale in ("_q_scale", "_k_scale", "_v_scale"):
+        for layer in server.layers:
+            setattr(layer, scale, torch.ones((), device="cuda"))
+    common = server.common([1, 700, 5, 300], [900, 700, 80, 1000])
+    query, cache = server.tensors(common, cache_dtype)
+    query = query.bfloat16()
+    output = server.forward(query, cache.view(torch.uint8) if fp8 else cache, server.builder.build(0, common))
+    exact = dense(server, query, cache.view(torch.uint8) if fp8 else cache, common)
+    torch.testing.assert_close(output[[0, *range(701, 706)]].float(), exact[[0, *range(701, 706)]], atol=2e-2, rtol=0)
+    dropped = 0
+    for request, rows in ((1, slice(1, 701)), (3, slice(706, 1006))):
+        wanted, result = expected(server, query, cache.bfloat16(), common, request)
+        assert torch.equal(output[rows], wanted)
+        dropped += int((result.candidates - result.kept).sum())
+    counts = server.layers[0].impl.serving.handler.counts
+    assert dropped == int((counts.candidates - counts.kept).sum()) > 0
 
 
 def test_a_batch_of_prefills_alone_never_calls_flash_attention(monkeypatch, file):

@@ -81,7 +81,8 @@ class FlashAttentionImpl:
             pages = cache[attn_metadata.block_table[r]].float().transpose(0, 1).flatten(1, 2)[:, :keys]
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 0) for x in pages.chunk(2, -1))
             scores = self.scale * query[start:end].float().transpose(0, 1) @ k.transpose(1, 2)
-            seen = torch.arange(keys) <= torch.arange(keys - (end - start), keys)[:, None]
+            position = torch.arange(keys, device=query.device)
+            seen = position <= position[keys - (end - start) :, None]
             weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
             output[start:end] = (weights @ v).transpose(0, 1).to(output.dtype)
         return output
