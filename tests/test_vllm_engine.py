@@ -39,7 +39,9 @@ ENVIRONMENT = {
 
 
 def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | ENVIRONMENT
+    """That of a user who has installed bsfa beside vLLM: the plug-in is found by its entry points alone."""
+    left_out = ("TRITON_INTERPRET", "PYTHONPATH")
+    return {key: value for key, value in os.environ.items() if key not in left_out} | ENVIRONMENT
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ and what that leaves to vLLM's own kernel is noted in the log and counted.
 
 from __future__ import annotations
 
-PLACES = {"TileScheduler": ".scheduler", "SyncTileScheduler": ".scheduler"}
+PLACES = {"TileScheduler": ".scheduler"}
 
 
 def register() -> None:

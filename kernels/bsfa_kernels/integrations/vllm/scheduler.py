@@ -1,8 +1,8 @@
-"""Schedulers that end prefill chunks at query tiles: `--scheduler-cls bsfa_kernels.integrations.vllm.TileScheduler`.
+"""A scheduler that ends prefill chunks at query tiles: `--scheduler-cls bsfa_kernels.integrations.vllm.TileScheduler`.
 
 A chunk that ends inside a query tile leaves that tile whole to no call, and all of its key tiles are kept. Nothing is
-wrong then, only less is skipped. vLLM calls schedulers' interface its own affair: what is used of it is one method,
-through which the size of every chunk passes.
+wrong then, only less is skipped. vLLM calls its schedulers' interface private: what is used of it is one method, through
+which the size of every chunk passes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from .options import Options
+from .options import Options, OptionsError
 from .plan import round_to_tiles
 
 
@@ -33,9 +33,19 @@ class RoundsToTiles:
         return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
 
 
-class TileScheduler(RoundsToTiles, AsyncScheduler):
-    """For vLLM's default, asynchronous scheduling."""
+class AsyncTileScheduler(RoundsToTiles, AsyncScheduler):
+    """In the place of vLLM's default."""
 
 
 class SyncTileScheduler(RoundsToTiles, Scheduler):
-    """For `--no-async-scheduling`."""
+    """In the place of the one that `--no-async-scheduling` takes."""
+
+
+class TileScheduler:
+    """The one of these two that the configuration asks for."""
+
+    def __new__(cls, vllm_config, **arguments):
+        if vllm_config.diffusion_config is not None:
+            raise OptionsError("vLLM has schedulers of its own for diffusion models: leave out --scheduler-cls")
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        return (AsyncTileScheduler if asynchronous else SyncTileScheduler)(vllm_config, **arguments)
