@@ -34,7 +34,7 @@ pytestmark = [
 ]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1",
 }  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def test_the_log_says_what_was_skipped(engine):
     _, found, log = engine
     assert "4 of 4 attention layers, matched by configuration, the weights not" in log
     rates = [float(rate) for rate in re.findall(r"bsfa: skipped ([\d.]+)% of [\d,]+ tiles", log)]
-    assert 0 in rates and max(rates) > 30
+    skip = found["whole tiles"]["kept"] / found["whole tiles"]["candidates"]
+    assert f"{1 - skip:.1%}" in {f"{rate}%" for rate in rates}
     assert found["passed"] == []
 
 

@@ -229,6 +229,15 @@ def test_a_thread_reports_when_there_is_news(counters):
     counters.close()
 
 
+def test_the_last_counts_are_logged_when_the_process_ends(counters, caplog):
+    caplog.set_level(logging.INFO, "vllm.bsfa")
+    counters.close()
+    assert not caplog.records
+    counters.came()
+    counters.close()
+    assert "skipped 37.5%" in caplog.text and not folder("abc").exists()
+
+
 def test_names_are_short():
     assert _short(["model.layers.1.attn", "model.layers.10.attn"]) == ["1", "10"]
     assert _short(["one"]) == ["one"] and _short([]) == []

@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.update(
     OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1",
+    TORCHDYNAMO_DISABLE="1",  # a sampler's helpers would be compiled
 )  # fmt: skip
 
 import torch
@@ -68,7 +69,7 @@ class Engine:
             str(model), dtype="float32", enforce_eager=True, max_model_len=2048, max_num_batched_tokens=BUDGET,
             max_num_seqs=8, block_size=BLOCK, seed=0,
             scheduler_cls="bsfa_kernels.integrations.vllm.TileScheduler",
-            additional_config={"bsfa": {"thresholds": str(thresholds), "point": "keep", "log_every": 1}},
+            additional_config={"bsfa": {"thresholds": str(thresholds), "point": "keep", "log_every": 3600}},
         )  # fmt: skip
         config = self.llm.llm_engine.vllm_config
         self.layers = list(config.compilation_config.static_forward_context.values())
@@ -83,6 +84,7 @@ class Engine:
                 handler = SparseAttention(self.thresholds, point, handler.path, count=True, longest=2048)
             layer.impl.serving = None if point is None else serving._replace(handler=handler)
             serving.counters.served[serving.layer] = handler
+        self.serving[0].counters._logged = (0, 0)  # counts begin anew
         self.scheduler.tile_rows = self.thresholds.tile.rows if rounds else None
         self.llm.reset_prefix_cache()
 
@@ -162,6 +164,7 @@ def main(folder: Path, model: Path) -> None:
         engine.serve("real", rounds)
         found[name] = {"log_probabilities": engine.log_probabilities(texts["long"])}
         found[name]["kept"], found[name]["candidates"] = engine.tiles()
+        engine.serving[0].counters.report()
     engine.serve("real")
     found["prefix missed"] = continued(engine, texts["shared"])
     found["prefix hit"] = continued(engine, texts["shared"])
@@ -169,7 +172,6 @@ def main(folder: Path, model: Path) -> None:
     engine.tokens(texts["long"])
     found["prefix of another"] = continued(engine, texts["shared"])
     found["passed"] = [[*key, count] for key, count in engine.serving[0].counters.passed.items()]
-    engine.serving[0].counters.report()
     (folder / "found.json").write_text(json.dumps(found))
 
 

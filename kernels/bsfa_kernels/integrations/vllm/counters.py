@@ -49,15 +49,17 @@ class Counters:
         self._logged = (0, 0)
 
     def start(self) -> None:
-        """Begin to report. The thread ends with the process; a last report is written first."""
+        """Begin to report, until the process ends."""
         if not self.log_every:
             return
         threading.Thread(target=self._report, name="bsfa-counters", daemon=True).start()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Write what is left, and take the file away."""
+        """Log what came since the last line, and take the file away."""
         self._stop.set()
+        if self._news.is_set():
+            self.report()
         self._file.unlink(missing_ok=True)
         try:
             self._file.parent.rmdir()

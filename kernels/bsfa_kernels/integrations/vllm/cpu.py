@@ -79,8 +79,7 @@ def packing(isa: str, page: int, head_dim: int, dtype: torch.dtype) -> tuple[tor
     digits = (number % 128, number // 128 % 128, number // 128**2)  # whole numbers to 256 are exact in any dtype
     for digit in digits:
         x = digit.view(page, 1, head_dim).to(dtype)
-        cache = torch.full((1, 1, 2 * page, head_dim), -1, dtype=dtype)
-        keys, values = cache.chunk(2, dim=2)
+        keys, values = torch.full((1, 1, 2 * page, head_dim), -1, dtype=dtype).chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(x, x, keys, values, torch.arange(page), isa)
         found.append([part.flatten().long() for part in (keys, values)])
     stored = [sum(digit[i] * 128**n for n, digit in enumerate(found)) for i in range(2)]

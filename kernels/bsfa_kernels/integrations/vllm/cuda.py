@@ -93,14 +93,18 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
         super().__init__(*arguments, **keywords)
         self.longest = get_current_vllm_config().model_config.max_model_len
 
-    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **scales_by_name):
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ):
         if attn_metadata is None and self.dense_reason is None:
             # vLLM measures its peak memory in this call: let it see the longest sequence's keys and values side by
             # side, and an output to copy from.
             shape = (2, self.num_kv_heads, self.longest, self.head_size)
             held = torch.empty(shape, dtype=output.dtype, device=output.device), torch.empty_like(output)
             del held
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales, **scales_by_name)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
 
     def reason_against(self, layer, query, output):
         if self.dcp_world_size > 1 or self.pcp_world_size > 1:

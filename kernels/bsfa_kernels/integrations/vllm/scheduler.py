@@ -1,8 +1,8 @@
 """A scheduler that ends prefill chunks at query tiles: `--scheduler-cls bsfa_kernels.integrations.vllm.TileScheduler`.
 
 A chunk that ends inside a query tile leaves that tile whole to no call, and all of its key tiles are kept. Nothing is
-wrong then, only less is skipped. vLLM calls its schedulers' interface private: what is used of it is one method, through
-which the size of every chunk passes.
+wrong then, only less is skipped. vLLM calls its schedulers' interface private: what is used of it is one method,
+through which the size of every chunk passes.
 """
 
 from __future__ import annotations
@@ -47,5 +47,7 @@ class TileScheduler:
     def __new__(cls, vllm_config, **arguments):
         if vllm_config.diffusion_config is not None:
             raise OptionsError("vLLM has schedulers of its own for diffusion models: leave out --scheduler-cls")
+        if not hasattr(Scheduler, "_reserve_prefill_lookahead"):
+            raise OptionsError("this vLLM's scheduler has another interface: leave out --scheduler-cls")
         asynchronous = vllm_config.scheduler_config.async_scheduling
         return (AsyncTileScheduler if asynchronous else SyncTileScheduler)(vllm_config, **arguments)
