@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,9 +52,10 @@ def test_heads_of_a_rank():
     for heads, local, rank, size in ((8, 3, 0, 2), (8, 4, 2, 2), (8, 8, 0, 2)):
         with pytest.raises(ThresholdsError, match="cannot be divided"):
             plan.head_slice(heads, local, rank, size)
-    whole = thresholds()
-    part = plan.of_heads(whole, PATHS[1], slice(1, 3))
-    assert list(part.tensors) == [PATHS[1]] and torch.equal(part.tensors[PATHS[1]], whole.tensors[PATHS[1]][:, 1:3])
+    whole = thresholds(points=("one", "two"))
+    part = plan.of_heads(whole, "two", PATHS[1], slice(1, 3))
+    assert [point.name for point in part.points] == ["two"]
+    assert list(part.tensors) == [PATHS[1]] and torch.equal(part.tensors[PATHS[1]], whole.tensors[PATHS[1]][1:, 1:3])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,16 @@ def test_a_thresholds_file_is_read_anew_when_it_changes(tmp_path):
         assert [point.name for point in Options(str(file), "a").read().points] == list(points)
     with pytest.raises(ThresholdsError, match="choose one of: a, b"):
         Options(str(file)).read()
+
+
+def test_points_for_int8_scores_are_refused(tmp_path):
+    made = thresholds(points=("fine", "coarse"))
+    coarse = replace(made.points[1], scores="int8", exact_heads={PATHS[0]: [3]})
+    replace(made, points=(made.points[0], coarse)).write(tmp_path / "t.safetensors")
+    with pytest.raises(ThresholdsError, match="coarse is for int8 scores"):
+        Options(str(tmp_path / "t.safetensors"), "coarse").read()
+    read = Options(str(tmp_path / "t.safetensors"), "fine").read()
+    plan.of_heads(read, "fine", PATHS[0], slice(0, 2))  # without the other point's heads
 
 
 class Handler:

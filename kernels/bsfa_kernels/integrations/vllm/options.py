@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ...thresholds import Thresholds
+from ...thresholds import Thresholds, ThresholdsError
 
 TESTED = ((0, 32),)  # with a real engine on a CPU, by tests/test_vllm_engine.py
 READ = ((0, 33),)  # its source agrees with TESTED in all that is used here
@@ -73,10 +73,16 @@ class Options:
             raise OptionsError('additional_config "bsfa" does nothing without --attention-backend CUSTOM')
 
     def read(self) -> Thresholds:
-        """The thresholds file. Raises ThresholdsError for what is none, and for a point that it does not have."""
+        """The thresholds file. Raises ThresholdsError for what is none, and for a point that it does not have or that
+        is for int8 scores: what is rounded with what depends on the call, and a server's calls are its scheduler's.
+        """
         stamp = os.stat(self.thresholds).st_mtime_ns if os.path.exists(self.thresholds) else 0
         thresholds = _read(self.thresholds, stamp)
-        thresholds.index(self.point)
+        point = thresholds.points[thresholds.index(self.point)]
+        if point.scores != "exact":
+            raise ThresholdsError(
+                f"point {point.name} is for {point.scores} scores, and in vLLM bsfa serves exact ones alone"
+            )
         return thresholds
 
 

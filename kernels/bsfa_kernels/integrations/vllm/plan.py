@@ -104,9 +104,11 @@ def head_slice(heads: int, local: int, rank: int, size: int) -> slice:
     return slice(rank * local, (rank + 1) * local)
 
 
-def of_heads(thresholds: Thresholds, path: str, heads: slice) -> Thresholds:
-    """The thresholds of these query heads of one module."""
-    return replace(thresholds, tensors={path: thresholds.tensors[path][:, heads].contiguous()})
+def of_heads(thresholds: Thresholds, point: str | None, path: str, heads: slice) -> Thresholds:
+    """One point's thresholds of these query heads of one module."""
+    row = thresholds.index(point)
+    values = thresholds.tensors[path][row : row + 1, heads].contiguous()
+    return replace(thresholds, points=(thresholds.points[row],), tensors={path: values})
 
 
 def module_path(layer: str, paths: Iterable[str]) -> str | None:

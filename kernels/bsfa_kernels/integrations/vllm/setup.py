@@ -51,7 +51,7 @@ def prepare(builder: SplittingBuilder, vllm_config: VllmConfig, layer_names, dev
             path = paths[name]
             heads = head_slice(thresholds.tensors[path].shape[1], impl.num_heads, rank, ranks)
             handler = SparseAttention(
-                of_heads(thresholds, path, heads), options.point, path, count=True, device=device,
+                of_heads(thresholds, options.point, path, heads), options.point, path, count=True, device=device,
                 longest=vllm_config.model_config.max_model_len,
             )  # fmt: skip
             counters.served[name] = handler
