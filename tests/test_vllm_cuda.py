@@ -323,7 +323,8 @@ def test_the_backend_as_vllm_sees_it(monkeypatch, file):
     server = Server(monkeypatch, file)
     backend = server.cuda.SparseCUDABackend
     assert backend.get_name() == "CUSTOM" and backend.get_supported_kernel_block_sizes() == [fakes.MultipleOf(128)]
-    assert [backend.get_preferred_block_size(size) for size in (16, 128, 200)] == [128, 128, 256]
+    monkeypatch.setattr(fakes.FlashAttentionBackend, "sizes", [64])  # what a kernel of its demands
+    assert backend.get_supported_kernel_block_sizes() == [64]
     assert backend.get_builder_cls()._cudagraph_support is fakes.AttentionCGSupport.UNIFORM_BATCH
 
 

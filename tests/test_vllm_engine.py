@@ -111,6 +111,7 @@ def test_the_gpus_backend_fits_this_vllm(found):
     """cuda.py imports, overrides what is there, and reads fields that exist; so do the stand-ins of its unit tests."""
     fits = found["cuda"]
     assert fits["name"] == "CUSTOM" and fits["graphs"] == "UNIFORM_BATCH"
+    assert fits["pages"] == [128, 128, 256]
     assert fits["forward"] == fits["forward of vLLM"]
     assert set(vllm_fakes.CommonAttentionMetadata.__dataclass_fields__) <= set(fits["common"])
     for kind in (vllm_fakes.FlashAttentionImpl, vllm_fakes.FlashAttentionMetadataBuilder):

@@ -135,6 +135,7 @@ def cuda_interface() -> dict:
     methods += [("FlashAttentionMetadataBuilder", name) for name in ("__init__", "build", "update_block_table")]
     return {
         "name": cuda.SparseCUDABackend.get_name(),
+        "pages": [cuda.SparseCUDABackend.get_preferred_block_size(size) for size in (16, 128, 256)],
         "graphs": cuda.SplittingCUDABuilder._cudagraph_support.name,
         "forward": arguments(cuda.SparseCUDALayer.forward),
         "forward of vLLM": arguments(flash_attn.FlashAttentionImpl.forward),

@@ -89,6 +89,12 @@ class FlashAttentionImpl:
 
 
 class FlashAttentionBackend:
+    sizes = [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec=None):
+        return cls.sizes
+
     @staticmethod
     def get_name():
         return "FLASH_ATTN"

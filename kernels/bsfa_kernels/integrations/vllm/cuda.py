@@ -33,12 +33,12 @@ class SparseCUDABackend(FlashAttentionBackend):
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec=None) -> list:
-        """Whole key tiles: then the cached prefix that a request begins with ends at a query tile, too."""
-        return [MultipleOf(128)]
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return -(-default_block_size // 128) * 128
+        """Whole key tiles: then the cached prefix that a request begins with ends at a query tile, too. Where a kernel
+        of FlashAttention's demands a size, that one.
+        """
+        sizes = super().get_supported_kernel_block_sizes(kv_cache_spec)
+        free = all(isinstance(size, MultipleOf) and 128 % size.base == 0 for size in sizes)
+        return [MultipleOf(128)] if free else sizes
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
