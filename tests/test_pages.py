@@ -1,0 +1,74 @@
+"""Keys and values out of pages, and outputs into a place that is given: what a serving engine asks of the runtime."""
+
+import paged_cases
+import pytest
+import torch
+from bsfa_kernels import Gate, block_sparse_attention
+from bsfa_kernels.pages import gather_pages
+
+
+@pytest.mark.parametrize("case", paged_cases.CASES)
+def test_positions_come_from_their_pages(case):
+    paged_cases.check(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", paged_cases.CASES)
+def test_positions_come_from_their_pages_on_a_gpu(case):
+    paged_cases.check(case, "cuda")
+
+
+CACHE = torch.zeros(4, 2, 16, 8)
+TABLE = torch.zeros(3, dtype=torch.int32)
+FP8 = CACHE.to(torch.float8_e4m3fn)
+REFUSED = {
+    "shapes": ((CACHE, CACHE[:2], TABLE, 9), {}, "alike"),
+    "axes": ((CACHE[0], CACHE[0], TABLE, 9), {}, "alike"),
+    "dtypes": ((CACHE, CACHE.half(), TABLE, 9), {}, "one dtype"),
+    "strides": ((CACHE.transpose(2, 3), CACHE.transpose(2, 3), TABLE, 4), {}, "contiguous"),
+    "too long": ((CACHE, CACHE, TABLE, 49), {}, "49 positions do not fit 3 pages of 16"),
+    "nothing": ((CACHE, CACHE, TABLE, 0), {}, "0 positions"),
+    "table": ((CACHE, CACHE, TABLE[None], 9), {}, "block_table must be"),
+    "table's dtype": ((CACHE, CACHE, TABLE.float(), 9), {}, "block_table must be"),
+    "no scale": ((FP8, FP8, TABLE, 9), {"dtype": torch.float16}, "key_scale"),
+    "no dtype": ((FP8, FP8, TABLE, 9), dict.fromkeys(("key_scale", "value_scale"), torch.ones(1)), "needs dtype"),
+    "integers": ((CACHE.to(torch.uint8),) * 2 + (TABLE, 9), {}, "must hold floats"),
+    "scale": ((CACHE, CACHE, TABLE, 9), {"key_scale": torch.ones(2)}, "one float32"),
+}
+
+
+@pytest.mark.parametrize("arguments, options, words", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        gather_pages(*arguments, **options)
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, heads, 70, 16, generator=generator) for heads in (4, 2, 2)]
+
+
+def test_the_output_goes_where_it_is_wanted():
+    q, k, v = tensors()
+    gate = Gate(gap=0.5)
+    expected = block_sparse_attention(q, k, v, gate, return_lse=True)
+    tokens = torch.full((100, 4, 16), torch.nan)
+    out = tokens[10:80].transpose(0, 1)[None]
+    found = block_sparse_attention(q, k, v, gate, return_lse=True, out=out)
+    assert found.out is out and torch.equal(out, expected.out) and torch.equal(found.lse, expected.lse)
+    assert torch.equal(tokens[10:80], expected.out[0].transpose(0, 1))
+    assert tokens[:10].isnan().all() and tokens[80:].isnan().all()
+
+
+def test_the_output_may_be_where_the_queries_are():
+    q, k, v = tensors()
+    expected = block_sparse_attention(q, k, v).out
+    assert torch.equal(block_sparse_attention(q, k, v, out=q).out, expected)
+
+
+@pytest.mark.parametrize(
+    "out", [torch.empty(1, 4, 71, 16), torch.empty(1, 4, 70, 16, dtype=torch.float16)], ids=["rows", "dtype"]
+)
+def test_a_place_that_does_not_fit_is_refused(out):
+    with pytest.raises(ValueError, match="out must be torch.float32 \\[1, 4, 70, 16\\] on cpu"):
+        block_sparse_attention(*tensors(), out=out)
