@@ -12,11 +12,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data import frame_tasks
-from ..data.frame_tasks import CAPTIONING, IDS, IMAGE, NAMES, NEEDLE, RETRIEVAL, WORDS, Ask, Frames, compose, frames_in
+from ..data.frame_tasks import (
+    CAPTIONING,
+    IDS,
+    IMAGE,
+    NAMES,
+    NEEDLE,
+    RETRIEVAL,
+    VQA,
+    WORDS,
+    Ask,
+    Frames,
+    compose,
+    frames_in,
+)
 from ..data.frames import ATTRIBUTES, SIZES
 
-LOOK, REPEATS, DESCRIBED = "look", "repeats", "described "
-KINDS = (LOOK, REPEATS, *NAMES, *(DESCRIBED + name for name in NAMES))
+LOOK, ALIGNMENT, REPEATS, DESCRIBED = "look", "alignment", "repeats", "described "
+KINDS = (LOOK, ALIGNMENT, REPEATS, *NAMES, *(DESCRIBED + name for name in NAMES))
 WEIGHTS = np.array([1.5, 1.0, 1.5, 1.0, 0.5])  # of NAMES among questions
 DESCRIBED_QUESTIONS = 3  # for each in a document of images
 SHORTEST_PERIOD, TOKENS_A_REPEAT = 8, 16  # of repeats: tokens, and those that count as one question
@@ -39,13 +52,18 @@ class FramePhase:
     revisited = True
 
 
+# Short to long, and the same once more: what a short phase teaches of images reaches the long ones in minutes.
 FULL = (
-    FramePhase(0.05, 1024, 64, 12, 0.6, 20, 14),
-    FramePhase(0.20, 1024, 64, 12, 0.25, 14, 4),
-    FramePhase(0.32, 4096, 16, 40, 0.15, 3),
-    FramePhase(0.44, 16384, 4, 128, 0.1, 0),
-    FramePhase(0.95, 32768, 2, 224, 0.05, 0),
-    FramePhase(1.00, 65536, 1, 384, 0.05, 0),
+    FramePhase(0.06, 1024, 64, 8, 0.6, 14, 4),
+    FramePhase(0.18, 1024, 64, 8, 0.3, 10, 2),
+    FramePhase(0.28, 4096, 16, 28, 0.2, 3),
+    FramePhase(0.36, 16384, 4, 100, 0.1, 0),
+    FramePhase(0.56, 32768, 2, 180, 0.1, 0),
+    FramePhase(0.59, 65536, 1, 320, 0.1, 0),
+    FramePhase(0.74, 1024, 64, 8, 0.5, 4, 0),
+    FramePhase(0.80, 4096, 16, 28, 0.2, 2),
+    FramePhase(0.94, 32768, 2, 180, 0.1, 0),
+    FramePhase(1.00, 65536, 1, 320, 0.1, 0),
 )
 TOY = (FramePhase(0.5, 512, 6, 8, 0.5, 2, 2), FramePhase(1.0, 512, 6, 8, 0.3, 2))
 
@@ -120,21 +138,24 @@ def _asks(frames: Frames, count: int, look: float, rng: np.random.Generator) -> 
     unique = frames.unique()
     attributes = rng.integers(0, len(ATTRIBUTES), count)
     drawn = rng.choice(len(NAMES), count, p=WEIGHTS / WEIGHTS.sum())
-    looks, targets, later = rng.random(count) < look, rng.integers(0, total, count), rng.random(count)
+    looks, later = rng.random(count) < look, rng.random(count)
+    # Every frame once before any twice, and no attribute of the marked one twice: else answers stand in the text.
+    targets = np.concatenate([rng.permutation(total) for _ in range(-(-count // total))])
+    unasked = rng.permutation(len(ATTRIBUTES)).tolist()
     asks = []
     for index in range(count):
-        kind, target = NAMES[drawn[index]], int(targets[index])
+        kind, target, attribute = NAMES[drawn[index]], int(targets[index]), int(attributes[index])
         if looks[index]:
             asks.append((Ask(CAPTIONING, target, target + 1), LOOK))
             continue
-        if kind == NEEDLE:
-            target = frames.marked
-        elif kind == RETRIEVAL and len(unique):
-            target = int(unique[target % len(unique)])
-        elif kind == RETRIEVAL:
+        if kind == NEEDLE and unasked:
+            target, attribute = frames.marked, unasked.pop()
+        elif kind == NEEDLE:
+            kind = VQA
+        elif kind == RETRIEVAL and target not in unique:
             kind = CAPTIONING
         after = target + 1 + int(later[index] * (total - target))
-        asks.append((Ask(kind, target, min(after, total), int(attributes[index])), kind))
+        asks.append((Ask(kind, target, min(after, total), attribute), kind))
     asks.sort(key=lambda pair: pair[0].after)
     return [ask for ask, _ in asks], [kind for _, kind in asks]
 
