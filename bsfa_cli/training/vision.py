@@ -1,4 +1,4 @@
-"""python -m bsfa_cli.training.vision --minutes 18 --stop-after 8.5 --out DIR
+"""python -m bsfa_cli.training.vision --minutes 18 --stop-after 8.7 --text-model bsfa_cli/models/retrieval --out DIR
 
 Trains the bundled vision-language model on one GPU. DIR gets log.jsonl and checkpoint/; `--resume DIR/checkpoint` goes
 on from there, in another folder or the same. `--export MODEL --resume DIR/checkpoint` writes the Hugging Face
@@ -72,36 +72,41 @@ class FrameTrainer(Trainer):
         """Per question, then per frame: kind, mean loss of its answer, share of its tokens right, all of them right.
 
         A frame is asked which words its mean output points to. The language model's questions alone teach the tower
-        colours and shapes and leave handwritten digits at chance for as long as anyone has waited.
+        colours and shapes, and left handwritten digits at chance for eight minutes.
         """
-        tokens, image_at, predicting, target, question, kind = (
-            self._send(part)
-            for part in (batch.tokens, batch.image_at, batch.predicting, batch.target, batch.question, batch.kind)
-        )
-        llava = self.model.model
+        llava, images = self.model.model, self._send(batch.images)
         with self.autocast():
-            embedded = llava.get_input_embeddings()(tokens.long()).to(self.embedding_dtype).flatten(0, 1)
-            images = self._send(batch.images)
             frames = frame_model.marked_frames(self.pixels[images], self._send(batch.marks))
             # As LlavaModel.get_image_features: the last layer's states without the class token.
             seen = llava.vision_tower(pixel_values(frames)).last_hidden_state[:, 1:]
             seen = llava.multi_modal_projector(seen).to(self.embedding_dtype)
-            embedded = embedded.index_copy(0, image_at, seen.flatten(0, 1))
-            embedded = embedded.view(*tokens.shape, -1)
-            hidden = llava.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        aligned = self._alignment(seen, self.shown[images].long())
+        if not len(batch.kind):
+            return aligned
+        return tuple(torch.cat(pair) for pair in zip(self._answers(batch, seen), aligned, strict=True))
+
+    def _answers(self, batch: FrameBatch, seen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same per question alone; `seen` [n, TOKENS, hidden] stands for the image tokens."""
+        tokens, image_at, predicting, target, question, kind = (
+            self._send(part)
+            for part in (batch.tokens, batch.image_at, batch.predicting, batch.target, batch.question, batch.kind)
+        )
+        language = self.model.model.language_model
+        with self.autocast():
+            embedded = self.model.get_input_embeddings()(tokens.long()).to(self.embedding_dtype).flatten(0, 1)
+            embedded = embedded.index_copy(0, image_at, seen.flatten(0, 1)).view(*tokens.shape, -1)
+            hidden = language(inputs_embeds=embedded, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden.flatten(0, 1)[predicting])
         token_loss = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
         right = (logits.detach().argmax(-1) == target).float()
         sums = torch.zeros(len(batch.kind), 3, device=self.device)
         parts = torch.stack([token_loss, right, torch.ones_like(right)], 1)
         loss, correct, count = sums.index_add(0, question, parts).unbind(1)
-        found = kind, loss / count, (correct / count).detach(), (correct == count).detach()
-        aligned = self._alignment(seen, self.shown[images].long())
-        return tuple(torch.cat(pair) for pair in zip(found, aligned, strict=True))
+        return kind, loss / count, (correct / count).detach(), (correct == count).detach()
 
     def _alignment(self, seen: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The same per frame, of `values` [F, 5]."""
-        logits = frame_model.alignment_logits(seen, self.model.get_input_embeddings().weight)
+        """The same per frame, of `values` [F, 5]. The words stay where they are: images come to them."""
+        logits = frame_model.alignment_logits(seen, self.model.get_input_embeddings().weight.detach())
         losses = [
             torch.nn.functional.cross_entropy(part, value, reduction="none")
             for part, value in zip(logits, values.T, strict=True)
