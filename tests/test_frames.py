@@ -12,7 +12,7 @@ from bsfa_cli.data.frame_questions import FramePlan, pixel_values
 from bsfa_cli.data.plans import plan
 from bsfa_cli.data.texts import load_texts
 from bsfa_cli.errors import UsageError
-from bsfa_cli.models.load import load_model
+from bsfa_cli.models.load import BUNDLED, load_model
 from bsfa_cli.suites.run import Answer, Examiner, Score
 from bsfa_cli.suites.summary import summarise
 from bsfa_cli.training import frame_curriculum, frame_model, vision
@@ -191,10 +191,42 @@ def test_training_looks_as_the_model_does(tmp_path):
     hidden = one.model.model(input_ids=tokens, pixel_values=pixel_values(shown), use_cache=False).last_hidden_state
     logits = one.model.lm_head(hidden).flatten(0, 1)[torch.from_numpy(batch.predicting)]
     each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target), reduction="none")
-    expected = [each[torch.from_numpy(batch.question) == question].mean() for question in range(len(kind))]
-    assert torch.allclose(loss, torch.stack(expected), atol=1e-5)
+    count = len(batch.kind)
+    expected = [each[torch.from_numpy(batch.question) == question].mean() for question in range(count)]
+    assert torch.allclose(loss[:count], torch.stack(expected), atol=1e-5)
+    assert len(loss) == len(kind) == count + len(shown)  # and each frame's alignment
     assert torch.equal(tokens.flatten()[torch.from_numpy(batch.predicting) + 1], torch.from_numpy(batch.target))
     assert batch.marks.sum() == PHASE.rows - PHASE.described - PHASE.repeats
+
+
+def test_alignment_is_best_where_the_output_is_the_words_shown():
+    embedding = torch.eye(len(frame_tasks.WORDS))
+    values = torch.tensor([[2, 7, 3, 9, 0], [0, 0, 0, 0, 3]])
+    words = torch.from_numpy(frame_tasks.FIRST_VALUES) + values
+    seen = embedding[words].sum(1, keepdim=True).expand(-1, frames.TOKENS, -1)
+    logits = frame_model.alignment_logits(seen, embedding)
+    assert [part.shape[1] for part in logits] == frames.SIZES.tolist()
+    assert torch.equal(torch.stack([part.argmax(-1) for part in logits], 1), values)
+
+
+def test_it_begins_with_heads_that_look_back_for_a_match():
+    model = frame_model.build(frame_model.FULL, 0).eval()
+    frame_model.begin_with(model, BUNDLED, 0)
+    words = torch.randint(frame_tasks.IDS[frame_tasks.IMAGE] + 1, len(frame_tasks.WORDS), (4, 24))
+    with torch.no_grad():
+        predicted = model(input_ids=words.repeat(1, 2)).logits.argmax(-1)
+    assert (predicted[:, 24:-1] == words[:, 1:]).float().mean() > 0.8
+
+
+def test_no_answer_stands_in_the_text_before():
+    """Every frame is asked about once while there are frames left, the marked one once an attribute."""
+    rng = np.random.default_rng(0)
+    shown = frame_tasks.Frames.of(rng.integers(0, frames.SIZES, (200, 5)), 7, rng)
+    asks, kinds = frame_curriculum._asks(shown, 180, 0.1, rng)
+    needles = [ask for ask, kind in zip(asks, kinds, strict=True) if kind == frame_tasks.NEEDLE]
+    assert len({ask.attribute for ask in needles}) == len(needles) > 2 and {ask.target for ask in needles} == {7}
+    others = [ask.target for ask, kind in zip(asks, kinds, strict=True) if kind != frame_tasks.NEEDLE]
+    assert len(set(others)) == len(others) == 180 - len(needles)
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -220,7 +252,8 @@ def test_batches_have_one_shape_for_each_length(phase):
     assert first.tokens.shape == second.tokens.shape == (phase.rows, phase.length)
     assert first.images.shape == second.images.shape and len(first.image_at) == len(first.images) * frames.TOKENS
     kinds = {frame_curriculum.KINDS[kind] for kind in first.kind}
-    assert set(frame_tasks.NAMES) | {frame_curriculum.LOOK} <= kinds
+    assert len(kinds) > 0 or not phase.revisited
+    assert not kinds or set(frame_tasks.NAMES) | {frame_curriculum.LOOK} <= kinds
 
 
 def test_the_full_model_fits_the_package_and_a_lease():

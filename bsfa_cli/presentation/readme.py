@@ -1,4 +1,5 @@
-"""README.md's figures, docs/results.md's tables and the plots beside the stored results, made from profiles/results.
+"""README.md's figures, the tables of docs/results.md and docs/vision-model.md and the plots beside the stored results,
+made from profiles/results.
 
 python -m bsfa_cli.presentation.readme            # from the repository root; rewrites them all
 """
@@ -13,7 +14,7 @@ from ..comparison import matching
 from ..errors import BsfaError, InputError
 from ..files import read_result, write_whole
 from ..timing.compare import FORMATS
-from . import compare_readme, figures, headline
+from . import compare_readme, figures, headline, training_table
 from .dense_kernels import named, without_flash_attention_3
 from .loss_table import loss_table
 from .plot import speedup_plot
@@ -24,12 +25,13 @@ from .recipes_plot import recipes_plot
 from .versions import versions
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+FRAMES_LOG = "frames-llava.nvidia-h200.jsonl"  # of the bundled vision-language model's last training run
 NOTABLE = 0.02  # distance between skip rates asked for and reached from which the table says so
 NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to `profiles/results/`."
 
 
 def rendered(root: Path) -> dict[Path, str]:
-    """{file: its content} for README.md, docs/results.md and each plot, as they should be.
+    """{file: its content} for README.md, the two pages of docs and each plot, as they should be.
 
     Raises InputError for a bad file, MachineError where plots cannot be drawn.
     """
@@ -52,6 +54,10 @@ def rendered(root: Path) -> dict[Path, str]:
             continue
         files[path.with_suffix(".svg")] = figures.svg(real_plot(real))
         blocks.append(real_table(real, f"../profiles/results/real/{path.name}"))
+    log = results / "training" / FRAMES_LOG
+    if log.exists():
+        page = root / "docs" / "vision-model.md"
+        files[page] = _filled(page, training_table.block(log, f"../profiles/results/training/{log.name}"))
     files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)
     files[root / "README.md"] = _filled(root / "README.md", headline.block(stored) or NONE)
     return files

@@ -1,8 +1,9 @@
 """What the vision-language model is trained on when, and its batches, drawn in NumPy by workers beside the GPU.
 
-Repeated random tokens first: their loss reaches every position, and the heads that look back for a match form from it.
-Described documents have words where others have images, and ten times as many frames in as many tokens: looking up by
-number, mark and content forms on them. Looking at the latest frame ties what images show to those words.
+Frames alone first: their alignment with words teaches the tower. Repeated random words keep up the heads that look back
+for a match, which the text model brings. Described documents have words where others have images, and ten times as many
+frames in as many tokens: looking up by number, mark and content forms on them. Looking at the latest frame ties what
+images show to those words.
 """
 
 from __future__ import annotations
@@ -12,11 +13,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data import frame_tasks
-from ..data.frame_tasks import CAPTIONING, IDS, IMAGE, NAMES, NEEDLE, RETRIEVAL, WORDS, Ask, Frames, compose, frames_in
-from ..data.frames import ATTRIBUTES, SIZES
+from ..data.frame_tasks import (
+    CAPTIONING,
+    IDS,
+    IMAGE,
+    NAMES,
+    NEEDLE,
+    RETRIEVAL,
+    VQA,
+    WORDS,
+    Ask,
+    Frames,
+    compose,
+    frames_in,
+)
+from ..data.frames import ATTRIBUTES, SIZES, TOKENS
 
-LOOK, REPEATS, DESCRIBED = "look", "repeats", "described "
-KINDS = (LOOK, REPEATS, *NAMES, *(DESCRIBED + name for name in NAMES))
+LOOK, ALIGNMENT, REPEATS, DESCRIBED = "look", "alignment", "repeats", "described "
+KINDS = (LOOK, ALIGNMENT, REPEATS, *NAMES, *(DESCRIBED + name for name in NAMES))
 WEIGHTS = np.array([1.5, 1.0, 1.5, 1.0, 0.5])  # of NAMES among questions
 DESCRIBED_QUESTIONS = 3  # for each in a document of images
 SHORTEST_PERIOD, TOKENS_A_REPEAT = 8, 16  # of repeats: tokens, and those that count as one question
@@ -26,26 +40,37 @@ SHORTEST_PERIOD, TOKENS_A_REPEAT = 8, 16  # of repeats: tokens, and those that c
 class FramePhase:
     """Until the share `until` of the budget: `rows` documents of `length` tokens a step, with `questions` each, `look`
     of them about the frame just before. Of the rows, `described` have words in place of images, and `repeats` are the
-    same random words again and again.
+    same random words again and again. Without questions, the rows are single frames.
     """
 
     until: float
     length: int
     rows: int
-    questions: int
-    look: float
-    described: int
+    questions: int = 0
+    look: float = 0.0
+    described: int = 0
     repeats: int = 0
-    revisited = True
+
+    @property
+    def revisited(self) -> bool:
+        """Whether later phases come back to it: it has questions."""
+        return self.questions > 0
 
 
+# Short to long, and the same once more: what a short phase teaches of images reaches the long ones in minutes.
 FULL = (
-    FramePhase(0.05, 1024, 64, 12, 0.6, 20, 14),
-    FramePhase(0.20, 1024, 64, 12, 0.25, 14, 4),
-    FramePhase(0.32, 4096, 16, 40, 0.15, 3),
-    FramePhase(0.44, 16384, 4, 128, 0.1, 0),
-    FramePhase(0.95, 32768, 2, 224, 0.05, 0),
-    FramePhase(1.00, 65536, 1, 384, 0.05, 0),
+    FramePhase(0.06, TOKENS, 512),
+    FramePhase(0.12, 1024, 64, 8, 0.6, 14, 4),
+    FramePhase(0.20, 1024, 64, 8, 0.3, 10, 2),
+    FramePhase(0.28, 4096, 16, 28, 0.2, 3),
+    FramePhase(0.36, 16384, 4, 100, 0.1, 0),
+    FramePhase(0.56, 32768, 2, 180, 0.1, 0),
+    FramePhase(0.58, 65536, 1, 320, 0.1, 0),
+    FramePhase(0.66, TOKENS, 512),
+    FramePhase(0.76, 1024, 64, 8, 0.4, 8, 0),
+    FramePhase(0.81, 4096, 16, 28, 0.2, 2),
+    FramePhase(0.95, 32768, 2, 180, 0.1, 0),
+    FramePhase(1.00, 65536, 1, 320, 0.1, 0),
 )
 TOY = (FramePhase(0.5, 512, 6, 8, 0.5, 2, 2), FramePhase(1.0, 512, 6, 8, 0.3, 2))
 
@@ -70,6 +95,8 @@ class FrameBatch:
 def draw(phase: FramePhase, seed: int, bank: np.ndarray) -> FrameBatch:
     """One step's documents, about frames of a bank with values [B, 5]."""
     rng = np.random.default_rng(seed)
+    if not phase.questions:
+        return _frames_alone(rng.integers(0, len(bank), phase.rows))
     rows = phase.rows - phase.described - phase.repeats
     images = rng.integers(0, len(bank), (rows, frames_in(phase.length, phase.questions)))
     shown = [
@@ -107,6 +134,12 @@ def draw(phase: FramePhase, seed: int, bank: np.ndarray) -> FrameBatch:
     )  # fmt: skip
 
 
+def _frames_alone(images: np.ndarray) -> FrameBatch:
+    none = np.empty(0, np.int64)
+    tokens = np.full((len(images), TOKENS), IDS[IMAGE], np.int16)
+    return FrameBatch(tokens, images, np.zeros(len(images), bool), np.arange(tokens.size), *[none] * 4)
+
+
 def _repeats(length: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """(tokens [length], their period), periods spread evenly over their logarithm: the short ones teach first."""
     period = int(SHORTEST_PERIOD * (length / 2 / SHORTEST_PERIOD) ** rng.random())
@@ -120,21 +153,24 @@ def _asks(frames: Frames, count: int, look: float, rng: np.random.Generator) -> 
     unique = frames.unique()
     attributes = rng.integers(0, len(ATTRIBUTES), count)
     drawn = rng.choice(len(NAMES), count, p=WEIGHTS / WEIGHTS.sum())
-    looks, targets, later = rng.random(count) < look, rng.integers(0, total, count), rng.random(count)
+    looks, later = rng.random(count) < look, rng.random(count)
+    # Every frame once before any twice, and no attribute of the marked one twice: else answers stand in the text.
+    targets = np.concatenate([rng.permutation(total) for _ in range(-(-count // total))])
+    unasked = rng.permutation(len(ATTRIBUTES)).tolist()
     asks = []
     for index in range(count):
-        kind, target = NAMES[drawn[index]], int(targets[index])
+        kind, target, attribute = NAMES[drawn[index]], int(targets[index]), int(attributes[index])
         if looks[index]:
             asks.append((Ask(CAPTIONING, target, target + 1), LOOK))
             continue
-        if kind == NEEDLE:
-            target = frames.marked
-        elif kind == RETRIEVAL and len(unique):
-            target = int(unique[target % len(unique)])
-        elif kind == RETRIEVAL:
+        if kind == NEEDLE and unasked:
+            target, attribute = frames.marked, unasked.pop()
+        elif kind == NEEDLE:
+            kind = VQA
+        elif kind == RETRIEVAL and target not in unique:
             kind = CAPTIONING
         after = target + 1 + int(later[index] * (total - target))
-        asks.append((Ask(kind, target, min(after, total), int(attributes[index])), kind))
+        asks.append((Ask(kind, target, min(after, total), attribute), kind))
     asks.sort(key=lambda pair: pair[0].after)
     return [ask for ask, _ in asks], [kind for _, kind in asks]
 

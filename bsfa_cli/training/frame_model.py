@@ -9,16 +9,16 @@ import torch
 
 from ..data import frame_tasks
 from ..data.frame_questions import pixel_values
-from ..data.frame_tasks import IDS, IMAGE, WORDS
-from ..data.frames import MARK, MARK_WIDTH, PATCH, SIDE, TOKENS
+from ..data.frame_tasks import FIRST_VALUES, IDS, IMAGE, WORDS
+from ..data.frames import MARK, MARK_WIDTH, PATCH, SIDE, SIZES, TOKENS
 from ..data.vocabulary import BEGIN, END, PAD, build_tokenizer
 from ..models.random_weights import LABEL_KEY
 from . import frame_curriculum
 
 LABEL = "trained on rendered frames only: says little about other models"
 FULL = {
-    "text": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
-             "num_key_value_heads": 4, "head_dim": 64},
+    "text": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 128},
     "vision": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
 }  # fmt: skip
 TOY = {
@@ -48,6 +48,38 @@ def build(shape: dict[str, dict[str, int]], seed: int):
     # CLIP's last norm is for its class token, which LLaVA does not read.
     model.model.vision_tower.post_layernorm.requires_grad_(False)
     return model
+
+
+@torch.no_grad()
+def begin_with(model, folder: Path, seed: int) -> None:
+    """Take over a Llama's layers, last norm and words, as LLaVA began with Vicuna. Words it does not know are drawn
+    from `seed` with the mean and covariance of its own: the heads that look back for a match work on them at once.
+
+    Raises RuntimeError where its shapes are others.
+    """
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    llama = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+    known = AutoTokenizer.from_pretrained(folder).get_vocab()
+    language = model.model.language_model
+    language.layers.load_state_dict(llama.layers.state_dict())
+    language.norm.load_state_dict(llama.norm.state_dict())
+    trained = llama.embed_tokens.weight[: len(known)]
+    words = torch.distributions.MultivariateNormal(trained.mean(0), trained.T.cov() + 1e-6 * torch.eye(len(trained.T)))
+    torch.manual_seed(seed)
+    embedding = language.embed_tokens.weight
+    embedding.copy_(words.sample((len(embedding),)))
+    shared = [word for word in WORDS if word in known]
+    embedding[[IDS[word] for word in shared]] = trained[[known[word] for word in shared]]
+
+
+def alignment_logits(seen: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """For each attribute, logits [F, its values] that a frame shows them: the mean of what the language model gets to
+    see of the frame, `seen` [F, TOKENS, hidden], against the embeddings of the words for them.
+    """
+    first = int(FIRST_VALUES[0])
+    words = embedding[first : first + int(SIZES.sum())]
+    return (seen.float().mean(1) @ words.float().T).split(SIZES.tolist(), 1)
 
 
 def build_processor():

@@ -193,7 +193,7 @@ class Trainer:
                 continue
             self.optimizer.state[parameter] = {
                 "step": step.clone() if self.device.type == "cuda" else step.cpu().clone(),
-                **{moment: tensors[moment][name].to(self.device) for moment in MOMENTS},
+                **{moment: tensors[moment][name].to(parameter) for moment in MOMENTS},
             }
 
 
