@@ -16,7 +16,7 @@ from . import verification
 from .comparison import matching
 from .errors import InputError
 from .files import read_result
-from .presentation.points_table import bound_words
+from .presentation.points_table import bound_words, modality_lines
 from .timing import compare
 
 MANIFEST = "run.json"
@@ -77,6 +77,7 @@ def _metadata(path: Path) -> Callable[[Path], Inspected]:
 
 
 def _thresholds(path: Path) -> Inspected:
+    from bsfa_kernels.modality import MODALITIES
     from bsfa_kernels.thresholds import Thresholds
 
     artifact = Thresholds.read(path)
@@ -102,17 +103,25 @@ def _thresholds(path: Path) -> Inspected:
     data = {
         "kind": "thresholds", "file": str(path), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
         "model": dict(artifact.model), "tile": str(artifact.tile), "keep_sink": artifact.keep_sink,
-        "knots": list(artifact.knots), "modules": heads, "points": points, "provenance": provenance,
+        "knots": list(artifact.knots), "modalities": list(MODALITIES) if artifact.modal else None, "modules": heads,
+        "points": points, "provenance": provenance,
     }  # fmt: skip
     facts = [
         ("thresholds for", f"{artifact.model['id']} ({artifact.model['architecture'] or 'architecture unknown'})"),
         ("modules", f"{len(heads)}, {sum(heads.values())} heads"),
         ("tile", f"{artifact.tile}, the first key tile {'always kept' if artifact.keep_sink else 'like any other'}"),
         ("knots", f"{len(artifact.knots)}, positions {artifact.knots[0]:,} to {artifact.knots[-1]:,}"),
+        (
+            "thresholds by",
+            f"modality of the query tile: {', '.join(MODALITIES)}" if artifact.modal else "head and position",
+        ),
         ("calibrated on", f"{spec or 'unknown data'}, samples of up to {provenance.get('longest', '?')} tokens"),
         ("sha256", data["sha256"]),
         ("table", "skip, mass (mean over rows) and bound (of a row, at the quantile) on held-out samples, if any"),
     ]
+    for point, by_role in (provenance.get("modalities") or {}).items():
+        told = by_role.get("held_out") or by_role.get("fitted") or {}
+        facts += [(point, line) for line in modality_lines(told)]
     return Inspected(data, facts, rows)
 
 
@@ -136,6 +145,7 @@ def _run(path: Path) -> Inspected:
         ("samples", f"{count} of {len(samples)} done" + ("" if data["finished"] else "; the same command resumes")),
         ("modules", f"{len(manifest['modules'])}, {sum(manifest['modules'].values())} heads"),
         ("tile", "x".join(map(str, options["tile"]))),
+        ("by modality", ", ".join(manifest["data"].get("modalities") or ()) or "no, text alone"),
         ("top-k", ", ".join(map(str, options["top_k"])) or "none"),
         *_scores(run),
         ("computed on", f"{options['device']}, {options['dtype']}"),

@@ -61,8 +61,9 @@ Data = Annotated[
         metavar="TEXTS",
         help="Texts: .txt or .jsonl files (text, input_text, input, messages or prompt), folders of them, patterns "
         "like 'data/*.txt', or generated ones, builtin:NAME or tasks:NAME,NAME; several by repeating it or by commas. "
-        "Without it tasks:all for the bundled model, and for others generated text (builtin:mixed), a bad stand-in: "
-        "thresholds fitted to it, absolute ones and top-k above all, cost accuracy on real text.",
+        "Without it tasks:all for the bundled model, generated pictures (builtin:shapes) for a vision-language model, "
+        "generated text (builtin:mixed) for others, a bad stand-in: thresholds fitted to it, absolute ones and top-k "
+        "above all, cost accuracy on real text.",
         callback=_data,
     ),
 ]

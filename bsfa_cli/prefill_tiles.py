@@ -15,19 +15,20 @@ class Attending:
             model(tokens)
         kept, candidates = attending.read_counts(handlers)    # SparseAttention with count=True
 
-    Which tiles a gate may drop is a matter of positions: they are as many in every head of every module. A sliding
-    window counts like full attention.
+    Which tiles a gate may drop is a matter of positions: they are as many in every head of every module of the language
+    model. A sliding window counts like full attention. Modules of a vision tower count where they are judged only.
     """
 
     def __init__(self, model: torch.nn.Module):
         self._model, self._hooks = model, []
         self._heads: dict[str, int] = {}  # by the path of a module that attended
+        self._language = {path for path, module in attention_modules(model).items() if not module.tower}
 
     def unjudged(self, judged: Mapping[str, int]) -> dict[str, int]:
         """{module path: its tiles that a gate might have dropped} of the modules that attended and are not among
         `judged` {module path: such tiles in one of its heads}.
         """
-        of_a_head = max(judged.values(), default=0)
+        of_a_head = max((tiles for path, tiles in judged.items() if path in self._language), default=0)
         return {path: heads * of_a_head for path, heads in self._heads.items() if path not in judged}
 
     def read_counts(self, handlers: Mapping[str, Handler]) -> tuple[int, int]:
@@ -46,6 +47,8 @@ class Attending:
 
     def __enter__(self) -> Attending:
         for path, module in attention_modules(self._model).items():
+            if path not in self._language:
+                continue
             hook = self._noting(path, module.query_heads)
             target = self._model.get_submodule(path)
             self._hooks.append(target.register_forward_pre_hook(hook, with_kwargs=True))

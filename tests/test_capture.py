@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bsfa_cli.comparison import capture, tensors
 from bsfa_cli.comparison import run as comparison
+from bsfa_cli.data.texts import Sample
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.models.load import load_model
 
@@ -29,7 +30,7 @@ def files(tmp_path_factory):
     paths = []
     for seed in (0, 1):
         tokens = tuple(torch.randint(256, (768,), generator=torch.Generator().manual_seed(seed)).tolist())
-        found = capture.capture(loaded, modules, tokens)
+        found = capture.capture(loaded, modules, Sample("drawn", tokens, "a generator"))
         facts = {"model": loaded.identity["id"], "label": loaded.label, "data": "test", "seed": seed}
         paths.append(folder / f"{seed}.safetensors")
         paths[-1].write_bytes(tensors.pack(found, facts))

@@ -167,7 +167,7 @@ def test_a_search_takes_texts_that_the_run_has_not_seen(tmp_path, bsfa):
     loaded, begun = load_model(None, device="cpu"), Run.open(tmp_path / "run")
     from bsfa_cli.commands.export import _texts
 
-    texts = _texts(begun, str(tmp_path / "t.jsonl"), 9, 512, loaded.tokenizer)
+    texts = _texts(begun, str(tmp_path / "t.jsonl"), 9, 512, loaded)
     seen = {sample["id"] for sample in begun.manifest["samples"]}
     assert len(texts) == 2 and not seen & {text.id for text in texts}
     (tmp_path / "t.jsonl").write_text("\n".join(lines[int(name[-1]) - 1] for name in sorted(seen)))

@@ -138,10 +138,12 @@ def test_teacher_forcing_asks_for_every_token_of_the_answer(llama, monkeypatch):
         return logits
 
     monkeypatch.setattr(examiner._head, "logits", lambda hidden: hidden)
-    monkeypatch.setattr(examiner._head, "hidden", answering)
+    monkeypatch.setattr(examiner._head, "hidden", lambda prompt: answering(prompt.tokens))
     assert examiner.ask(question) == Score(True, 1.0)
     monkeypatch.setattr(
-        examiner._head, "hidden", lambda tokens: answering(torch.where(tokens == answer[1], answer[0], tokens))
+        examiner._head,
+        "hidden",
+        lambda prompt: answering(torch.where(prompt.tokens == answer[1], answer[0], prompt.tokens)),
     )
     assert examiner.ask(question) == Score(False, pytest.approx(2 / 3))
 

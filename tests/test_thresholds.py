@@ -175,8 +175,9 @@ def earlier(metadata: dict) -> None:
 
 
 def second(metadata: dict) -> None:
-    """As schema 2 was written: its points have no scores."""
+    """As schema 2 was written: its points have no scores, and nothing is by modality."""
     metadata["schema"] = 2
+    del metadata["modalities"]
     for point in metadata["points"]:
         del point["scores"], point["exact_heads"]
 
@@ -221,6 +222,28 @@ def test_files_of_schema_1_are_read_and_checked_by_their_hash():
     with pytest.raises(ThresholdsError, match="config_hash is abc there and xyz here"):
         thresholds.check_model(here | {"config_hash": "xyz"})
     assert Thresholds.from_bytes(thresholds.to_bytes()).model == MODEL
+
+
+def test_thresholds_by_modality_survive_a_file_and_are_the_lowest_where_it_is_not_known(tmp_path):
+    modal = {path: torch.randn(2, 3, 4, 5) for path in make().tensors}
+    modal[FIRST][0, 2, 1] = -torch.inf
+    rest = {name: value for name, value in vars(make()).items() if name not in ("tensors", "modal")}
+    made = Thresholds.by_modality(modal=modal, **rest)
+    made.write(tmp_path / "t.safetensors")
+    read = Thresholds.read(tmp_path / "t.safetensors")
+    assert read.to_bytes() == made.to_bytes() and torch.equal(read.modal[FIRST], modal[FIRST])
+    each = read.modal_values(FIRST, read.points[0].name, 40)
+    lowest = read.gate(FIRST, read.points[0].name, 40)
+    lowest = lowest.gap if lowest.absolute is None else lowest.absolute
+    assert each.shape == (3, 4, 40) and (lowest <= each.amin(0)).all() and lowest[1].isinf().all()
+    assert make().modal_values(FIRST, make().points[0].name, 40) is None
+    for changed, said in (
+        ({FIRST: modal[FIRST]}, "every module or for none"),
+        ({path: tensor + 1 for path, tensor in modal.items()}, "other thresholds by modality"),
+        ({path: tensor[:, :2] for path, tensor in modal.items()}, "by modality"),
+    ):
+        with pytest.raises(ThresholdsError, match=said):
+            Thresholds(modal=changed, tensors=made.tensors, **rest)
 
 
 def test_a_header_that_nobody_could_read_is_not_written(tmp_path):
@@ -280,11 +303,15 @@ MALFORMED = {
     "key of two lines": (rebuilt(lambda h: repeated(h | {"a\nb": {}}, "a\nb")), r"the key 'a\\nb' twice"),
     "field of two lines": (rebuilt(entry(FIRST, **{"a\nb": 1})), r"unknown a\\nb"),
     "id of two lines": (rebuilt(edit_metadata=lambda m: m["points"][0].update(name="a\nb")), r"name must be .* a\\nb"),
-    "schema newer": (rebuilt(edit_metadata=meta(schema=4, future=1)), "schema 4.*upgrade"),
+    "schema newer": (rebuilt(edit_metadata=meta(schema=5, future=1)), "schema 5.*upgrade"),
     "config in schema 1": (
         rebuilt(edit_metadata=lambda m: second(m) or m.update(schema=1)), "model has unknown config"
     ),
-    "scores in schema 2": (rebuilt(edit_metadata=meta(schema=2)), "a point has unknown exact_heads, scores"),
+    "scores in schema 2": (rebuilt(edit_metadata=lambda m: m.update(schema=2) or m.pop("modalities")),
+                           "a point has unknown exact_heads, scores"),
+    "modalities in schema 3": (rebuilt(edit_metadata=meta(schema=3)), "unknown modalities"),
+    "other modalities": (rebuilt(edit_metadata=meta(modalities=["text", "sound"])), "modalities must be null or text"),
+    "modalities of three axes": (rebuilt(edit_metadata=meta(modalities=["text", "image", "mixed"])), "3 modalities"),
     "config missing": (rebuilt(edit_metadata=lambda m: m["model"].pop("config")), "model lacks config"),
     "schema text": (rebuilt(edit_metadata=meta(schema="1")), "schema must be"),
     "unknown key": (rebuilt(edit_metadata=meta(colour="red")), "unknown colour"),

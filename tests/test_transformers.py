@@ -188,16 +188,53 @@ def test_a_vision_language_model_equals_dense_on_an_image():
 
 
 def test_images_in_a_prompt_attend_both_ways_exactly():
+    from bsfa_kernels.integrations.masks import decode
     from transformers.masking_utils import create_causal_mask
 
     model = build("gemma3")
     model.set_attn_implementation("bsfa")
-    blocks = torch.full((1, 30), -1)
-    blocks[0, 5:15] = 0
     options = dict(inputs_embeds=torch.zeros(1, 30, 8), attention_mask=None, past_key_values=None)
-    mask = create_causal_mask(model.config, block_sequence_ids=blocks, **options)
-    assert mask.dtype == torch.float32 and mask.shape == (1, 1, 30, 30)
-    assert mask[0, 0, 5, 14] == 0 and mask[0, 0, 4, 5] < -1e30
+
+    def mask(*images):
+        blocks = torch.full((1, 30), -1)
+        for number, rows in images:
+            blocks[0, rows] = number
+        return create_causal_mask(model.config, block_sequence_ids=blocks, **options)
+
+    spans, pattern, groups = decode(mask((0, slice(5, 15)), (1, slice(15, 18))))
+    assert spans is None and pattern == (True, None)
+    assert groups.table.tolist() == [[[5, 10], [15, 3]]] and groups.longest == 10
+    assert decode(mask()).groups is None
+    # One image in two places is no group of neighbours: its mask stays a mask.
+    parted = mask((0, slice(5, 15)), (0, slice(20, 22)))
+    assert parted.dtype == torch.float32 and parted.shape == (1, 1, 30, 30)
+    assert parted[0, 0, 5, 14] == 0 and parted[0, 0, 5, 21] == 0 and parted[0, 0, 4, 5] < -1e30
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_groups_join_what_the_causal_part_lacks(window):
+    from bsfa_kernels.integrations import dense
+    from bsfa_kernels.integrations.groups import exact_attention, find
+
+    generator = torch.Generator().manual_seed(8)
+    q = torch.randn(2, 4, 200, 16, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 200, 16, generator=generator, dtype=torch.float64)
+    ids = torch.full((2, 200), -1)
+    ids[0, 10:80], ids[0, 80:95], ids[1, 130:200], ids[1, 0:1] = 3, 1, 0, 2
+    groups = find(ids)
+    row, column = torch.arange(200)[:, None], torch.arange(200)
+    visible = (column <= row) & (column > row - (window or 999))
+    same = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0) & (column > row)
+    visible = (visible | same)[:, None]
+    scores = (0.3 * q @ k.repeat_interleave(2, 1).mT).masked_fill(~visible, -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    options = dict(scale=0.3, causal=True, window=window, groups=groups)
+    assert (dense.attention(q, k, v, **options) - expected).abs().max() < 1e-12
+    spans = torch.tensor([[0, 0, 200, 200]] * 2, dtype=torch.int32)
+    for where in (None, spans):
+        found = exact_attention(q, k, v, spans=where, return_lse=True, **options)
+        assert (found.out - expected).abs().max() < 1e-5
+        assert (found.lse - scores.logsumexp(-1)).abs().max() < 1e-5
 
 
 def test_torch_compile_needs_no_graph_break():

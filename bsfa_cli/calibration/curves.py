@@ -22,6 +22,11 @@ dropped is the gap that the kernel meets, and the skip rate read from the curve 
 With int8 scores all of this is of those, and `int8.error` sums, by query head, what they do to its output and to the
 log-sum-exp of its rows with nothing dropped.
 
+In a run on images all of this is kept apart by the modality of the query tile (text, image, mixed): a unit is then an
+octave of one modality, and one more curve is kept,
+
+    keys    candidate tiles by the modality of the key tile and grid cell
+
 For top-k (the BSFA authors' recipe) the midpoint between the k-th and k+1-th largest maximum of the tiles off the
 diagonal is summed per query tile at the artifact's knots. Key tile 0 takes part in that ranking, as in the authors'
 code, also where the gate exempts it. Query tiles that a sample ends within are left out.
@@ -34,6 +39,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from bsfa_kernels.modality import MODALITIES
 from bsfa_kernels.tiles import TileShape
 
 if TYPE_CHECKING:
@@ -109,6 +115,12 @@ class Plan:
     ranks: tuple[int, ...]  # k of the top-k recipe
     scores: str = "exact"  # that statistics are of
     gradients: bool = False  # whether a backward pass adds what skipping does to the predictions
+    modal: bool = False  # by modality of the query tile; not with gradients
+
+    @property
+    def units(self) -> int:
+        """Rows of a head's curves: its octaves, those of every modality one after the other."""
+        return self.octaves * (len(MODALITIES) if self.modal else 1)
 
     @property
     def query_tiles(self) -> int:
@@ -130,9 +142,9 @@ class Plan:
     def bytes_per_head(self) -> int:
         """Size of one query head's curves in memory, on the device."""
         cells = sum(len(grid) + 1 for grid in GRIDS.values())
-        sums = 8 * (3 + self.gradients) + 4 * len(LEVELS)
+        cell = 8 * (3 + self.gradients) + 4 * len(LEVELS) + 4 * len(MODALITIES) * self.modal
         tops = 8 * len(self.ranks) * len(self.knot_tiles)
-        return self.octaves * cells * sums + tops + 32 * (self.scores == "int8")
+        return self.units * cells * cell + tops + 32 * (self.scores == "int8")
 
 
 class ModuleCurves:
@@ -152,14 +164,16 @@ class ModuleCurves:
     @staticmethod
     def layout(plan: Plan, heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """{name: (shape, dtype)} of `tensors`."""
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tiles": ((plan.octaves,), torch.int64)}
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tiles": ((plan.units,), torch.int64)}
         for gate, grid in GRIDS.items():
             cells = len(grid) + 1
             for name in ("count", "mass", "effect"):
-                layout[f"{gate}.{name}"] = ((heads, plan.octaves, cells), torch.int64)
-            layout[f"{gate}.reach"] = ((heads, plan.octaves, len(LEVELS), cells), torch.int32)
+                layout[f"{gate}.{name}"] = ((heads, plan.units, cells), torch.int64)
+            layout[f"{gate}.reach"] = ((heads, plan.units, len(LEVELS), cells), torch.int32)
             if plan.gradients:
                 layout[f"{gate}.kl"] = ((heads, plan.octaves, cells), torch.int64)
+            if plan.modal:
+                layout[f"{gate}.keys"] = ((heads, plan.units, len(MODALITIES), cells), torch.int32)
         layout["top_k.sum"] = ((len(plan.ranks), heads, len(plan.knot_tiles)), torch.float64)
         if plan.scores == "int8":
             layout[INT8_ERROR] = ((heads, 4), torch.float64)
@@ -176,16 +190,24 @@ class ModuleCurves:
         for name, tensor in tensors.items():
             self.tensors[name] += tensor.to(self.tensors[name].device)
 
-    def add(self, statistics: TileStatistics, weight: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        statistics: TileStatistics,
+        weight: torch.Tensor | None = None,
+        modality: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """Add one sequence that starts at position 0; fields [1, Hq, query tiles, key tiles]. Never waits for the
-        device. `weight` [Hq, query tiles, key tiles] makes effect of mass; without it both are the same.
+        device. `weight` [Hq, query tiles, key tiles] makes effect of mass; without it both are the same. `modality`:
+        int64 [query tiles] and [key tiles], indices into MODALITIES, where the plan is by modality.
         """
+        if (modality is not None) != self.plan.modal:
+            raise ValueError("modalities must be given where the plan is by modality, and only there")
         query_tiles, key_tiles = statistics.gap.shape[2:]
         at_once = max(1, TILES_AT_ONCE // (query_tiles * key_tiles))
         for first in range(0, self.heads, at_once):
             heads = slice(first, min(first + at_once, self.heads))
             moved = 1.0 if weight is None else weight[heads]
-            self._add_heads(heads, *(x[0, heads] for x in statistics), moved, counted=first == 0)
+            self._add_heads(heads, *(x[0, heads] for x in statistics), moved, modality, counted=first == 0)
 
     def add_error(self, rounded: Attention, exact: Attention) -> None:
         """Add what int8 scores do: the squared distance of the output [1, Hq, T, D] from that of exact ones, its
@@ -201,12 +223,14 @@ class ModuleCurves:
             sums[2] += moved.square().sum(dtype=torch.float64)
             sums[3] += seen.sum()
 
-    def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, moved, counted: bool) -> None:
+    def _add_heads(self, heads: slice, maximum, gap, mass_mean, mass_worst, moved, modality, counted: bool) -> None:
         candidate = gap.isfinite()
-        octaves = self.octaves[: gap.shape[1]]
+        units = self.octaves[: gap.shape[1]]
+        if modality is not None:
+            units = units + modality[0] * self.plan.octaves
         active = candidate[0].any(-1)  # geometry: the same for every head
         if counted:
-            self.tensors["tiles"].index_add_(0, octaves, active.long())
+            self.tensors["tiles"].index_add_(0, units, active.long())
         weights = (
             candidate.long(),
             torch.where(candidate, mass_mean.double() * FIXED_POINT, 0.0).round_().long(),
@@ -214,10 +238,10 @@ class ModuleCurves:
             torch.where(candidate, mass_worst.double() * FIXED_POINT, 0.0).ceil_().long(),
         )
         for gate, value in (("gap", gap), ("absolute", maximum)):
-            self._bin(gate, heads, value, candidate, weights, octaves, active)
+            self._bin(gate, heads, value, candidate, weights, units, active, modality)
         self._rank(heads, maximum, gap, candidate, active, counted)
 
-    def _bin(self, gate: str, heads: slice, value, candidate, weights, octaves, active) -> None:
+    def _bin(self, gate: str, heads: slice, value, candidate, weights, units, active, modality) -> None:
         grid = self.grids[gate]
         cell = torch.bucketize(torch.where(candidate, value, torch.inf), grid, right=True)  # [H, Q, K]
         *sums, worst = (
@@ -227,12 +251,17 @@ class ModuleCurves:
             for w in weights
         )
         for name, cells in zip(("count", "mass", "effect"), sums, strict=True):
-            self.tensors[f"{gate}.{name}"][heads].index_add_(1, octaves, cells)
+            self.tensors[f"{gate}.{name}"][heads].index_add_(1, units, cells)
+        if modality is not None:
+            keys = self.tensors[f"{gate}.keys"][heads]
+            by_key = torch.zeros(*value.shape[:2], keys[0, 0].numel(), dtype=torch.int32, device=value.device)
+            by_key.scatter_add_(2, cell + modality[1] * keys.shape[3], candidate.int())
+            keys.index_add_(1, units, by_key.unflatten(2, keys.shape[2:]))
         bound = worst[..., :-1].cumsum(-1).double() / FIXED_POINT  # [H, Q, grid]
         levels = self._levels.expand(*bound.shape[:2], -1).contiguous()
         within = torch.searchsorted(bound, levels, right=True)  # [H, Q, levels]: grid values whose bound <= level
         reach = self.tensors[f"{gate}.reach"][heads]
-        target = octaves[None, :, None] * reach.shape[2] + torch.arange(reach.shape[2], device=value.device)
+        target = units[None, :, None] * reach.shape[2] + torch.arange(reach.shape[2], device=value.device)
         target = (target * reach.shape[3] + within).flatten(1)
         ones = active.int()[None, :, None].expand_as(within).flatten(1)
         reach.view(reach.shape[0], -1).scatter_add_(1, target, ones)

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from ..data.texts import Sample
 from ..errors import InputError
 from ..metrics.logits import LOGITS_PER_CHUNK, Head
+from ..models.prompts import Prompt
 from ..suites.run import dense_handlers
 from .curves import FIXED_POINT, GRIDS, ModuleCurves
 
@@ -145,15 +146,14 @@ def backward(model, sample: Sample, curves: Mapping[str, ModuleCurves], head: He
 
     Raises InputError where a gradient is not finite, or reaches a module not at all.
     """
-    device = model.device
-    tokens = torch.tensor(sample.tokens, device=device)
-    extra = {name: tensor.to(device, model.dtype) for name, tensor in (sample.extra or {}).items()}
+    prompt = Prompt.of(sample, model)
     probes = {path: Probe(module) for path, module in curves.items()}
     blocks = dict.fromkeys(path.rpartition(".")[0] for path in curves)
     with torch.enable_grad(), attach(model, dense_handlers(model) | probes), _prepared(model, blocks):
-        for tensor in extra.values():
-            tensor.requires_grad_()  # from pixels on too
-        hidden = head.hidden(tokens, **extra)
+        for tensor in prompt.inputs.values():
+            if tensor.is_floating_point():
+                tensor.requires_grad_()  # from pixels on too
+        hidden = head.hidden(prompt)
         blind = [path for path, probe in probes.items() if probe.blind]
         if blind or not hidden.requires_grad:
             raise InputError(f"no gradient reaches {', '.join(blind[:3]) or 'the embeddings'}: leave out --gradients")

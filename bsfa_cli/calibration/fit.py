@@ -1,6 +1,7 @@
 """From curves to thresholds: choose an operating point on the fitted samples, and say what it does on any samples.
 
-A unit is one query head of one module in one octave of the query position. A choice is an entry per unit: 0 keeps
+A unit is one query head of one module in one octave of the query position, and by modality in one modality of the query
+tile; a head's units are P, octave by octave, modality after modality. A choice is an entry per unit: 0 keeps
 every tile, entry i has the threshold grid[i - 1].
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from bsfa_kernels.modality import MODALITIES
 from bsfa_kernels.thresholds import Reached, interpolate
 
 from ..errors import UsageError
@@ -21,7 +23,7 @@ BISECTIONS = 60
 
 @dataclass(frozen=True)
 class Table:
-    """Curves of every unit for one gate, cumulative by entry; N query heads of all modules, P octaves."""
+    """Curves of every unit for one gate, cumulative by entry; N query heads of all modules, P units of each."""
 
     gate: str
     modules: Mapping[str, slice]  # {module path: its heads among N}
@@ -55,7 +57,8 @@ class Table:
         return replace(self, **{name: getattr(self, name).masked_fill(kept, 0) for name in names})
 
     @classmethod
-    def of(cls, curves: Mapping[str, Mapping[str, torch.Tensor]], gate: str) -> Table:
+    def of(cls, curves: Mapping[str, Mapping[str, torch.Tensor]], gate: str, by_modality: bool = False) -> Table:
+        """`by_modality` keeps apart what curves by modality hold, which are summed otherwise."""
         modules, first = {}, 0
         for path, tensors in curves.items():
             heads = tensors[f"{gate}.count"].shape[0]
@@ -67,6 +70,10 @@ class Table:
         )
         kl = [tensors[f"{gate}.kl"] for tensors in curves.values() if f"{gate}.kl" in tensors]
         tiles = torch.cat([t["tiles"].expand(t[f"{gate}.count"].shape[0], -1) for t in curves.values()])
+        if not by_modality and any(f"{gate}.keys" in tensors for tensors in curves.values()):
+            count, mass, effect, reach, tiles = (
+                x.unflatten(1, (len(MODALITIES), -1)).sum(1, dtype=x.dtype) for x in (count, mass, effect, reach, tiles)
+            )
         return cls(
             gate,
             modules,
@@ -217,9 +224,33 @@ def neighbours(plan: Plan, k: int) -> tuple[int, int]:
 
 
 def at_knots(table: Table, plan: Plan, choice: torch.Tensor) -> torch.Tensor:
-    """float64 [N, knots]: the thresholds of a choice at the artifact's knots."""
+    """float64 [N, knots]: the thresholds of a choice at the artifact's knots; [N, modalities, knots] by modality."""
     octaves = torch.tensor([octave(tile) for tile in plan.knot_tiles])
-    return table.values[choice][:, octaves]
+    values = table.values[choice].unflatten(1, (-1, plan.octaves))[..., octaves]
+    return values[:, 0] if values.shape[1] == 1 else values
+
+
+def skip_by_modality(
+    curves: Mapping[str, Mapping[str, torch.Tensor]], gate: str, choice: torch.Tensor
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{modality of the query tile: {of the key tile: {"share" of the candidates, "skip"}}} of a choice [N, P], on the
+    samples of curves by modality; pairs without a candidate are missing.
+    """
+    cells = torch.cat([tensors[f"{gate}.keys"] for tensors in curves.values()]).long()  # [N, units, modalities, cells]
+    if choice.shape[1] < cells.shape[1]:
+        choice = choice.repeat(1, len(MODALITIES))
+    dropped = _from_zero(cells).gather(-1, choice[:, :, None, None].expand(*cells.shape[:3], 1))[..., 0]
+    dropped, candidates = (x.unflatten(1, (len(MODALITIES), -1)).sum((0, 2)) for x in (dropped, cells.sum(-1)))
+    total = max(1, int(candidates.sum()))
+    return {
+        query: {
+            key: {"share": int(candidates[i, j]) / total, "skip": int(dropped[i, j]) / int(candidates[i, j])}
+            for j, key in enumerate(MODALITIES)
+            if candidates[i, j]
+        }
+        for i, query in enumerate(MODALITIES)
+        if candidates[i].any()
+    }
 
 
 def evaluate(table: Table, choice: torch.Tensor, quantile: float, heads: slice = slice(None)) -> Reached | None:

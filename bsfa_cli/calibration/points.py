@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
@@ -67,6 +67,8 @@ class ModuleReport:
 class Report:
     point: Point
     modules: tuple[ModuleReport, ...]
+    # {"fitted" or "held_out": as fit.skip_by_modality}, of runs on images
+    modalities: Mapping[str, Mapping] = field(default_factory=dict)
     between: tuple[tuple[int, float], ...] = ()  # of a k that was not collected: its neighbours, and what they skip
     dense: tuple[str, ...] = ()  # modules that keep every tile because they were asked to
     kl: tuple[float | None, ...] = ()  # nats a position that skipping costs, predicted for fitted, held-out samples
@@ -117,15 +119,19 @@ def export(
     aim: str = FITTED,
     scores: str | None = None,
     max_int8_error: float | None = None,
+    by_modality: bool = False,
 ) -> tuple[Thresholds, list[Report], dict[str, str]]:
     """The artifact, what to show of it, and {point: why it is not in it} of those that this run cannot give.
 
     `searched` says of points, by name, what was measured to find them. `aim`: which samples are to reach the skip rates
     asked for, FITTED or HELD_OUT; the latter then check everything but that rate. `scores` that the points are to run
-    with, the run's own by default; heads whose output int8 ones move by more than `max_int8_error` stay exact. Raises
-    InputError for a run that is damaged or not finished, UsageError where it gives none of the points.
+    with, the run's own by default; heads whose output int8 ones move by more than `max_int8_error` stay exact.
+    `by_modality`: thresholds of their own for query tiles of text, of images and of both. Raises InputError for a run
+    that is damaged or not finished, UsageError where it gives none of the points.
     """
     plan = run.plan
+    if by_modality and not plan.modal:
+        raise UsageError(f"--by-modality needs a run on images without --gradients, and {run.path} is none")
     curves = {role: run.complete(role) for role in ("fit", "heldout")}
     if aim == HELD_OUT and not curves["heldout"]:
         raise UsageError("--aim held-out needs held-out samples, and this run has none: calibrate with more --samples")
@@ -134,10 +140,10 @@ def export(
     for request in requests:
         for role in ("fit", "heldout"):
             if curves[role] and (role, request.gate) not in tables:
-                tables[role, request.gate] = fit.Table.of(curves[role], request.gate)
+                tables[role, request.gate] = fit.Table.of(curves[role], request.gate, by_modality)
         fitted, held_out = tables["fit", request.gate], tables.get(("heldout", request.gate))
         try:
-            thresholds, report = _point(request, plan, curves["fit"], fitted, held_out, quantile, aim)
+            thresholds, report = _point(request, plan, curves, fitted, held_out, quantile, aim, by_modality)
         except UsageError as error:
             left_out[request.name] = str(error)
             continue
@@ -149,12 +155,14 @@ def export(
     exact = exact_heads(run, curves["fit"], max_int8_error) if scores == "int8" else {}
     reports = [replace(each, point=replace(each.point, scores=scores, exact_heads=exact)) for each in reports]
     kept_dense = {report.point.name: report.dense for report in reports if report.dense}
+    modalities = {report.point.name: dict(report.modalities) for report in reports if report.modalities}
     more = {
         **({"searched": dict(searched)} if searched else {}),
         **({"aim": aim} if aim != FITTED else {}),
         **({"scores": plan.scores} if plan.scores != "exact" else {}),
         **({"max_int8_error": max_int8_error} if max_int8_error is not None else {}),
         **({"kept_dense": kept_dense} if kept_dense else {}),
+        **({"modalities": modalities} if modalities else {}),
     }
     return artifact(run, rows, [report.point for report in reports], fitted.modules, more), reports, left_out
 
@@ -166,18 +174,24 @@ def artifact(
     modules: Mapping[str, slice],
     more: Mapping[str, object],
 ) -> Thresholds:
-    """Thresholds [N, knots] of each point as an artifact for the model of `run`; `more` goes into its provenance."""
+    """Thresholds [N, knots] of each point, or [N, modalities, knots], as an artifact for the model of `run`; `more`
+    goes into its provenance.
+    """
     values = torch.stack(rows).float()
-    tensors = {path: values[:, heads].contiguous() for path, heads in modules.items()}
+    make, tensors = Thresholds, {path: values[:, heads].contiguous() for path, heads in modules.items()}
+    named = {"tensors": tensors}
+    if values.dim() == 4:
+        make = Thresholds.by_modality
+        named = {"modal": {path: each.transpose(1, 2).contiguous() for path, each in tensors.items()}}
     plan = run.plan
     data, options = run.manifest["data"], run.manifest["options"]
-    return Thresholds(
+    return make(
         model={key: run.manifest["model"].get(key) for key in MODEL_KEYS},
         tile=plan.tile,
         keep_sink=True,
         knots=tuple(tile * plan.tile.rows + plan.tile.rows // 2 for tile in plan.knot_tiles),
         points=tuple(points),
-        tensors=tensors,
+        **named,
         provenance={
             "data": {
                 "hash": data["hash"],
@@ -209,14 +223,17 @@ def exact_heads(run: Run, curves: Curves, limit: float | None) -> dict[str, list
 
 
 def _point(
-    request: Request, plan, curves: Curves, fitted: fit.Table, held_out: fit.Table | None, quantile: float, aim: str
+    request: Request, plan, curves: Mapping[str, Curves], fitted: fit.Table, held_out: fit.Table | None,
+    quantile: float, aim: str, by_modality: bool,
 ):  # fmt: skip
-    """(thresholds float64 [N, knots], Report) of one point."""
-    dense = _dense(request, fitted)
+    """(thresholds float64 [N, knots], or [N, modalities, knots], and Report) of one point."""
+    dense, modalities = _dense(request, fitted), {}
     fitted, held_out = (table and table.keeping(dense) for table in (fitted, held_out))
     kept = fitted.heads(dense)
     if request.recipe == "top-k":
-        thresholds = fit.top_k(curves, plan, int(request.argument))
+        if by_modality:
+            raise UsageError("--top-k has thresholds by position alone; --by-modality goes with the other recipes")
+        thresholds = fit.top_k(curves["fit"], plan, int(request.argument))
         thresholds[kept] = -torch.inf
 
         def reached(table, heads=slice(None)):
@@ -228,6 +245,12 @@ def _point(
             choice = fit.max_dropped_mass(fitted, request.argument, quantile)
         choice[kept] = 0
         thresholds = fit.at_knots(fitted, plan, choice)
+        if plan.modal:
+            modalities = {
+                name: fit.skip_by_modality(curves[role], request.gate, choice)
+                for name, role in (("fitted", "fit"), ("held_out", "heldout"))
+                if curves[role]
+            }
 
         def reached(table, heads=slice(None)):
             return table and fit.evaluate(table, choice, quantile, heads)
@@ -235,13 +258,16 @@ def _point(
     between = []
     if request.recipe == "top-k" and request.argument not in plan.ranks:
         for k in fit.neighbours(plan, int(request.argument)):
-            at = fit.evaluate_positions(fitted, plan, fit.top_k(curves, plan, k), quantile)
+            at = fit.evaluate_positions(fitted, plan, fit.top_k(curves["fit"], plan, k), quantile)
             between.append((k, at.skip if at else 0.0))
     modules = []
     for path, heads in fitted.modules.items():
         finite = thresholds[heads][thresholds[heads].isfinite()]
         least, most = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
-        may_drop = fitted.candidates[heads][:, [octave(tile) for tile in plan.knot_tiles]] > 0
+        octaves = [octave(tile) for tile in plan.knot_tiles]
+        may_drop = (
+            fitted.candidates[heads].unflatten(1, (-1, plan.octaves))[..., octaves].view_as(thresholds[heads]) > 0
+        )
         kept_whole = float((~thresholds[heads].isfinite())[may_drop].double().mean()) if may_drop.any() else 1.0
         modules.append(ModuleReport(path, least, most, kept_whole, reached(fitted, heads), reached(held_out, heads)))
     point = Point(
@@ -250,7 +276,7 @@ def _point(
     kl = ()
     if request.recipe == "kl-skip":
         kl = tuple(table and fit.predicted_kl(table, choice, plan.tile.rows) for table in (fitted, held_out))
-    return thresholds, Report(point, tuple(modules), tuple(between), dense, kl)
+    return thresholds, Report(point, tuple(modules), modalities, tuple(between), dense, kl)
 
 
 def layer_of(path: str) -> int | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.integrations.transformers import AttentionModule, attach, attention_modules
+from bsfa_kernels.integrations.visual_tokens import VisualTokens
+from bsfa_kernels.modality import MODALITIES
 
 from .. import environment
 from ..console import console, duration, note, progress
@@ -19,6 +21,7 @@ from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
 from ..metrics.logits import Head
 from ..models.load import LoadedModel, explain_memory
+from ..models.prompts import Prompt
 from ..options import parse_layers
 from . import divergence, together
 from .collector import Collector
@@ -27,6 +30,7 @@ from .group import Group
 from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4
+TOWER = "it belongs to a vision tower (bsfa calibrate --include-vision)"
 # The k of the top-k recipe that a run collects, and the share of a row's tiles that the largest may be. Those between
 # two of them come from both.
 RANKS, LARGEST_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128), 3 / 4
@@ -66,9 +70,11 @@ def roles(lengths: Sequence[int]) -> list[str]:
     return ["heldout" if i in held_out else "fit" for i in range(count)]
 
 
-def chosen_modules(model, layers: str | None, plain: bool = False) -> tuple[dict[str, AttentionModule], dict[str, str]]:
-    """(modules to calibrate, {path of a dense one: why}). `layers` such as "0-3,8" picks by layer index; `plain` leaves
-    out modules with a window, softcap or attention sinks.
+def chosen_modules(
+    model, layers: str | None, plain: bool = False, towers: bool = False
+) -> tuple[dict[str, AttentionModule], dict[str, str]]:
+    """(modules to calibrate, {path of a dense one: why}). `layers` such as "0-3,8" picks by layer index, `towers` takes
+    those of a vision tower too; `plain` leaves out modules with a window, softcap or attention sinks.
 
     Raises UsageError for layers that do not exist, InputError where no module may skip tiles.
     """
@@ -80,8 +86,13 @@ def chosen_modules(model, layers: str | None, plain: bool = False) -> tuple[dict
             raise UsageError(
                 f"--layers {layers}: the model has no layer {min(wanted - known)}; it has {min(known)} to {max(known)}"
             )
-        modules = {path: module for path, module in modules.items() if module.layer in wanted}
-    reasons = {path: module.dense_reason or (plain and module.scoring) for path, module in modules.items()}
+        modules = {
+            path: module for path, module in modules.items() if (towers if module.tower else module.layer in wanted)
+        }
+    reasons = {
+        path: module.dense_reason or (module.tower and not towers and TOWER) or (plain and module.scoring)
+        for path, module in modules.items()
+    }
     dense = {path: reason for path, reason in reasons.items() if reason}
     able = {path: module for path, module in modules.items() if path not in dense}
     if not able:
@@ -100,6 +111,7 @@ def manifest(loaded: LoadedModel, samples: list[Sample], modules: dict[str, Atte
             "hash": data_hash(samples),
             "spec": options.data,
             "generated": is_generated(options.data),
+            "modalities": list(MODALITIES) if has_images(samples) and not options.gradients else None,
         },  # fmt: skip
         # A run of exact scores is as runs were before there were others.
         "options": {key: value for key, value in asdict(options).items() if (key, value) != ("scores", "exact")},
@@ -110,6 +122,18 @@ def manifest(loaded: LoadedModel, samples: list[Sample], modules: dict[str, Atte
         ],
         "software": {key: software[key] for key in ("bsfa", "torch", "transformers", "triton")},
     }
+
+
+def check_towers(modules: dict[str, AttentionModule], samples: list[Sample]) -> None:
+    """Raise UsageError where a vision tower was asked for and there is none, or nothing for it to see."""
+    if not any(module.tower for module in modules.values()):
+        raise UsageError("--include-vision: this model has no vision tower that attends through bsfa")
+    if not has_images(samples):
+        raise UsageError("--include-vision needs samples with images")
+
+
+def has_images(samples: list[Sample]) -> bool:
+    return any(sample.extra for sample in samples)
 
 
 def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan) -> dict[str, int]:
@@ -285,27 +309,29 @@ def _head(model, plan: Plan) -> Head | None:
 def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves], device: torch.device) -> None:
     """Compile the GPU's kernels on a few tiles of a sample, so that no sample's seconds hold it."""
     if device.type == "cuda":
-        path, module = next(iter(curves.items()))
-        tokens = sample.tokens[: 4 * max(plan.tile.rows, plan.tile.keys)]
-        forward(
-            model, replace(sample, tokens=tokens, extra=None), {path: ModuleCurves(plan, module.heads, device)}, device
-        )
+        path, module = next((path, module) for path, module in curves.items())
+        visual = Prompt.of(sample, model).visual
+        words = [token for i, token in enumerate(sample.tokens) if visual is None or not visual[i]]
+        tokens = (words * 4 * max(plan.tile.rows, plan.tile.keys))[: 4 * max(plan.tile.rows, plan.tile.keys)]
+        text = replace(sample, tokens=tuple(tokens), extra=None)
+        forward(model, text, {path: ModuleCurves(plan, module.heads, device)}, device)
 
 
 @torch.inference_mode()
 def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torch.device) -> None:
     """One dense prefill of the model without its output head, collecting into `curves`."""
-    tokens = torch.tensor([sample.tokens], device=device)
-    extra = {name: tensor.to(device, model.dtype) for name, tensor in (sample.extra or {}).items()}
+    modules, visual = attention_modules(model), VisualTokens()
     collectors = {
-        path: Collector(module, model.get_submodule(path), model.get_submodule(path.rpartition(".")[0]))
+        path: Collector(module, visual=visual, tower=True)
+        if modules[path].tower
+        else Collector(module, model.get_submodule(path), model.get_submodule(path.rpartition(".")[0]), visual)
         for path, module in curves.items()
     }
     with ExitStack() as stack:
         for collector in collectors.values():
             stack.enter_context(collector)
         stack.enter_context(attach(model, collectors))
-        hidden = model.base_model(input_ids=tokens, use_cache=False, **extra).last_hidden_state
+        hidden = model.base_model(**Prompt.of(sample, model).inputs, use_cache=False).last_hidden_state
     if not bool(hidden.isfinite().all()):
         raise InputError(
             f"the model's output is not finite on sample {sample.id}, although its weights are ({hidden.dtype})"
@@ -316,7 +342,8 @@ def forward(model, sample: Sample, curves: dict[str, ModuleCurves], device: torc
 def plan_of(samples: list[Sample], options: Options) -> Plan:
     """What the run would count, before it begins."""
     longest = max(len(sample.tokens) for sample in samples)
-    return Plan(TileShape(*options.tile), longest, options.top_k, options.scores, options.gradients)
+    modal = has_images(samples) and not options.gradients
+    return Plan(TileShape(*options.tile), longest, options.top_k, options.scores, options.gradients, modal)
 
 
 def _size(path: Path) -> int | None:

@@ -116,7 +116,8 @@ class Run:
         options = self.manifest["options"]
         longest = max(sample["tokens"] for sample in self.manifest["samples"])
         scores, gradients = options.get("scores", "exact"), options.get("gradients") is True
-        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]), scores, gradients)
+        modal = bool(self.manifest["data"].get("modalities"))
+        return Plan(TileShape(*options["tile"]), longest, tuple(options["top_k"]), scores, gradients, modal)
 
     def lock(self, shared: bool = False):
         """Keep other processes from writing to this run for as long as the returned file stays open; `shared` those

@@ -38,6 +38,9 @@ def calibrate(
         int | None, Option(min=1, help="Tokens a sample, at most; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
     layers: Annotated[str | None, Option(help="Only these layers, e.g. 0-3,8; the others stay dense.")] = None,
+    include_vision: Annotated[
+        bool, Option("--include-vision", help="Calibrate the vision tower's attention too, not the text layers alone.")
+    ] = False,
     tile: Annotated[str, Option(help="Tile shape, query rows x keys: 64x128, or 128x64 as the BSFA authors.")] = (
         "64x128"
     ),
@@ -89,7 +92,8 @@ def calibrate(
     given = joined(data, image_root, frames, repeat_data)
 
     # First what can be refused without the model: to import transformers takes seconds.
-    from ..data.texts import check_source, default_data, load_texts, remarks
+    from ..data.prompts import check_source, default_data, load_prompts
+    from ..data.texts import remarks
     from ..files import check_folder
 
     if layers is not None:
@@ -123,13 +127,15 @@ def calibrate(
     loaded = load_model(model, device=place, dtype=dtype, check_config=positions)
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
-    spec = given or default_data(loaded.tokenizer)
+    spec = given or default_data(loaded)
     for remark in remarks(given, spec, samples):
         note(remark)
-    modules, dense = run.chosen_modules(loaded.model, layers)
-    texts = load_texts(
-        spec, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=2 * max(rows, keys)
-    )
+    modules, dense = run.chosen_modules(loaded.model, layers, towers=include_vision)
+    texts = load_prompts(spec, loaded, samples=samples, length=length, seed=seed, shortest=2 * max(rows, keys))
+    if include_vision:
+        run.check_towers(modules, texts)
+    if gradients and run.has_images(texts):
+        note("with --gradients statistics are not kept by modality, so export --by-modality will not take this run")
     if len(texts) < samples:
         note(f"{spec} gives {len(texts)} of the {samples} samples asked for")
     for reason in sorted(set(dense.values())):

@@ -41,7 +41,8 @@ def capture(
     given = joined(data, image_root, frames, repeat_data)
 
     # First what can be refused without the model: to import transformers takes seconds.
-    from ..data.texts import check_source, default_data, falls_short, load_texts, remarks
+    from ..data.prompts import check_source, default_data, load_prompts
+    from ..data.texts import falls_short, remarks
     from ..files import check_writable, write_whole
 
     check_source(given, length or min(DEFAULT_LENGTH.values()))
@@ -50,6 +51,7 @@ def capture(
     from ..calibration.run import chosen_modules
     from ..comparison import tensors
     from ..comparison.capture import capture as run
+    from ..comparison.capture import why_dense
     from ..console import note, print_json
     from ..environment import resolve_device
     from ..models.load import check_positions, explain_memory, load_model
@@ -61,16 +63,16 @@ def capture(
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     modules, _ = chosen_modules(loaded.model, layers, plain=True)
-    spec = given or default_data(loaded.tokenizer)
+    spec = given or default_data(loaded)
     for remark in remarks(given, spec, 1):
         note(remark)
-    (text,) = load_texts(spec, samples=1, length=length, tokenizer=loaded.tokenizer, seed=seed)
+    (text,) = load_prompts(spec, loaded, samples=1, length=length, seed=seed)
     if falls_short(text, length):
         raise InputError(f"{spec}: its longest prompt has {len(text.tokens)} tokens, {length} were asked for")
     with explain_memory("--length or --layers"):
-        found = run(loaded, modules, text.tokens)
+        found = run(loaded, modules, text)
         if not found:
-            raise InputError("none of the chosen layers attends through bsfa in this model")
+            raise InputError(f"none of the chosen layers can be captured: {why_dense(loaded.model)}")
         facts = {"model": loaded.identity["id"], "label": loaded.label, "data": spec, "seed": seed}
         content = tensors.pack(found, facts)
     write_whole(output, content)

@@ -107,7 +107,7 @@ def compare(
     from ..comparison.tensors import CapturedSource, StructuredSource
     from ..console import beginner, note, note_speeds, print_json, progress
     from ..data.plans import plan
-    from ..data.texts import check_source
+    from ..data.prompts import check_source
     from ..environment import resolve_device
     from ..files import check_writable, write_json
     from ..presentation import compare_table
@@ -130,7 +130,8 @@ def compare(
         check_writable(path)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
-        from ..data.texts import default_data, remarks
+        from ..data.prompts import default_data
+        from ..data.texts import remarks
 
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
         check_source(given_data, wanted[0])
@@ -139,7 +140,7 @@ def compare(
         given, calibration = _thresholds(run, thresholds, shown)
         chosen(methods, calibration, True, settings)
         loaded = _loaded(model, given, place, dtype, wanted[-1])
-        spec = given_data or default_data(loaded.tokenizer)
+        spec = given_data or default_data(loaded)
         for remark in remarks(given_data, spec, samples):
             note(remark)
         texts = [_texts(loaded, spec, samples, n, seed + 1) for n in wanted]
@@ -240,9 +241,10 @@ def _loaded(model: str, given, place, dtype: str, longest: int):
 
 
 def _texts(loaded, data: str, samples: int, length: int, seed: int) -> list:
-    from ..data.texts import falls_short, load_texts
+    from ..data.prompts import load_prompts
+    from ..data.texts import falls_short
 
-    texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed)
+    texts = load_prompts(data, loaded, samples=samples, length=length, seed=seed)
     if any(falls_short(text, length) for text in texts):
         raise InputError(f"{data}: a prompt has {min(len(text.tokens) for text in texts)} tokens, not {length}")
     return texts

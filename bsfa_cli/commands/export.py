@@ -72,6 +72,13 @@ def export(
             "ones; needs calibrate --scores int8."
         ),
     ] = None,
+    by_modality: Annotated[
+        bool,
+        Option(
+            "--by-modality",
+            help="Of a run on images: thresholds of their own for query tiles of text, of images and of both.",
+        ),
+    ] = False,
     quantile: Annotated[float, Option(help="Of rows, for the bound on dropped mass.")] = 0.99,
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
@@ -148,7 +155,7 @@ def export(
         each or [] for each in (top_k, target_skip, effect_skip, kl_skip, one_threshold, max_dropped_mass)
     )  # fmt: skip
     if to is not None or from_modelopt is not None:
-        others = (from_official, data, image_root, scores, max_int8_error, keep_dense)
+        others = (from_official, data, image_root, scores, max_int8_error, keep_dense, by_modality or None)
         others += (length if from_modelopt is None else None,)
         only = not any((*asked[:1], *asked[2:])) and not searching and all(value is None for value in others)
         if not only or gate != "gap" or aim != "fitted":
@@ -157,6 +164,9 @@ def export(
         return
     if any(value is not None for value in (data, image_root, length)) and not searching:
         raise UsageError("--data, --image-root and --length belong to --largest-skip-with; other points need no texts")
+    if by_modality and (top_k or from_official is not None):
+        what = "--top-k" if top_k else "--from-official"
+        raise UsageError(f"{what} has thresholds by position alone; --by-modality goes with the other recipes")
     if keep_dense is not None and (searching or not any(asked)):
         raise UsageError("--keep-dense belongs to --target-skip and other points of a run that take no search")
     dense = frozenset() if keep_dense is None else _kept_dense(keep_dense)
@@ -183,12 +193,15 @@ def export(
         searched: dict[str, dict] = {}
         if searching:
             limits = _limits(largest_skip_with)
-            place = _Place(model, joined(data, image_root, frames, repeat_data), samples, length, device, dtype)
+            spec = joined(data, image_root, frames, repeat_data)
+            place = _Place(model, spec, samples, length, device, dtype, by_modality)
             found, searched, left_out = _search(begun, limits, gate, quantile, place, scores, max_int8_error)
             requests += found
         if not requests:
             raise GateFailed("; ".join(left_out.values()))
-        artifact, reports, missing = points.export(begun, requests, quantile, searched, aim, scores, max_int8_error)
+        artifact, reports, missing = points.export(
+            begun, requests, quantile, searched, aim, scores, max_int8_error, by_modality
+        )
         left_out |= missing
         points_table.show(reports)
         for report in reports:
@@ -255,6 +268,7 @@ class _Place(NamedTuple):
     length: int | None
     device: str
     dtype: str
+    by_modality: bool
 
 
 def _limits(texts: list[str]) -> list[Limit]:
@@ -281,7 +295,8 @@ def _search(
 
     from ..calibration.points import Request
     from ..console import note, progress
-    from ..data.texts import check_source, data_hash
+    from ..data.prompts import check_source
+    from ..data.texts import data_hash
     from ..environment import resolve_device
     from ..models.load import check_positions, explain_memory, load_model
     from ..verification.search import Search
@@ -293,13 +308,15 @@ def _search(
     positions = partial(check_positions, length=length, flag="--length")
     loaded = load_model(place.model, device=device, dtype=place.dtype, check_config=positions)
     run.check_model(loaded.identity)
-    texts = _texts(run, data, place.samples, length, loaded.tokenizer)
+    texts = _texts(run, data, place.samples, length, loaded)
     seen = {"data": data, "hash": data_hash(texts), "seed": options["seed"] + SEARCH_SEED}
     note(f"searching on {len(texts)} texts of {data}, {sum(len(text.tokens) for text in texts):,} tokens")
     requests, searched, left_out = [], {}, {}
     with explain_memory("--length, or choose a 16-bit --dtype"), progress() as display:
         task = display.add_task("searching", total=None)
-        search = Search(loaded, run, texts, gate, quantile, lambda: display.advance(task), scores, max_int8_error)
+        search = Search(
+            loaded, run, texts, gate, quantile, lambda: display.advance(task), scores, max_int8_error, place.by_modality
+        )
         display.update(task, total=len(limits) * search.passes())
         for limit in limits:
             found = search.largest(limit)
@@ -321,18 +338,18 @@ def _search(
     return requests, searched, left_out
 
 
-def _texts(run: Run, data: str, samples: int, length: int, tokenizer) -> list:
+def _texts(run: Run, data: str, samples: int, length: int, loaded) -> list:
     """Texts that the run has not seen. Raises InputError where there are none."""
-    from ..data.texts import load_texts, shared_files
+    from ..data.prompts import load_prompts
+    from ..data.texts import shared_files
 
     options, seen = run.manifest["options"], set()
     if shared_files(data, options["data"]):
         seen = {sample["id"] for sample in run.manifest["samples"]}
     shortest = 2 * max(options["tile"])
-    texts = load_texts(
-        data, samples=samples + len(seen), length=length, tokenizer=tokenizer, seed=options["seed"] + SEARCH_SEED,
-        shortest=shortest,
-    )  # fmt: skip
+    texts = load_prompts(
+        data, loaded, samples=samples + len(seen), length=length, seed=options["seed"] + SEARCH_SEED, shortest=shortest
+    )
     texts = [text for text in texts if text.id not in seen][:samples]
     if not texts:
         raise InputError(f"{data}: the run was calibrated on every text of it; give others with --data")
@@ -372,5 +389,6 @@ def _result(output: Path, content: bytes, artifact, reports, left_out: dict[str,
         "points": [asdict(point) for point in artifact.points],
         "left_out": left_out,
         "searched": artifact.provenance.get("searched"),
+        "modalities": artifact.provenance.get("modalities"),
         "modules": {report.point.name: [asdict(module) for module in report.modules] for report in reports},
     }

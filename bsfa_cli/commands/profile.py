@@ -44,6 +44,10 @@ def profile(
     ] = None,
     thresholds: Annotated[Path | None, Option(help="Thresholds artifact for --end-to-end.")] = None,
     point: Annotated[str | None, Option(help="Operating point in the artifact, when it holds several.")] = None,
+    language_only: Annotated[
+        bool,
+        Option("--language-only", help="With --end-to-end on images: look at them once, and time the language model."),
+    ] = False,
     data: Data = None,
     image_root: ImageRoot = None,
     frames: Frames = None,
@@ -65,6 +69,8 @@ def profile(
         raise UsageError("--fail-under compares with an earlier result: give it as --baseline FILE.json")
     if end_to_end is None and (thresholds is not None or point is not None):
         raise UsageError("--thresholds and --point belong to --end-to-end MODEL; the sweep fits its own thresholds")
+    if language_only and end_to_end is None:
+        raise UsageError("--language-only belongs to --end-to-end MODEL")
     if plot is not None and end_to_end is not None and profile is None:
         raise UsageError("--plot draws the sweep, which --end-to-end leaves out unless --profile is given")
     if plot is not None:
@@ -105,7 +111,7 @@ def profile(
     given = joined(data, image_root, frames, repeat_data)
     artifact = None if thresholds is None else _artifact(thresholds, point)
     if end_to_end is not None:
-        from ..data.texts import check_source
+        from ..data.prompts import check_source
 
         check_source(given, max(plan.lengths))
     result = run.empty(plan, device)
@@ -128,19 +134,21 @@ def profile(
             run.sweep_cells(plan, device, result, seconds, save, beginner(display, "sweep"))
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
-        from ..data.texts import default_data, remarks
+        from ..data.prompts import default_data
+        from ..data.texts import remarks
         from ..models.load import check_positions
         from ..timing.prefill import Prefill
 
         positions = partial(check_positions, length=max(plan.lengths), flag="--lengths")
         override = None if asked is None else asked[0]
         prefill = Prefill(end_to_end, artifact, point, device, dtype, positions, override)
-        spec = given or default_data(prefill.loaded.tokenizer)
+        spec = given or default_data(prefill.loaded)
         for remark in remarks(given, spec, 1):
             note(remark)
         for length in plan.lengths:
             with progress() as display:
-                entry = prefill.time(spec, length, plan.seed, seconds, beginner(display, f"{length:,} tokens"))
+                begin = beginner(display, f"{length:,} tokens")
+                entry = prefill.time(spec, length, plan.seed, seconds, begin, language_only=language_only)
             result["prefill"].append(entry)
             profile_table.show_prefill(entry)
             save()

@@ -199,17 +199,18 @@ class _Job(NamedTuple):
 def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse predictions on texts."""
     from ..console import note, progress
-    from ..data.texts import data_hash, default_data, load_texts, remarks
+    from ..data.prompts import default_data, load_prompts
+    from ..data.texts import data_hash, remarks
     from ..models.load import explain_memory
     from ..presentation import verify_table
     from ..verification import run
 
     loaded, artifact, points, seed = job.loaded, job.artifact, job.points, job.seed
-    data = given or default_data(loaded.tokenizer)
+    data = given or default_data(loaded)
     for remark in remarks(given, data, samples):
         note(remark)
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
-    texts = load_texts(data, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest)
+    texts = load_prompts(data, loaded, samples=samples, length=length, seed=seed, shortest=shortest)
     note(f"data: {len(texts)} texts of {data}, seed {seed}, {sum(len(text.tokens) for text in texts):,} tokens")
     overlap = _overlap(artifact.provenance, data, data_hash(texts))
     if overlap:
@@ -329,8 +330,8 @@ def _check_inputs(
     """Raise for texts and questions that can be refused without the model."""
     from ..data import question_files
     from ..data.plans import plan
+    from ..data.prompts import check_source
     from ..data.questions import TextQuestion
-    from ..data.texts import check_source
 
     if tasks is None:
         shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)

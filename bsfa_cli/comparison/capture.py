@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from bsfa_kernels import block_sparse_attention
-from bsfa_kernels.integrations.transformers import AttentionModule, attach
+from bsfa_kernels.integrations.transformers import AttentionModule, attach, notes
 
 from ..models.load import LoadedModel
+from ..models.prompts import Prompt
 from .tensors import Captured
 
 
@@ -24,10 +25,18 @@ class CapturingAttention:
 
 
 @torch.inference_mode()
-def capture(loaded: LoadedModel, modules: dict[str, AttentionModule], tokens: tuple[int, ...]) -> dict[str, Captured]:
-    """{module path: its call} of one prefill of `tokens`, on the CPU; modules that were not called are missing."""
+def capture(loaded: LoadedModel, modules: dict[str, AttentionModule], sample) -> dict[str, Captured]:
+    """{module path: its call} of one prefill of `sample` (see Prompt.of), on the CPU; modules that were not called are
+    missing.
+    """
     handlers = {path: CapturingAttention() for path in modules}
-    ids = torch.tensor([tokens], device=loaded.model.device)
+    prompt = Prompt.of(sample, loaded.model)
     with attach(loaded.model, handlers):
-        loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        loaded.model(**prompt.inputs, use_cache=False, logits_to_keep=1)
     return {path: handler.seen for path, handler in handlers.items() if handler.seen is not None}
+
+
+def why_dense(model) -> str:
+    """Why no handler of the chosen modules of `model` was called, in words."""
+    reasons = sorted({note.reason for note in notes(model) if not note.expected})
+    return "; ".join(reasons) or "none of the chosen modules attends through bsfa in this model"

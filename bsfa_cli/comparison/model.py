@@ -17,15 +17,17 @@ from bsfa_kernels import TileShape
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import AttentionModule, attach
 
-from ..errors import BsfaError
+from ..errors import BsfaError, InputError
 from ..metrics.logits import Head, Predictions
 from ..metrics.statistics import paired, wilson
 from ..models.load import LoadedModel
+from ..models.prompts import Prompt
 from ..suites.run import Examiner
 from ..timing import flash_attention
 from ..timing.baselines import CPU_SDPA, SDPA
 from ..timing.interleave import Begin, Contender, Timing, first_call, measure, unseen
 from ..timing.libraries import Library
+from .capture import why_dense
 from .handlers import DenseAttention, FlashAttention, MethodAttention, Stopwatch
 from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method
@@ -97,16 +99,24 @@ class ModelBench:
     def cell(
         self, texts: Sequence, length: int, seconds: float, seed: int, score: Score | None, begin: Begin = unseen
     ) -> dict:
-        """Everything about one length, as JSON. `texts` have `tokens`."""
+        """Everything about one length, as JSON. `texts` as `Prompt.of` takes them."""
         head = Head(self.model)
-        tokens = [torch.tensor(text.tokens, device=self.device) for text in texts]
-        work = {run.name: len(tokens) + len(score or ()) if run.entry else 1 for run in self.runs}
-        step = begin(len(tokens) + len(score or ()) + sum(work.values()), "losses and answers")
+        prompts = [Prompt.of(text, self.model) for text in texts]
+        work = {run.name: len(prompts) + len(score or ()) if run.entry else 1 for run in self.runs}
+        step = begin(len(prompts) + len(score or ()) + sum(work.values()), "losses and answers")
         exact = []
-        with attach(self.model, dict.fromkeys(self.modules, dense.attention)):
-            for each in tokens:
+        called = []
+
+        def attend_densely(q, k, v, **options):
+            called.append(True)
+            return dense.attention(q, k, v, **options)
+
+        with attach(self.model, dict.fromkeys(self.modules, attend_densely)):
+            for each in prompts:
                 exact.append(head.hidden(each))
                 step()
+            if not called:
+                raise InputError(f"methods cannot be compared on these prompts: {why_dense(self.model)}")
             dense_score = score(step) if score else None
         for run in self.runs:
             done = []
@@ -114,13 +124,13 @@ class ModelBench:
             def one(done=done):
                 done.append(step())
 
-            run.reason = run.reason or self._judge(run, head, tokens, exact, score, one)
+            run.reason = run.reason or self._judge(run, head, prompts, exact, score, one)
             step(work[run.name] - len(done))
-        timings = self._time(tokens[0], seconds, seed, begin)
+        timings = self._time(prompts[0], seconds, seed, begin)
         gc.collect()
         return self._result(length, timings, dense_score)
 
-    def _judge(self, run: _Run, head: Head, tokens, exact, score, step) -> str | None:
+    def _judge(self, run: _Run, head: Head, prompts, exact, score, step) -> str | None:
         """The losses of one contender, `step` called after each prefill and answer; the reason why it cannot run, or
         None.
         """
@@ -130,12 +140,12 @@ class ModelBench:
             try:
                 for handler in run.handlers.values() if run.entry else ():
                     handler.quality = run.entry.quality
-                sparse = head.hidden(tokens[0])
+                sparse = head.hidden(prompts[0])
                 for handler in run.handlers.values() if run.entry else ():
                     handler.quality = None
                 if run.entry:
                     run.predictions = Predictions()
-                    for i, each in enumerate(tokens):
+                    for i, each in enumerate(prompts):
                         run.predictions.add(head, exact[i], sparse if i == 0 else head.hidden(each), each)
                         step()
                     run.scored = score(step) if score else None
@@ -147,7 +157,7 @@ class ModelBench:
             _, reason = first_call(work, self.device)
         return said[0] if said else reason
 
-    def _time(self, tokens: torch.Tensor, seconds: float, seed: int, begin: Begin) -> dict:
+    def _time(self, prompt: Prompt, seconds: float, seed: int, begin: Begin) -> dict:
         """{name: Timing} of whole prefills; the stopwatches then hold the same passes."""
         attached = []
 
@@ -161,7 +171,7 @@ class ModelBench:
             return change
 
         def forward():
-            return self.model(input_ids=tokens[None], use_cache=True, logits_to_keep=1).logits
+            return self.model(**prompt.inputs, use_cache=True, logits_to_keep=1).logits
 
         for run in self.runs:
             run.stopwatch.passes.clear()

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
-from . import frame_tasks, generated_text, plans, questions
+from . import frame_tasks, generated_text, plans, questions, shapes
 from .images import ImageData
 
 if TYPE_CHECKING:
@@ -123,6 +123,11 @@ def stand_in(spec: str) -> str | None:
     """The sentence to repeat wherever text generated for want of real text was used."""
     if not any(part.startswith(BUILTIN) for part in _parts(spec)):
         return None
+    if f"{BUILTIN}{shapes.KIND}" in _parts(spec):
+        return (
+            f"{spec} are generated images, unlike what a model is shown; thresholds fitted to them cost accuracy on "
+            "real ones, and numbers measured on them say little of real ones"
+        )
     return (
         f"{spec} is generated text: thresholds fitted to it, absolute ones and top-k above all, cost accuracy on real "
         "text, and numbers measured on it say little of that"
@@ -273,7 +278,7 @@ def _tasks(spec: str, samples: int, length: int, seed: int, tokenizer) -> list[S
 def _builtin(spec: str, samples: int, length: int, seed: int):
     kind = spec.removeprefix(BUILTIN)
     if kind not in generated_text.KINDS:
-        names = ", ".join(BUILTIN + name for name in generated_text.KINDS)
+        names = ", ".join(BUILTIN + name for name in (*generated_text.KINDS, shapes.KIND))
         raise UsageError(f"--data {spec}: no such generated text; there is {names}")
     for i in range(samples):
         text = generated_text.generate(kind, seed * 100_003 + i, length * CHARACTERS_PER_TOKEN)

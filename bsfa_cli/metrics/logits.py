@@ -1,5 +1,7 @@
 """What skipping does to the model's predictions: KL divergence, top-1 agreement, perplexity.
 
+Of a prompt with images only positions count whose prediction is used: those before a token of text, and the last.
+
 Logits of 32k positions over a vocabulary of 128k never exist at once: final hidden states are kept, and the language
 model head is applied to a few hundred positions at a time.
 """
@@ -11,6 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from ..errors import InputError
+from ..models.prompts import Prompt
 from .intervals import interval
 
 LOGITS_PER_CHUNK = 2**26
@@ -48,11 +51,9 @@ class Head:
         if not error <= 0.02 * expected.abs().max():
             raise InputError(f"{type(model).__name__} computes its logits in a way that bsfa verify does not know")
 
-    def hidden(self, tokens: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [T, hidden] of one sequence of tokens [T], in a single prefill. `extra` is what else the
-        model's forward takes: pixel values.
-        """
-        return self.base(input_ids=tokens[None], use_cache=False, **extra).last_hidden_state[0]
+    def hidden(self, prompt: Prompt | torch.Tensor) -> torch.Tensor:
+        """Final hidden states [T, hidden] of one sequence, a prompt or tokens [T], in a single prefill."""
+        return self.base(**Prompt.wrap(prompt).inputs, use_cache=False).last_hidden_state[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [T, vocabulary] of hidden states [T, hidden]."""
@@ -78,9 +79,9 @@ class Predictions:
         """Sums [octaves, SUMS] of every text."""
         return [text.tolist() for text in self._texts]
 
-    def add(self, head: Head, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch.Tensor) -> None:
-        """dense, sparse: final hidden states [T, hidden] of `tokens` [T]."""
-        found, finite = compare(head, dense, sparse, tokens)
+    def add(self, head: Head, dense: torch.Tensor, sparse: torch.Tensor, prompt: Prompt | torch.Tensor) -> None:
+        """dense, sparse: final hidden states [T, hidden] of `prompt`, which may be tokens [T]."""
+        found, finite = compare(head, dense, sparse, prompt)
         self.finite = self.finite and finite
         self._texts.append(by_octave(found))
 
@@ -126,12 +127,17 @@ class Predictions:
         ]
 
 
-def compare(head: Head, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def compare(
+    head: Head, dense: torch.Tensor, sparse: torch.Tensor, prompt: Prompt | torch.Tensor
+) -> tuple[torch.Tensor, bool]:
     """(float64 [T, sums] in the order of SUMS, whether every sparse prediction is finite), by position.
 
-    The last position predicts a token that is not there: it counts for divergence and agreement only.
+    The last position predicts a token that is not there: it counts for divergence and agreement only. Positions before
+    a token of an image count for nothing.
     """
-    length, found, finite = len(tokens), [], True
+    prompt = Prompt.wrap(prompt)
+    tokens, found, finite = prompt.tokens, [], True
+    length = len(tokens)
     chunk = max(16, LOGITS_PER_CHUNK // head.vocabulary)
     for start in range(0, length, chunk):
         rows = slice(start, min(start + chunk, length))
@@ -144,7 +150,7 @@ def compare(head: Head, dense: torch.Tensor, sparse: torch.Tensor, tokens: torch
         sums[:, AGREE] = (expected.argmax(-1) == actual.argmax(-1)).double()
         for column, x in ((DENSE, expected), (SPARSE, actual)):
             sums[: len(targets), column] = -x[: len(targets)].gather(1, targets[:, None])[:, 0].double()
-        found.append(sums)
+        found.append(sums.masked_fill_(~prompt.predicts[rows, None], 0))
     return torch.cat(found), finite
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bsfa_kernels.integrations.visual_tokens import visual_ids
 
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError
 from . import gguf
+from .processor import read_processor
 from .random_weights import LABEL_KEY
 
 # Made by `python -m bsfa_cli.training`.
@@ -38,13 +40,16 @@ class LoadedModel:
 
     `identity`, JSON values only: id, revision (None where unknown), and the fields of
     `bsfa_kernels.integrations.transformers.model_identity` (architecture, layers, heads, head dim, scale, rope, config
-    hash, weights). `label` is a warning to repeat beside every result, or None.
+    hash, weights). `label` is a warning to repeat beside every result, or None. `processor` makes a vision-language
+    model's inputs of images and text; None for any other model, and where there is none, for the reason `no_processor`.
     """
 
     model: Any
     tokenizer: Any
     identity: dict[str, Any]
     label: str | None = None
+    processor: Any = None
+    no_processor: str | None = None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -100,6 +105,7 @@ def load_model(
         config = _read_config(source)
         check_config(config)
         tokenizer = _read_tokenizer(source)
+        processor, no_processor = _find_processor(source, config)
         with explain_memory("--dtype (bfloat16 halves float32), or take a smaller model"):
             model = _read_weights(source, config, dtype, attn_implementation)
             if gguf.is_gguf(source) and hasattr(model.config, "quantization_config"):
@@ -108,7 +114,7 @@ def load_model(
             model = model.to(device).eval()
     name = {BUNDLED: BUNDLED_ID, FRAMES: FRAMES_ID}.get(bundled) or _name(source)
     identity = _identity(model, name, getattr(config, "_commit_hash", None))
-    return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None))
+    return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None), processor, no_processor)
 
 
 def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
@@ -222,6 +228,16 @@ def _read_tokenizer(source: str):
         return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise _explain(source, "tokenizer", error) from error
+
+
+def _find_processor(source: str, config) -> tuple[Any, str | None]:
+    """(processor, None) of a vision-language model, (None, why there is none), or (None, None) for any other."""
+    if getattr(config, "vision_config", None) is None or not visual_ids(config):
+        return None, None
+    try:
+        return read_processor(source, config), None
+    except Exception as error:  # noqa: BLE001 - the model is of use for text all the same
+        return None, f"the processor of model {source} cannot be read: {_sentence(error)}"
 
 
 def _read_weights(source: str, config, dtype, attn_implementation):

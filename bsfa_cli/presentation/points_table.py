@@ -28,6 +28,8 @@ def show(reports) -> None:
         table.add_section()
         table.add_row("all", "", *_cells(point.fitted, point.held_out))
         console().print(table)
+        for line in modality_lines(report.modalities.get("held_out") or report.modalities.get("fitted") or {}):
+            note(line)
     if not reports:
         return
     if pattern:
@@ -36,6 +38,17 @@ def show(reports) -> None:
     note(f"mass: softmax mass dropped on those, mean over rows; {bound}: bound on what that share of rows drops")
     if any(report.point.recipe == "top-k" for report in reports):
         note("top-k points are estimated from curves by octave of the position")
+
+
+def modality_lines(told) -> list[str]:
+    """What is skipped by modality of the query tile and, behind it, of the key tile; see fit.skip_by_modality."""
+    lines = []
+    for query, keys in told.items():
+        share = sum(pair["share"] for pair in keys.values())
+        skip = sum(pair["share"] * pair["skip"] for pair in keys.values()) / share
+        words = ", ".join(f"{key} {pair['skip']:.3f}" for key, pair in keys.items())
+        lines.append(f"query tiles of {query}: {share:.1%} of the candidates, {skip:.3f} skipped; by key tile: {words}")
+    return lines
 
 
 def _cells(fitted, held_out) -> tuple[str, str, str, str]:

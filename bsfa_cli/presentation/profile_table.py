@@ -108,6 +108,9 @@ def show_prefill(entry: dict) -> None:
     note(f"  {entry['dtype']}, point {entry['point']}")
     if entry["label"]:
         note(f"  {entry['label']}")
+    if entry.get("visual_tokens"):
+        tower = {"timed": "the vision tower's time included", "left out": "the vision tower's time left out"}
+        note(f"  {entry['visual_tokens']:,} tokens stand for images; {tower[entry['vision']]}")
     rows = [("", "ms", "p20-p80", "speedup", "skipped")]
     for row in entry["contenders"]:
         speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"

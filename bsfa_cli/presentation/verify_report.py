@@ -11,6 +11,7 @@ from .verify_table import number, percent, scores, summary, unskipped_words
 
 POINTS = ("point", "verdict", "skipped", "top-1", "KL", "perplexity dense", "sparse", "increase", "lost mass", "p99")
 ANSWERS = ("exact answers", "asked", "dense", "sparse", "95 %", "change", "95 %", "skipped")
+MODALITIES = ("query tile", "candidates", "skipped", "lost mass")
 MODULES = ("module", "skipped", "output error", "lost mass", "p99", "worst", "worst head", "its error")
 
 
@@ -52,6 +53,8 @@ def _predictions(result: dict) -> Iterator[tuple]:
         yield "details", title, MODULES, [_module(module) for module in point["modules"]]
         if point.get("unskipped"):
             yield "aside", unskipped_words(point) + "."
+        if point.get("modalities"):
+            yield "table", MODALITIES, [_modality(name, told) for name, told in point["modalities"].items()]
         yield "list", [_kernel(check) for check in point["kernel"]]
 
 
@@ -75,6 +78,10 @@ def _module(module: dict) -> tuple[str, ...]:
     index, head = max(enumerate(module["heads"]), key=lambda item: item[1]["error"] or 0.0)
     masses = (percent(module["dropped_mass"][key]) for key in ("mean", "p99", "worst"))
     return module["path"], percent(module["skip"]), number(module["error"]), *masses, str(index), number(head["error"])
+
+
+def _modality(name: str, told: dict) -> tuple[str, ...]:
+    return name, f"{told['candidates']:,}", percent(told["skip"]), percent(told["dropped_mass"])
 
 
 def _answers(result: dict) -> Iterator[tuple]:

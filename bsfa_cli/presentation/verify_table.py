@@ -37,6 +37,12 @@ def show(point: dict, failures: list[str], details: bool = False) -> None:
     note(f"  {'dropped mass':<16} {summary(point['dropped_mass'])} of a row")
     if point["drift"]:
         note(f"  {point['drift']}")
+    for name, told in (point["modalities"] or {}).items():
+        of = {"image": "tiles of images", "mixed": "tiles of both", "text": "tiles of text"}[name]
+        note(
+            f"  {of:<16} {percent(told['skip'])} of {told['candidates']:,} skipped, dropped mass mean "
+            f"{percent(told['dropped_mass'])}"
+        )
     _modules(point["modules"], details)
     _kernel(point["kernel"], details)
     for failure in failures:

@@ -26,6 +26,7 @@ from bsfa_kernels.integrations.transformers import Handler, attach, attention_mo
 from ..data.likelihood import LikelihoodQuestion
 from ..data.questions import TextQuestion, TokenQuestion
 from ..metrics.logits import Head
+from ..models.prompts import Prompt
 from ..prefill_tiles import Attending
 
 TEACHER_FORCED, GENERATED, LIKELIHOOD = "teacher-forced", "generated", "by likelihood"
@@ -79,13 +80,10 @@ class Examiner:
 
     def _force(self, question: TokenQuestion) -> Score:
         batch = question.batch
-        hidden = self._head.hidden(batch.tokens[0].to(self.model.device), **self._extra(question))
+        hidden = self._head.hidden(Prompt.of(question, self.model))
         logits = self._head.logits(hidden[batch.predicting])
         right = batch.right(logits.argmax(-1)[None].cpu())
         return Score(bool(right.all()), float(right.double().mean()))
-
-    def _extra(self, question: TokenQuestion) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in (question.extra or {}).items()}
 
     def _weigh(self, question: LikelihoodQuestion) -> Score:
         totals = []

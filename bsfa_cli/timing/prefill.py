@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from ..data.texts import falls_short, load_texts
+from ..data.prompts import load_prompts
+from ..data.texts import falls_short
 from ..errors import InputError
+from ..models.prompts import Prompt
 from ..prefill_tiles import Attending
 from ..suites.run import exact_instead
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
@@ -21,24 +23,52 @@ from .plan import EXACT, OURS, with_scores
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
 
+    from ..models.load import LoadedModel
+
 OTHER_TEXTS = 1_000_000
+
+
+@contextmanager
+def images_seen_once(model) -> Iterator[None]:
+    """Within it a vision-language model looks at images in its first pass only: what the tower said then is said again.
+
+    Raises InputError for a model whose tower is not called apart.
+    """
+    base, kept = model.base_model, []
+    look = getattr(base, "get_image_features", None)
+    if look is None:
+        raise InputError(f"{type(model).__name__} does not call its vision tower apart, so it cannot be left out")
+
+    def remember(*arguments, **options):
+        if not kept:
+            kept.append(look(*arguments, **options))
+        return kept[0]
+
+    base.get_image_features = remember
+    try:
+        yield
+    finally:
+        del base.get_image_features
 
 
 class Prefill:
     """One model, with the handlers of one operating point (no artifact: every tile is kept)."""
 
     def __init__(
-        self, model_name: str | None, artifact: Thresholds | None, point: str | None, device, dtype: str,
+        self, model: str | None | LoadedModel, artifact: Thresholds | None, point: str | None, device, dtype: str,
         check_config: Callable = lambda config: None, scores: str | None = None,
     ):  # fmt: skip
-        """`scores` override the point's own. `check_config` as `load_model`. Raises InputError for a model that cannot
-        be used, ThresholdsError for thresholds of another.
+        """`model`: a name, which with `dtype` and `check_config` goes to `load_model`, or what that returned. `scores`
+        override the point's own. Raises InputError for a model that cannot be used, ThresholdsError for thresholds of
+        another.
         """
         from bsfa_kernels.integrations.transformers import SparseAttention, attention_modules
 
-        from ..models.load import load_model
+        from ..models.load import LoadedModel, load_model
 
-        self.loaded = load_model(model_name, device=device, dtype=dtype, check_config=check_config)
+        self.loaded = model
+        if not isinstance(model, LoadedModel):
+            self.loaded = load_model(model, device=device, dtype=dtype, check_config=check_config)
         self.model, self.device, self.point = self.loaded.model, device, point
         self.handlers = self.counting = None
         if artifact is not None:
@@ -51,18 +81,28 @@ class Prefill:
             self.point = artifact.points[artifact.index(point)].name
         self._attached = None
 
-    def time(self, data: str, length: int, seed: int, seconds: float, begin: Begin = unseen) -> dict:
-        """One prompt of `length` tokens of `data`, or up to an image fewer, timed every way that runs here.
+    def time(
+        self, data: str, length: int, seed: int, seconds: float, begin: Begin = unseen, *, language_only: bool = False,
+        dense: tuple[str, ...] | None = None,
+    ) -> dict:  # fmt: skip
+        """One prompt of `length` tokens of `data`, or up to an image fewer, timed every way that runs here, or with the
+        dense backends `dense`. `language_only`: images go through the vision tower once, before.
 
         `skip` is the share of all the model's candidate tiles that was dropped on that very prompt. Milliseconds as in
         `Timing`. Raises InputError for data that cannot be used or holds no prompt that long.
         """
         prompt = self._prompt(data, length, seed)
-        ids = torch.tensor([prompt], device=self.device)
+        if not language_only:
+            return self._timed(prompt, data, seed, seconds, begin, dense)
+        if prompt.visual is None or not bool(prompt.visual.any()):
+            raise InputError(f"{data} holds no image, so the language model is all that is timed")
+        with images_seen_once(self.model):
+            return self._timed(prompt, data, seed, seconds, begin, dense) | {"vision": "left out"}
 
+    def _timed(self, prompt: Prompt, data: str, seed: int, seconds: float, begin: Begin, dense) -> dict:
         @torch.inference_mode()
         def forward():
-            return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+            return self.model(**prompt.inputs, use_cache=True, logits_to_keep=1).logits
 
         contenders, rows, unavailable = [], [], []
 
@@ -75,13 +115,15 @@ class Prefill:
                 contenders.append(Contender(name, call, prepare, ahead=False))
                 rows.append({"name": name, "kind": kind, "skip": skip})
 
-        for name, backend in self._dense(length).items():
+        for name, backend in self._dense(len(prompt)).items():
+            if dense is not None and name not in dense:
+                continue
 
-            def dense(backend=backend):
+            def run(backend=backend):
                 with nullcontext() if backend is None else sdpa_kernel(backend):
                     return forward()
 
-            enter(name, "dense", dense, lambda: self._use("sdpa"))
+            enter(name, "dense", run, lambda: self._use("sdpa"))
         enter("bsfa, nothing skipped", "bsfa", forward, lambda: self._use("bsfa"), 0.0)
         if self.handlers is not None:
             skip = self._skip(forward)
@@ -105,6 +147,8 @@ class Prefill:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "point": self.point,
             "data": data,
+            "vision": None if prompt.visual is None else "timed",
+            "visual_tokens": None if prompt.visual is None else int(prompt.visual.sum()),
             "dense_modules": self._dense_modules(),
             "unavailable": unavailable,
             "contenders": rows,
@@ -118,12 +162,12 @@ class Prefill:
 
         return dict(Counter(note.reason for note in notes(self.model) if not note.expected))
 
-    def _prompt(self, data: str, length: int, seed: int) -> tuple[int, ...]:
+    def _prompt(self, data: str, length: int, seed: int) -> Prompt:
         # Generated text is another one than calibration with the same seed saw.
-        texts = load_texts(data, samples=1, length=length, tokenizer=self.loaded.tokenizer, seed=seed + OTHER_TEXTS)
+        texts = load_prompts(data, self.loaded, samples=1, length=length, seed=seed + OTHER_TEXTS)
         if falls_short(texts[0], length):
             raise InputError(f"{data}: its longest prompt has {len(texts[0].tokens)} tokens, {length} were asked for")
-        return texts[0].tokens
+        return Prompt.of(texts[0], self.model)
 
     def _dense(self, length: int) -> dict:
         named = CPU_SDPA if self.device.type == "cpu" else SDPA

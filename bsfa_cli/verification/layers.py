@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from bsfa_kernels import Gate, block_sparse_attention
+from bsfa_kernels import Attention, Gate
+from bsfa_kernels.integrations.groups import exact_attention
 from bsfa_kernels.integrations.transformers import SparseAttention
+from bsfa_kernels.integrations.visual_tokens import VisualTokens
+from bsfa_kernels.modality import MODALITIES
 from bsfa_kernels.reference import Scoring
 
 from .kernel import KernelCheck, check_kernel
@@ -63,13 +66,17 @@ def _percentile(histogram: torch.Tensor, share: float = 0.99) -> float:
 class MeasuringAttention:
     """A handler that attends at an operating point and, on the same queries, keys and values, densely beside it.
 
-    Errors are therefore each layer's own, on the inputs it really gets in the sparse model.
+    Errors are therefore each layer's own, on the inputs it really gets in the sparse model. `language`: what is known
+    of the tokens that stand for images; None in a vision tower.
     """
 
     knows_scoring = True
 
-    def __init__(self, sparse: SparseAttention, check_kernel: bool):
+    def __init__(self, sparse: SparseAttention, check_kernel: bool, language: VisualTokens | None = None):
         self.sparse = sparse
+        # What thresholds are chosen by and what results are told apart by are the same tokens.
+        self.visual = None if language is None else sparse.visual or language
+        self.modal: torch.Tensor | None = None  # float64 [modalities, kept, candidates, dropped mass, rows]
         self.kernel: KernelCheck | None = None
         self.dropped: DroppedMass | None = None
         self.scores: str | None = None  # that ran
@@ -79,7 +86,7 @@ class MeasuringAttention:
     def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
         common = dict(scale=scale, causal=causal, spans=spans, return_lse=True, **scoring)
         sparse = self.sparse.attend(q, k, v, return_counts=True, **common)
-        dense = whole = block_sparse_attention(q, k, v, backend=self.sparse.backend, **common)
+        dense = whole = exact_attention(q, k, v, backend=self.sparse.backend, **common)
         self.scores = self.sparse.scores_of(q)
         if self.scores != "exact":  # the same scores with nothing skipped: what they cost by themselves
             whole = self.sparse.run(q, k, v, Gate(), **common)
@@ -99,12 +106,27 @@ class MeasuringAttention:
             self._sums[3, head] += exact.square().sum(dtype=torch.float64)
             if whole is not dense:
                 self._sums[5, head] += (whole.out[:, head].float() - exact).square().sum(dtype=torch.float64)
+        if self.visual is not None:
+            self._tell_apart(sparse, lost, spans)
         if self._check_kernel and self.kernel is None:
             self.kernel = check_kernel(
                 self.sparse, q, k, v, Scoring(scale, causal, scoring.get("window"), scoring.get("softcap")),
                 scoring.get("sinks"),
             )  # fmt: skip
         return sparse.out
+
+    def _tell_apart(self, sparse: Attention, lost: torch.Tensor, spans: torch.Tensor | None) -> None:
+        """Add one whole sequence's tiles and dropped mass [1, Hq, T] to the sums of their query tiles' modalities."""
+        (batch, heads, length), rows, tiles = lost.shape, self.sparse.thresholds.tile.rows, sparse.kept.shape[2]
+        modality = self.visual.tiles(0, batch, length, rows, tiles, spans, lost.device)
+        if modality is None or batch != 1:
+            return
+        if self.modal is None:
+            self.modal = torch.zeros(len(MODALITIES), 4, dtype=torch.float64, device=lost.device)
+        padded = torch.nn.functional.pad(lost[0].double().clamp(0, 1).sum(0), (0, tiles * rows - length))
+        counts = heads * (length - rows * torch.arange(tiles, device=lost.device)).clamp(0, rows)
+        sums = (sparse.kept[0].sum(0), sparse.candidates[0].sum(0), padded.unflatten(0, (tiles, rows)).sum(1), counts)
+        self.modal.index_add_(0, modality, torch.stack([x.double() for x in sums], 1))
 
     @property
     def ran(self) -> bool:
@@ -137,6 +159,23 @@ class MeasuringAttention:
             "finite": not any(bad),
             "heads": heads,
         }
+
+
+def by_modality(handlers: list[MeasuringAttention]) -> dict[str, dict] | None:
+    """JSON: {modality of the query tile: kept, candidates, skip, dropped_mass (mean over rows)}, over all modules; None
+    where no token stands for an image.
+    """
+    told = [handler.modal.cpu() for handler in handlers if handler.modal is not None]
+    if not told or not float(sum(told)[1:, 3].sum()):
+        return None
+    return {
+        name: {
+            "kept": int(kept), "candidates": int(candidates), "skip": skip_rate(kept, candidates),
+            "dropped_mass": lost / rows,
+        }
+        for name, (kept, candidates, lost, rows) in zip(MODALITIES, sum(told).tolist(), strict=True)
+        if rows
+    }  # fmt: skip
 
 
 def skip_rate(kept: float, candidates: float) -> float:

@@ -13,13 +13,15 @@ from bsfa_kernels.integrations.transformers import (
     attention_modules,
     notes,
 )
+from bsfa_kernels.integrations.visual_tokens import VisualTokens
 from bsfa_kernels.thresholds import Thresholds
 
 from ..errors import InputError
 from ..metrics.logits import Head, Predictions
+from ..models.prompts import Prompt
 from ..prefill_tiles import Attending
 from ..suites.run import dense_handlers
-from .layers import DroppedMass, MeasuringAttention, skip_rate
+from .layers import DroppedMass, MeasuringAttention, by_modality, skip_rate
 
 # Above every score: drops every tile that a gate may drop.
 ABSURD = 1e30
@@ -39,9 +41,10 @@ def verify_points(
     Keys: name, kept, candidates, skip, all three of the whole model, calibrated (the same three of the modules that ran
     with thresholds), uncalibrated {path of another one: its tiles}, dropped_mass {mean, p99, worst}, logits (see
     `Predictions.summary`, and kl_over_floor), floor (the same of exact scores with nothing skipped, as no two kernels
-    round alike), modules (see `MeasuringAttention.summary`), kernel (see `KernelCheck`), finite; scores, made_for (the
-    scores of the point's thresholds), exact_heads (heads that stay exact beside int8 ones) and unskipped (the logits of
-    int8 scores with nothing skipped, None for exact ones). `samples` have `tokens`; `step` is called after every
+    round alike), modules (see `MeasuringAttention.summary`), modalities {of the query tile: kept, candidates, skip,
+    dropped_mass} where there are images, kernel (see `KernelCheck`), finite; scores, made_for (the scores of the
+    point's thresholds), exact_heads (heads that stay exact beside int8 ones) and unskipped (the logits of int8 scores
+    with nothing skipped, None for exact ones). `samples` as `Prompt.of` takes them; `step` is called after every
     forward pass, `passes` times a sample. `scores` override the points' own. The model must run
     attn_implementation="bsfa".
     """
@@ -51,8 +54,12 @@ def verify_points(
     options = dict(backend=backend, scores=scores)
     handlers = {point: SparseAttention.for_model(thresholds, modules, point, **options) for point in points}
     checked = _spread(list(handlers[points[0]]), 3)
+    visual = VisualTokens()
     measured = {
-        point: {path: MeasuringAttention(handler, path in checked) for path, handler in handlers[point].items()}
+        point: {
+            path: MeasuringAttention(handler, path in checked, None if modules[path].tower else visual)
+            for path, handler in handlers[point].items()
+        }
         for point in points
     }
     whole = SparseAttention.for_model(everything(thresholds, points[0]), modules, backend=backend, scores="exact")
@@ -65,20 +72,20 @@ def verify_points(
     rounded = {point: Predictions() for point in unskipped}
     attending = {point: Attending(model) for point in points}
     for sample in samples:
-        tokens = torch.tensor(sample.tokens, device=model.device)
+        prompt = Prompt.of(sample, model)
         with attach(model, exact_handlers):
-            exact = head.hidden(tokens)
+            exact = head.hidden(prompt)
         step()
         with attach(model, whole):
-            floor.add(head, exact, head.hidden(tokens), tokens)
+            floor.add(head, exact, head.hidden(prompt), prompt)
         step()
         for point, same in unskipped.items():
             with attach(model, same):
-                rounded[point].add(head, exact, head.hidden(tokens), tokens)
+                rounded[point].add(head, exact, head.hidden(prompt), prompt)
             step()
         for point in points:
             with attach(model, measured[point]), attending[point]:
-                predictions[point].add(head, exact, head.hidden(tokens), tokens)
+                predictions[point].add(head, exact, head.hidden(prompt), prompt)
             step()
     results = []
     for point in points:
@@ -132,6 +139,7 @@ def _filled(thresholds: Thresholds, point: str, value: float) -> Thresholds:
         thresholds,
         points=(thresholds.points[thresholds.index(point)],),
         tensors={path: torch.full_like(tensor[:1], value) for path, tensor in thresholds.tensors.items()},
+        modal={},
     )
 
 
@@ -177,6 +185,7 @@ def _result(
         "logits": predictions.summary() | {"kl_over_floor": predictions.kl_over(floor)},
         "floor": floor.summary(),
         "modules": modules,
+        "modalities": by_modality(ran),
         "kernel": [handler.kernel.to_json() for handler in ran if handler.kernel],
         "finite": predictions.finite and all(module["finite"] for module in modules),
     })  # fmt: skip

@@ -20,9 +20,11 @@ from bsfa_kernels.integrations.transformers import SparseAttention, attach, atte
 from ..calibration import fit, points
 from ..calibration.store import Run
 from ..errors import MachineError, UsageError
-from ..metrics.logits import Head
+from ..metrics.logits import AGREE, DENSE, POSITIONS, PREDICTED, SPARSE, Head, compare
+from ..metrics.logits import KL as KL_SUM
 from ..metrics.statistics import Z, wilson
 from ..models.load import LoadedModel
+from ..models.prompts import Prompt
 from ..suites.run import dense_handlers, exact_instead
 
 TOP1, KL, PERPLEXITY = "top1", "kl", "perplexity-increase"
@@ -92,16 +94,18 @@ class Search:
     def __init__(
         self, loaded: LoadedModel, run: Run, texts: list, gate: str, quantile: float,
         step: Callable[[], None] = lambda: None, scores: str | None = None, max_int8_error: float | None = None,
+        by_modality: bool = False,
     ):  # fmt: skip
+        self.by_modality = by_modality
         self.model, self.run, self.gate, self.quantile, self.step = loaded.model, run, gate, quantile, step
         self._scores = dict(scores=scores, max_int8_error=max_int8_error)
         self._modules = attention_modules(self.model)
         self._head = Head(self.model)
-        self._tokens = [torch.tensor(text.tokens, device=self.model.device) for text in texts]
+        self._prompts = [Prompt.of(text, self.model) for text in texts]
         self._exact = []
         with attach(self.model, dense_handlers(self.model)):
-            for tokens in self._tokens:
-                self._exact.append(self._head.hidden(tokens))
+            for prompt in self._prompts:
+                self._exact.append(self._head.hidden(prompt))
                 step()
         _, curves = run.load("fit")
         self.rates = int(fit.Table.of(curves, gate).reach / STEP + 1e-9)  # how many steps the gate can reach
@@ -109,11 +113,11 @@ class Search:
 
     @property
     def positions(self) -> int:
-        return sum(map(len, self._tokens))
+        return sum(int(prompt.predicts.sum()) for prompt in self._prompts)
 
     def passes(self) -> int:
         """How many forward passes one limit takes at most, the dense ones included."""
-        return len(self._tokens) * (1 + self.rates.bit_length())
+        return len(self._prompts) * (1 + self.rates.bit_length())
 
     def largest(self, limit: Limit) -> Found | None:
         """The largest rate, in steps of STEP, that keeps `limit`; None where not even the first does."""
@@ -128,11 +132,13 @@ class Search:
         """{metric: what is measured} at a skip rate of `steps` * STEP."""
         if steps not in self._seen:
             request = points.Request("target-skip", round(steps * STEP, 10), self.gate)
-            artifact, *_ = points.export(self.run, [request], self.quantile, **self._scores)
+            artifact, *_ = points.export(
+                self.run, [request], self.quantile, by_modality=self.by_modality, **self._scores
+            )
             blocks = []
             with attach(self.model, SparseAttention.for_model(artifact, self._modules)):
-                for tokens, exact in zip(self._tokens, self._exact, strict=True):
-                    blocks += self._blocks(exact, self._head.hidden(tokens), tokens)
+                for prompt, exact in zip(self._prompts, self._exact, strict=True):
+                    blocks += self._blocks(exact, self._head.hidden(prompt), prompt)
                     self.step()
             instead = [] if artifact.points[0].scores == "exact" else exact_instead(self.model)
             if instead:
@@ -140,23 +146,16 @@ class Search:
             self._seen[steps] = measure(torch.tensor(blocks, dtype=torch.float64))
         return self._seen[steps]
 
-    def _blocks(self, dense_hidden, sparse_hidden, tokens) -> list[list[float]]:
-        """Positions, of them predicted tokens, and sums of agreement, KL and lost log-likelihood, of every block."""
-        found = []
-        for start in range(0, len(tokens), BLOCK):
-            rows = slice(start, min(start + BLOCK, len(tokens)))
-            expected, actual = (
-                self._head.logits(hidden[rows]).log_softmax(-1) for hidden in (dense_hidden, sparse_hidden)
-            )
-            targets = tokens[rows.start + 1 : rows.stop + 1]
-            lost = (expected - actual)[: len(targets)].gather(1, targets[:, None])
-            sums = (
-                (expected.argmax(-1) == actual.argmax(-1)).sum(),
-                (expected.exp() * (expected - actual)).sum(dtype=torch.float64),
-                lost.sum(dtype=torch.float64),
-            )
-            found.append([len(expected), len(targets), *map(float, sums)])
-        return found
+    def _blocks(self, dense_hidden, sparse_hidden, prompt: Prompt) -> list[list[float]]:
+        """Positions, of them predicted tokens, and sums of agreement, KL and lost log-likelihood, of every block that
+        has any.
+        """
+        rows, _ = compare(self._head, dense_hidden, sparse_hidden, prompt)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
+        sums = padded.unflatten(0, (-1, BLOCK)).sum(1)
+        sums = sums[sums[:, POSITIONS] > 0]
+        lost = sums[:, SPARSE] - sums[:, DENSE]
+        return torch.stack([*sums[:, [POSITIONS, PREDICTED, AGREE, KL_SUM]].T, lost], 1).tolist()
 
 
 def measure(blocks: torch.Tensor) -> dict[str, Measured]:

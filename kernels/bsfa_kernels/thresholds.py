@@ -4,8 +4,9 @@
     thresholds.check_model(identity)
     gate = thresholds.gate("model.layers.0.self_attn", "skip-50", query_tiles=512, device="cuda")
 
-The file holds one float32 tensor [points, query heads, knots] per attention module, named by the module's path, and
-one metadata key `bsfa` of canonical JSON (keys: METADATA_KEYS). A knot is an absolute query position. A query tile
+The file holds one float32 tensor [points, query heads, knots] per attention module, named by the module's path, or
+[points, modalities, query heads, knots] where thresholds are by modality of the query tile, and one metadata key `bsfa`
+of canonical JSON (keys: METADATA_KEYS). A knot is an absolute query position. A query tile
 takes the value at its centre, position tile * rows + rows // 2: linear in position between knots, flat outside them,
 and -inf (keep every tile) wherever an end that weighs in is -inf. No clock and no machine name goes in: the same
 thresholds give the same bytes.
@@ -24,17 +25,18 @@ from . import container
 from .container import exact_keys, integer, sequence, short
 from .files import write_whole
 from .gates import Gate
+from .modality import MODALITIES
 from .request import SCORES
 from .tiles import TileShape
 
 # 1 lacks the model's `config`: of a configuration it tells that it differs, by config_hash, but not where.
-# 2 lacks a point's `scores` and `exact_heads`: it is exact.
-SCHEMA = 3
+# 2 lacks a point's `scores` and `exact_heads`: it is exact. 3 has no thresholds by modality.
+SCHEMA = 4
 MAX_FILE_BYTES = 256 << 20
 MAX_POINTS, MAX_HEADS, MAX_KNOTS, MAX_POSITION, MAX_TILE = 64, 1024, 1 << 16, 1 << 31, 4096
 GATES = ("gap", "absolute")
 NEW_IN_3 = {"scores", "exact_heads"}  # of a point
-METADATA_KEYS = frozenset({"schema", "model", "tile", "keep_sink", "knots", "points", "provenance"})
+METADATA_KEYS = frozenset({"schema", "model", "tile", "keep_sink", "knots", "points", "modalities", "provenance"})
 # Compared by check_model in this order, so that the most telling difference is the one that is named.
 MODEL_CHECKED = (
     "architecture", "layers", "query_heads", "key_value_heads", "head_dim", "scale", "rope", "config", "config_hash",
@@ -117,6 +119,8 @@ class Thresholds:
     """Calibrated gates of one model. Raises ThresholdsError when the parts do not fit together.
 
     `model` has the keys MODEL_KEYS; a value of None is unknown and is not checked. `provenance` is any JSON object.
+    `modal` holds thresholds by modality, in the order of MODALITIES, for every module or for none; `tensors` then are
+    the lowest of these (see `by_modality`): right, and less sparse, wherever a query tile's modality is not known.
     """
 
     model: Mapping[str, object]
@@ -126,6 +130,16 @@ class Thresholds:
     points: tuple[Point, ...]
     tensors: Mapping[str, torch.Tensor]  # {module path: float32 [points, query heads, knots]}
     provenance: Mapping[str, object] = field(default_factory=dict)
+    modal: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32 [points, modalities, query heads, knots]
+
+    @classmethod
+    def by_modality(cls, *, modal: Mapping[str, torch.Tensor], **rest) -> Thresholds:
+        """Thresholds of the tensors `modal`, see the class; `rest` are its other fields but `tensors`."""
+        for name, tensor in modal.items():
+            if tensor.dim() != 4 or tensor.shape[1] != len(MODALITIES):
+                expected = f"[points, {len(MODALITIES)} modalities, heads, knots]"
+                raise ThresholdsError(f"{short(name)} must be {expected}, got {list(tensor.shape)}")
+        return cls(tensors={path: tensor.amin(1) for path, tensor in modal.items()}, modal=modal, **rest)
 
     def __post_init__(self):
         try:
@@ -159,6 +173,17 @@ class Thresholds:
                     raise ThresholdsError(f"point {point.name}: exact_heads of {path} name a head past its {shape[1]}")
             if bool((torch.isnan(tensor) | (tensor == torch.inf)).any()):
                 raise ThresholdsError(f"{path} holds NaN or +inf; a threshold is a finite number or -inf")
+        if self.modal and set(self.modal) != set(self.tensors):
+            raise ThresholdsError("thresholds by modality must be given for every module or for none")
+        for name, tensor in self.modal.items():
+            lowest = self.tensors[name]
+            wanted = (lowest.shape[0], len(MODALITIES), *lowest.shape[1:])
+            if tensor.dtype != torch.float32 or tensor.shape != wanted:
+                raise ThresholdsError(
+                    f"{short(name)} must be float32 {list(wanted)} by modality, got {tensor.dtype} {list(tensor.shape)}"
+                )
+            if bool((tensor == torch.inf).any()) or not torch.equal(tensor.amin(1), lowest):
+                raise ThresholdsError(f"{short(name)} holds other thresholds by modality than without")
 
         for point in self.points:
             for path in point.exact_heads:
@@ -180,14 +205,23 @@ class Thresholds:
     def gate(self, module_path: str, point: str | None, query_tiles: int, device: torch.device | str = "cpu") -> Gate:
         """The Gate of one module at one point, its tensor float32 [query heads, query_tiles] on `device`.
 
-        Interpolated on the CPU in float64, so values are the same on every device. Raises ThresholdsError for a
-        module or point that the artifact does not hold.
+        Interpolated on the CPU in float64, so values are the same on every device. Of thresholds by modality these are
+        the lowest. Raises ThresholdsError for a module or point that the artifact does not hold.
         """
         row = self.index(point)
         if module_path not in self.tensors:
             raise ThresholdsError(f"the thresholds hold no module '{short(module_path)}'")
         values = interpolate(self.tensors[module_path][row], self.knots, tile_positions(query_tiles, self.tile))
         return Gate(**{self.points[row].gate: values.to(device)})
+
+    def modal_values(
+        self, module_path: str, point: str | None, query_tiles: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor | None:
+        """float32 [modalities, query heads, query_tiles]: the same for each of MODALITIES; None without any."""
+        if not self.modal:
+            return None
+        values = self.modal[module_path][self.index(point)]
+        return interpolate(values, self.knots, tile_positions(query_tiles, self.tile)).to(device)
 
     def check_model(self, identity: Mapping[str, object], modules: Mapping[str, int] | None = None) -> None:
         """Raise ThresholdsError, naming the field, unless the thresholds were made for this model.
@@ -221,9 +255,10 @@ class Thresholds:
             "keep_sink": self.keep_sink,
             "knots": list(self.knots),
             "points": [_point_to_json(point) for point in self.points],
+            "modalities": list(MODALITIES) if self.modal else None,
             "provenance": dict(self.provenance),
         }
-        return container.pack("bsfa", metadata, self.tensors)
+        return container.pack("bsfa", metadata, self.modal or self.tensors)
 
     def write(self, path: str | os.PathLike) -> None:
         """Write the file whole or not at all; errors as `files.write_whole`."""
@@ -250,7 +285,14 @@ class Thresholds:
         try:
             metadata, tensors = container.unpack(content, "bsfa", MAX_FILE_BYTES)
             _check_schema(metadata)
+            if metadata["schema"] < 4:
+                exact_keys("the bsfa metadata", metadata, METADATA_KEYS - {"modalities"})
+                metadata["modalities"] = None
             exact_keys("the bsfa metadata", metadata, METADATA_KEYS)
+            if metadata["modalities"] not in (None, list(MODALITIES)):
+                raise ThresholdsError(
+                    f"modalities must be null or {', '.join(MODALITIES)}, got {short(metadata['modalities'])}"
+                )
             sizes = (integer("tile", size, 1, MAX_TILE) for size in sequence("tile", metadata["tile"], 2, 2))
             tile = TileShape(*sizes)
             knots = tuple(sequence("knots", metadata["knots"], 1, MAX_KNOTS))
@@ -264,7 +306,15 @@ class Thresholds:
             if metadata["schema"] == 1:
                 exact_keys("model", model, set(MODEL_KEYS) - {"config"})
                 model = {**model, "config": None}
-            return cls(model, tile, metadata["keep_sink"], knots, points, tensors, metadata["provenance"])
+            rest = dict(
+                model=model, tile=tile, keep_sink=metadata["keep_sink"], knots=knots, points=points,
+                provenance=metadata["provenance"],
+            )  # fmt: skip
+            return (
+                cls(tensors=tensors, **rest)
+                if metadata["modalities"] is None
+                else cls.by_modality(modal=tensors, **rest)
+            )
         except container.Pickled as error:
             raise ThresholdsError(f"{error}; `bsfa export --from-official` converts the authors' file") from None
         except container.Malformed as error:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .groups import Groups
+
 SCORES_PER_CHUNK = 2**25
 
 
@@ -25,6 +27,7 @@ def attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    groups: Groups | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T, masked) v, [B, Hq, Tq, Dv] in the dtype of q.
 
@@ -32,29 +35,33 @@ def attention(
     [B, 1, Tq, Tk]) replaces `causal`, `spans` and `window`. `spans` int32 [B, 4] as in `block_sparse_attention`;
     without them row i of q and of k stand at position i. `window`: a query sees its last `window` keys; queries then
     end where the keys end. `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: one more logit per head in
-    the softmax denominator. Rows that see nothing give 0.
+    the softmax denominator. `groups` (groups.py): rows that see one another besides. Rows that see nothing give 0.
     """
     rows, keys = q.shape[2], k.shape[2]
     plain = softcap is None and sinks is None
-    if plain and mask is None and spans is None and window is None and (not causal or rows == keys):
+    if plain and mask is None and spans is None and window is None and groups is None and (not causal or rows == keys):
         return library(q, k, v, scale=scale, causal=causal)
     if not plain:
         k, v = k.float(), v.float()  # once, not for every chunk
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     seen = keys if window is None else min(keys, window)
+    ids = None if groups is None else groups.of_rows(rows).to(q.device)
+    reach = 0 if groups is None else groups.longest  # keys behind its own that a row may see
     columns = q.shape[0] * (q.shape[1] // k.shape[1] if plain else q.shape[1]) * seen
     chunk = max(16, min(1024, SCORES_PER_CHUNK // columns))
     for start in range(0, rows, chunk):
         end = min(start + chunk, rows)
         first, last = 0, keys
         if mask is None and window is not None:
-            last = end + keys - rows
+            last = min(end + keys - rows + reach, keys)
             first = max(0, start + keys - rows - window + 1)
         elif mask is None and causal and spans is None:
-            last = min(end, keys)
+            last = min(end + reach, keys)
         part = slice(first, last)
         if mask is None:
             visible = _visible(slice(start, end), part, rows, keys, causal, spans, window, q.device)
+            if ids is not None:
+                visible = visible | _same_group(ids, slice(start, end), part)
         else:
             visible = mask if mask.shape[2] == 1 else mask[:, :, start:end]
         arguments = q[:, :, start:end], k[:, :, part], v[:, :, part], scale
@@ -104,6 +111,18 @@ def _visible(rows: slice, part: slice, q_rows, keys, causal, spans, window, devi
     if window is not None:
         visible = visible & (k_position > q_position - window)
     return visible[:, None]
+
+
+def _same_group(ids: torch.Tensor, rows: slice, part: slice) -> torch.Tensor:
+    """bool [B, 1, rows, keys in `part`]: whether key and query are of one group; keys behind the last query are not."""
+    of_keys = torch.nn.functional.pad(ids, (0, max(0, part.stop - ids.shape[1])), value=-1)[:, None, part]
+    of_rows = ids[:, rows, None]
+    same = (of_rows == of_keys) & (of_rows >= 0)
+    # What lies before a row is the causal mask's or the window's to show.
+    later = torch.arange(part.start, part.stop, device=ids.device) > torch.arange(
+        rows.start, rows.stop, device=ids.device
+    ).unsqueeze(1)
+    return (same & later)[:, None]
 
 
 def _sdpa(q, k, v, scale, visible) -> torch.Tensor:

@@ -12,6 +12,10 @@ its axes have stride 0 and only say something by their size, without a look at t
              2      bidirectional
              2 + w  causal, a query sees the last w keys including its own; queries end where the keys end
 
+Where groups of neighbouring rows see one another both ways besides, as the tokens of one image do in Gemma 3, their
+first rows and lengths stand behind the spans, [B, plain, pattern, 4 + 2 * groups], and twice the rows of the longest
+group is added to the axis `plain`.
+
 Everything else is the additive mask of transformers' own `eager_mask`: where the pattern is another one, where padding
 has holes, and where a model asks for a mask that it can take apart (`allow_is_causal_skip=False`). Not the boolean one
 of `sdpa_mask`: models that add masks to scores of their own, or put more columns behind them, take any mask for an
@@ -28,6 +32,7 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 from ..request import UNBOUNDED, make_spans
+from .groups import Groups, find
 
 CAUSAL, BIDIRECTIONAL = 1, 2
 READ, PLAIN = 1, 2
@@ -43,6 +48,7 @@ class Positions(NamedTuple):
 
     spans: torch.Tensor | None
     pattern: Pattern
+    groups: Groups | None = None  # rows that see one another besides
 
 
 class SpanMask(torch.Tensor):
@@ -71,21 +77,27 @@ _READ = frozenset({
 })  # fmt: skip
 
 
-def encode(spans: torch.Tensor, pattern: Pattern, plain: bool = False) -> SpanMask:
-    """Spans [B, 4] and their pattern as the tensor [B, plain, pattern, 4] that layers receive."""
+def encode(spans: torch.Tensor, pattern: Pattern, plain: bool = False, groups: Groups | None = None) -> SpanMask:
+    """Spans [B, 4], their pattern and groups as the tensor [B, plain, pattern, 4 + 2 * groups] that layers receive."""
     size = CAUSAL if pattern.causal else BIDIRECTIONAL
     if pattern.window is not None:
         size = BIDIRECTIONAL + pattern.window
-    return spans[:, None, None, :].expand(-1, PLAIN if plain else READ, size, -1).as_subclass(SpanMask)
+    said = PLAIN if plain else READ
+    if groups is not None:
+        spans, said = torch.cat([spans, groups.table.flatten(1)], 1), said + 2 * groups.longest
+    return spans[:, None, None, :].expand(-1, said, size, -1).as_subclass(SpanMask)
 
 
 def decode(mask: SpanMask) -> Positions:
-    """The spans and the pattern in `mask`."""
+    """The spans, the pattern and the groups in `mask`."""
     with torch._C.DisableTorchFunctionSubclass():
-        _, plain, size, _ = mask.shape
-        spans = None if plain == PLAIN else mask[:, 0, 0, :]
+        _, said, size, numbers = mask.shape
+        plain, groups = said % 2 == 0, None
+        spans = None if plain else mask[:, 0, 0, :4]
+        if numbers > 4:
+            groups = Groups(mask[:, 0, 0, 4:].unflatten(1, (-1, 2)), (said - 1) // 2)
     window = size - BIDIRECTIONAL if size > BIDIRECTIONAL else None
-    return Positions(spans, Pattern(size != BIDIRECTIONAL, window))
+    return Positions(spans, Pattern(size != BIDIRECTIONAL, window), groups)
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
@@ -120,10 +132,18 @@ def mask_function(
     pattern = _pattern(mask_function)
     # A model that allows no skip takes the mask apart.
     plain = pattern is not None and (allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip)
+    groups = None
+    if pattern is None and q_length > 1:
+        pattern, ids = _blocks(mask_function)
+        if ids is not None:  # of these transformers never allows a skip
+            groups = _groups(ids, batch_size, q_length, q_offset, kv_offset, attention_mask)
+            plain = groups is not None
     if plain and q_length > 1:
         if pattern.window is not None and kv_offset == 0 and kv_length <= pattern.window:
             pattern = Pattern(True, None)
-        encoded = _encoded(pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+        encoded = _encoded(
+            pattern, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, groups
+        )
         if encoded is not None:
             return encoded
     geometry = dict(
@@ -151,13 +171,48 @@ def _pattern(function: Callable) -> Pattern | None:
     return None
 
 
+def _blocks(function: Callable) -> tuple[Pattern | None, torch.Tensor | None]:
+    """(causal or windowed, ids [B, T]) of a mask that besides lets rows of the same id >= 0 see one another; (None,
+    None) for any other.
+    """
+    window = None
+    parts = _closure(function, "and_masks.<locals>.and_mask").get("mask_functions", ())
+    if len(parts) == 2:
+        window = _closure(parts[1], "sliding_window_overlay.<locals>.inner_mask").get("sliding_window")
+        if not isinstance(window, int) or window < 1:
+            return None, None
+        function = parts[0]
+    parts = _closure(function, "or_masks.<locals>.or_mask").get("mask_functions", ())
+    if len(parts) != 2 or parts[0] is not causal_mask_function:
+        return None, None
+    ids = _closure(parts[1], "blockwise_overlay.<locals>.inner_mask").get("block_sequence_ids")
+    return (Pattern(True, window), ids) if isinstance(ids, torch.Tensor) else (None, None)
+
+
+def _groups(ids, batch: int, q_length: int, q_offset, kv_offset, attention_mask) -> Groups | None:
+    """The groups of one whole prefill, read on the host; None where they cannot be said."""
+    whole = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    if not whole or torch.compiler.is_compiling() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    if ids.dim() != 2 or ids.shape[0] != batch or ids.shape[1] < q_length:
+        return None
+    ids = ids[:, :q_length]
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < q_length:
+            return None
+        ids = ids.masked_fill(attention_mask[:, :q_length].to(ids.device) == 0, -1)
+    return find(ids)
+
+
 def _closure(function: Callable, qualified_name: str) -> dict:
     if getattr(function, "__qualname__", "") != qualified_name or not function.__closure__:
         return {}
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
 
 
-def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention_mask, device) -> SpanMask | None:
+def _encoded(
+    pattern, batch, q_length, kv_length, q_offset, kv_offset, attention_mask, device, groups
+) -> SpanMask | None:
     """The SpanMask, or None where spans cannot say it."""
     if pattern.window is not None:
         # The windowed computation slices keys by row number, so queries must end where the keys end.
@@ -192,4 +247,6 @@ def _encoded(pattern, batch, q_length, kv_length, q_offset, kv_offset, attention
     # A sequence ends in this call where rows behind its end are padding; at the call's last row it may go on.
     spans[:, 3].masked_fill_((spans[:, 3] >= spans[:, 0] + q_length) | (not pattern.causal), UNBOUNDED)
     at_start = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
-    return encode(spans, pattern, plain=not padded and pattern.window is None and (at_start or not pattern.causal))
+    groups = None if groups is None or not groups.table.numel() else Groups(groups.table.to(device), groups.longest)
+    plain = not padded and pattern.window is None and (at_start or not pattern.causal)
+    return encode(spans, pattern, plain, groups)

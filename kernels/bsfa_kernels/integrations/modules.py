@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import CodeType
 
@@ -31,13 +31,26 @@ class AttentionModule:
     dense_reason: str | None  # why no tile is ever skipped in it, in words; None where tiles may be
     scoring: str | None = None  # its window, softcap or attention sinks, in words: other methods do not know them
     device: torch.device | str = "cpu"  # of its weights
+    tower: bool = False  # in a vision or audio tower, called per image or clip, not in the language model
 
 
 def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
     """{module path: AttentionModule} of every module of `model` that attends through transformers' AttentionInterface,
     in the model's order. Paths are those of the model's `named_modules()` without what torch.compile wraps around it.
     """
-    return {path: describe(path, module) for path, module in named_modules(model) if attends(module)}
+    language = _language_config(model)
+    return {
+        path: replace(describe(path, module), tower=not isinstance(module.config, language))
+        for path, module in named_modules(model)
+        if attends(module)
+    }
+
+
+def _language_config(model: nn.Module) -> type:
+    """The class of configuration that the language model's own modules have; any, where there is no other part."""
+    config = getattr(unwrapped(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return object if text is config else type(text)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -21,6 +21,7 @@ from ..tiles import TileShape
 SINKS = "attention sinks"
 HEAD_DIMS = "keys and values differ in head dim"
 MASK = "its mask is not plain causal or bidirectional with padding at the ends (custom, packed, chunked or with holes)"
+GROUPS = "the tokens of an image see one another both ways"
 WIDEST_GAIN = 128  # head dim; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
 INSTEAD = "exact scores instead of"
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
@@ -65,6 +66,7 @@ class Call(NamedTuple):
     window: int | None
     softcap: float | None
     sinks: bool
+    groups: bool = False  # of rows that see one another besides
 
 
 class Gated(Protocol):
@@ -72,7 +74,7 @@ class Gated(Protocol):
 
     least_rows: int  # its gate was calibrated on the vote of so many rows: with fewer queries every tile is kept
     fused_tile: TileShape | None  # on a GPU only a fused kernel of this tile serves it; None: it serves itself
-    knows_scoring: bool  # it takes window=, softcap= and sinks= where a call has them
+    knows_scoring: bool  # it takes window=, softcap=, sinks= and groups= where a call has them
     scores: str  # it computes, where a kernel has them; "exact" where it does not say
 
 
@@ -104,11 +106,13 @@ def plan(call: Call, handler: Gated | None) -> Step:
 
 
 def _scoring(call: Call) -> str | None:
-    """What PyTorch's attention does not know of how scores are made, in words."""
+    """What PyTorch's attention does not know of how scores are made and who sees whom, in words."""
     if call.softcap is not None:
         return softcap_reason(call.softcap)
     if call.sinks:
         return SINKS
+    if call.groups:
+        return GROUPS
     return None if call.window is None else window_reason(call.window)
 
 

@@ -10,10 +10,13 @@ import torch
 
 from ..api import Attention, block_sparse_attention
 from ..gates import Gate
+from ..modality import IMAGE
 from ..request import SCORES
 from . import mixed
+from .groups import Groups, attend
 from .modules import AttentionModule
 from .plan import no_kernel
+from .visual_tokens import VisualTokens
 
 if TYPE_CHECKING:
     from ..thresholds import Thresholds
@@ -37,6 +40,9 @@ class SparseAttention:
     and candidate tiles on the device, without waiting for it, over all threads and streams. `scores` override the
     point's own; those of a call are `scores_of`. `heads` are the module's query heads that calls bring, where a process
     computes only a run of them.
+
+    Thresholds by modality are chosen for every query tile by what `visual` knows of the pass that runs; `tower`: all
+    tokens of this module are visual. Where it is not known, the lowest of a tile's thresholds are taken.
     """
 
     knows_scoring = True
@@ -53,6 +59,8 @@ class SparseAttention:
         longest: int | None = None,
         device: torch.device | str = "cpu",
         heads: slice = slice(None),
+        visual: VisualTokens | None = None,
+        tower: bool = False,
     ):
         tile = thresholds.tile
         self.path, self.point, self.thresholds, self.backend = path, point, thresholds, backend
@@ -73,6 +81,9 @@ class SparseAttention:
         self.longest = None if flat <= most else most * tile.rows
         gate = thresholds.gate(path, point, min(flat, most))
         self._gate = gate.map(lambda values: values[heads].to(device, copy=True))
+        self.visual, self._tower = visual, tower
+        modal = thresholds.modal_values(path, point, min(flat, most))
+        self._modal = None if modal is None else modal[:, heads].to(device, copy=True)
         self._totals = torch.zeros(2 * len(here), dtype=torch.int64, device=device) if count else None
 
     @classmethod
@@ -91,9 +102,18 @@ class SparseAttention:
         """
         thresholds.index(point)
         thresholds.check_model({}, {path: module.query_heads for path, module in modules.items()})
-        shards = shards or {}
+        shards, visual = shards or {}, VisualTokens() if thresholds.modal else None
+        options |= dict(visual=visual)
         return {
-            path: cls(thresholds, point, path, device=module.device, heads=shards.get(path, slice(None)), **options)
+            path: cls(
+                thresholds,
+                point,
+                path,
+                device=module.device,
+                tower=module.tower,
+                heads=shards.get(path, slice(None)),
+                **options,
+            )  # fmt: skip
             for path, module in modules.items()
             if path in thresholds.tensors
         }
@@ -110,6 +130,26 @@ class SparseAttention:
             self._gate = self._gate.to(device)
         return self._gate
 
+    def modal_gate(self, sequence: int, batch: int, rows: int, positions: int, spans, device: torch.device) -> Gate:
+        """The gate for one sequence of a call of [batch, rows] queries below `positions`: of every query tile, the
+        thresholds of its modality.
+        """
+        gate, tile = self.gate(positions, device), self.thresholds.tile
+        if self._modal is None:
+            return gate
+        if self._modal.device != device:
+            self._modal = self._modal.to(device)
+        tiles = -(-positions // tile.rows)
+        if self._tower:
+            modality = torch.full((tiles,), IMAGE, device=device)
+        else:
+            modality = self.visual and self.visual.tiles(sequence, batch, rows, tile.rows, tiles, spans, device)
+        if modality is None:
+            return gate
+        columns = torch.arange(tiles, device=device).clamp(max=self._modal.shape[2] - 1)
+        chosen = self._modal[modality, :, columns].T.contiguous()  # [Hq, tiles]
+        return Gate(absolute=chosen) if gate.gap is None else Gate(gap=chosen)
+
     @property
     def counts(self) -> Counts | None:
         """Sums since `reset`, on the device; None without `count`."""
@@ -120,18 +160,43 @@ class SparseAttention:
         if self._totals is not None:
             self._totals.zero_()
 
-    def attend(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **options) -> Attention:
+    def attend(
+        self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, groups: Groups | None = None,
+        return_lse: bool = False, **options,
+    ) -> Attention:  # fmt: skip
         """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
-        gate = self.gate(max(q.shape[2], k.shape[2]), q.device)
-        return self.run(q, k, v, gate, scale=scale, causal=causal, spans=spans, **options)
+        positions = max(q.shape[2], k.shape[2])
+        options |= dict(scale=scale, causal=causal, return_lse=return_lse)
+        if self._modal is None:
+            return self.run(q, k, v, self.gate(positions, q.device), spans=spans, groups=groups, **options)
+        # A gate is one for all sequences of a call, and each has images of its own.
+        batch, parts = q.shape[0], []
+        for i in range(batch):
+            gate = self.modal_gate(i, batch, q.shape[2], positions, spans, q.device)
+            own = slice(i, i + 1)
+            where = dict(spans=None if spans is None else spans[own], groups=None if groups is None else groups.of(i))
+            parts.append(self.run(q[own], k[own], v[own], gate, **where, **options))
+        if batch == 1:
+            return parts[0]
+        return Attention(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def run(self, q, k, v, gate: Gate, **options) -> Attention:
-        """`block_sparse_attention` with this handler's tile and scores, and the gate given."""
-        options |= dict(tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend)
+    def run(
+        self, q, k, v, gate: Gate, *, scale: float, groups: Groups | None = None, return_lse: bool = False, **options
+    ) -> Attention:
+        """`block_sparse_attention` with this handler's tile and scores, and the gate given, of rows that may stand in
+        groups.
+        """
         scores = self.scores_of(q)
-        if scores == "int8" and self.exact_heads:
-            return mixed.attention(q, k, v, gate, self.exact_heads, **options)
-        return block_sparse_attention(q, k, v, gate, scores=scores, **options)
+        options |= dict(
+            scale=scale, tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend
+        )
+
+        def part(lse: bool) -> Attention:
+            if scores == "int8" and self.exact_heads:
+                return mixed.attention(q, k, v, gate, self.exact_heads, return_lse=lse, **options)
+            return block_sparse_attention(q, k, v, gate, scores=scores, return_lse=lse, **options)
+
+        return attend(part, q, k, v, groups, scale=scale, softcap=options.get("softcap"), want_lse=return_lse)
 
     def scores_of(self, q: torch.Tensor) -> str:
         """What a call with these queries runs: exact scores where a GPU has no kernel with others, see plan.py."""

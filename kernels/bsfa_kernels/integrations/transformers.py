@@ -25,13 +25,13 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..api import block_sparse_attention
 from . import dense
+from .groups import exact_attention
 from .head_shards import head_shards
 from .identity import model_identity
 from .masks import SpanMask, decode, mask_function, visible
 from .modules import AttentionModule, attends, attention_modules, named_modules, unwrapped
-from .plan import Call, Route, Step, plan
+from .plan import NO_THRESHOLDS, Call, Route, Step, plan
 from .sparse import SparseAttention
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class Handler(Protocol):
     ) -> torch.Tensor:
         """q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], spans as in `block_sparse_attention` (None: both start at
         position 0, no padding); returns [B, Hq, Tq, D] in the dtype of q. A handler that says `knows_scoring` is given
-        `window`, `softcap` and `sinks` besides where a module has them, as in `block_sparse_attention`.
+        `window`, `softcap` and `sinks` besides where a module has them, as in `block_sparse_attention`, and `groups`
+        (groups.py) where rows see one another both ways.
         """
         ...
 
@@ -122,13 +123,18 @@ def attention(
     _refuse(module, dropout, {k: v for k, v in kwargs.items() if not (masked and k in PACKED)})
     if module.training and query.requires_grad:
         raise ValueError("attn_implementation='bsfa' has no backward pass: train with 'sdpa', or call model.eval()")
+    plain = attention_mask is None and is_causal is False and softcap is None and s_aux is None
+    if plain and _never_judged(module) and key.shape[-1] == value.shape[-1]:
+        # As plan() decided for its first such call. Vision towers make tens of thousands, one for every window.
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return dense.library(query, key, value, scale=scale, causal=False).transpose(1, 2).contiguous(), None
     query, key, value = _autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     s_aux = s_aux.to_local() if hasattr(s_aux, "to_local") else s_aux  # divided as the heads are
-    spans = mask = window = None
+    spans = mask = window = groups = None
     if isinstance(attention_mask, SpanMask):
-        spans, (causal, window) = decode(attention_mask)
+        spans, (causal, window), groups = decode(attention_mask)
         spans = None if spans is None else spans.to(query.device).contiguous()
     elif masked:
         mask = visible(attention_mask)
@@ -140,7 +146,10 @@ def attention(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
 
     handler = active(module)
-    call = Call(query, key, value, causal, spans is not None, mask is not None, window, softcap, s_aux is not None)
+    call = Call(
+        query, key, value, causal, spans is not None, mask is not None, window, softcap, s_aux is not None,
+        groups is not None,
+    )  # fmt: skip
     step = plan(call, handler)
     if step.reason is not None:
         _note(module, step)
@@ -149,21 +158,22 @@ def attention(
     if step.route in (Route.GATED, Route.KEPT):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         run = handler if step.route is Route.GATED else keep_every_tile
-        scoring = {k: v for k, v in (("window", window), ("softcap", softcap), ("sinks", s_aux)) if v is not None}
+        named = {"window": window, "softcap": softcap, "sinks": s_aux, "groups": groups}
+        scoring = {name: each for name, each in named.items() if each is not None}
         out = run(query, key, value, scale=scale, causal=causal, spans=spans, **scoring)
     elif step.route is Route.LIBRARY:
         out = dense.library(query, key, value, scale=scale, causal=causal)
     else:
         out = dense.attention(
             query, key, value, scale=scale, causal=causal, spans=spans, window=window, softcap=softcap, sinks=s_aux,
-            mask=mask,
+            mask=mask, groups=groups,
         )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 
 def keep_every_tile(q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
     """Exact attention on our own kernel: the only one that knows where each sequence stands, and sinks and softcap."""
-    return block_sparse_attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring).out
+    return exact_attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring).out
 
 
 def _refuse(module: nn.Module, dropout: float, keywords: dict) -> None:
@@ -195,6 +205,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _never_judged(module: nn.Module) -> bool:
+    """Whether no handler is on `module`, and a call of it was noted for that already."""
+    state = vars(module)
+    return "bsfa_handlers" not in state and NO_THRESHOLDS in state.get("bsfa_notes", ())
 
 
 def _note(module: nn.Module, step: Step) -> None:
@@ -242,8 +258,11 @@ class Attachment:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.hooks: list = []  # of what handlers need to know of a forward pass, see visual_tokens.py
 
     def detach(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
         _take_off(self.model, lambda attachment: attachment is self)
 
     def __enter__(self) -> Attachment:
@@ -269,6 +288,9 @@ def attach(model: nn.Module, handlers: Mapping[str, Handler]) -> Attachment:
         if implementation != NAME:
             raise ValueError(f"module {path!r} runs attn_implementation={implementation!r}, not 'bsfa'")
     attachment = Attachment(model)
+    visual = {id(each): each for handler in handlers.values() if (each := getattr(handler, "visual", None)) is not None}
+    for each in visual.values():
+        attachment.hooks += each.watch(model)
     for path, handler in handlers.items():
         # A new list each time: forward passes that run meanwhile keep theirs.
         vars(modules[path])["bsfa_handlers"] = [*vars(modules[path]).get("bsfa_handlers", ()), (attachment, handler)]
@@ -329,7 +351,10 @@ def remove(model: nn.Module) -> None:
     """Take every handler off `model`, whoever put it there, and give it back the attention implementation that it had
     before `apply` chose one. What was never applied may be removed.
     """
-    _take_off(unwrapped(model), lambda attachment: True)
+    model = unwrapped(model)
+    for attachment in {entry[0] for module in model.modules() for entry in vars(module).get("bsfa_handlers", ())}:
+        attachment.detach()
+    _take_off(model, lambda attachment: True)
 
 
 def _take_off(model: nn.Module, wanted) -> None:
