@@ -109,7 +109,7 @@ def hopper(
     """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither, and
     `scoring` a w (window), a c (softcap), an s (attention sinks).
     """
-    from bsfa_kernels import hopper, hopper_kernel
+    from bsfa_kernels import hopper, hopper_kernel, hopper_stream
 
     shape = hopper.shape_of(
         SimpleNamespace(scores="int8" if int8 else "exact", v=torch.empty(1, 1, 1, head_dim, device="meta"))
@@ -123,8 +123,8 @@ def hopper(
 
     rounded = torch.int8 if int8 else dtype
     signature = RUNTIME | dict(
-        q_desc=descriptor(hopper_kernel.ROWS, rounded), k_desc=descriptor(hopper_kernel.KEYS, rounded),
-        v_desc=descriptor(hopper_kernel.KEYS, dtype), out_ptr=f"*{NAMES[dtype]}",
+        q_desc=descriptor(hopper_stream.ROWS, rounded), k_desc=descriptor(hopper_stream.KEYS, rounded),
+        v_desc=descriptor(hopper_stream.KEYS, dtype), out_ptr=f"*{NAMES[dtype]}",
     )  # fmt: skip
     options = dict(num_warps=4, maxnreg=shape.registers)
     return compile_kernel(hopper_kernel.forward, signature, dict(VARIANT=variant), 90, folder, **options)

@@ -7,7 +7,7 @@ import re
 import pytest
 import sass
 import torch
-from bsfa_kernels import hopper, hopper_kernel
+from bsfa_kernels import hopper, hopper_pipeline
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KB = 1024
@@ -91,7 +91,7 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, t
 
 def triton_barriers(code) -> set[int]:
     """Hardware barriers in the machine code by number, but for the kernel's own."""
-    own = range(hopper_kernel.RETURNED.value, 16)
+    own = range(hopper_pipeline.RETURNED.value, 16)
     return {int(number, 16) for number in re.findall(r"BAR\.\S+ (0x[0-9a-f]+)", code.sass)}.difference(own)
 
 

@@ -4,7 +4,7 @@ One program computes 192 query rows of one head, or 128 where the head dim is ov
 each deciding for its own 64 x 128 tiles, and one producer warp that streams K and V tiles through shared memory by TMA.
 The consumers share one stream and run out of step, so that one's softmax hides behind another's products. V is always
 streamed: fetching it after the vote would expose its latency (measured: 10-20 % slower at every skip rate). The kernel
-is in hopper_kernel.py, what each choice was worth in kernels/NOTES.md.
+is in hopper_kernel.py, hopper_pipeline.py and hopper_stream.py, what each choice was worth in kernels/NOTES.md.
 
 With block lists a program's stream is their union (schedule.py), and a consumer lets pass what it has not listed; a
 section's programs start in the order of their streams' lengths, longest first.
@@ -22,7 +22,8 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_kernel import KEYS, ROWS, Variant, forward
+from .hopper_kernel import forward
+from .hopper_stream import KEYS, ROWS, Variant
 from .int8 import prepare
 from .launch import aligned, device_guard
 from .portable import MAX_GRID_Y

@@ -1,176 +1,38 @@
 """The hopper backend's kernel in Gluon, for sm_90a: consumer warpgroups that decide, one producer warp that streams.
 
-A program computes 64 query rows of one head for each of its consumers. The producer brings Q and then, for every key
-tile of the program's stream, K and V by TMA, in slabs of 64 or 128 columns, as many as the head dim needs. What each
-choice was worth is in NOTES.md.
-
-The stream of a program with consumers 0, 1, 2, whose diagonal tiles (D) differ, sink S, causal, from left to right:
-
-    position    0    1    2    3    4    5   ...
-    key tile    S    9    8    7    6    5   ...       S is tile 0; the newest follows, then right to left
-    consumer 2  F    D    c    c    c    c             F, D: kept whatever the gates say
-    consumer 1  F    -    D    c    c    c             -: behind the consumer's rows, masked as a whole
-    consumer 0  F    -    D    c    c    c             c: candidates, which the gates decide about
-
-Not causal: the diagonal tiles of all consumers, then S, then everything else right to left, where a consumer's own
-diagonal tile comes by again and is let pass. With block lists (schedule.py) an entry says who wants the tile and why.
-
-Barriers, for each of K's and V's slots, i the number of its slab in the stream:
-
-    producer                                          consumer
-    returned: all consumers arrived for i - stages    wait full(i), products read the slab
-    expect bytes on full(i), start TMA       ------>  returned(i): arrive, when its own products are done
-
-`full` are mbarriers in shared memory; `returned` are hardware barriers, one arrival a warp, because Triton puts two
-barriers of a whole warpgroup around an mbarrier's arrive. A consumer lets a slab pass only after it has landed, so no
-slot is written twice at a time. A vote is one more hardware barrier, which hands every warp the OR of all threads.
+A program computes 64 query rows of one head for each of its consumers. What it works on is in hopper_stream.py, how the
+warps work together in hopper_pipeline.py; here is what a consumer does with a tile: scores, vote, softmax, product.
+What each choice was worth is in NOTES.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .hopper_pipeline import (
+    allocate_buffers,
+    anyone,
+    declare_vote,
+    give_back_tile,
+    producer,
+    slot_of,
+    wait_for,
 )
+from .hopper_stream import KEYS, ROWS, Call, entry_after, find_positions, find_work, held_whole, stream_tile
 
-from .request import UNBOUNDED
-
-# Triton 3.9 renamed it.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-ROWS = gl.constexpr(64)
-KEYS = gl.constexpr(128)
 LOG2E = gl.constexpr(1.4426950408889634)
 UNCOUNTED = gl.constexpr(-(2**30))  # below any number of tiles
 PROPAGATE_NAN = gl.constexpr(triton.language.PropagateNan.ALL)
-UNBOUNDED_POSITION = gl.constexpr(UNBOUNDED)
-# Of the 16 hardware barriers Triton takes the first four.
-RETURNED = gl.constexpr(4)  # and as many as K and V have slots
-VOTES = gl.constexpr(13)  # and one for each consumer
 # An integer below 2^22 added to this float's bits is the float plus the integer.
 MAGIC = gl.constexpr(0x4B400000)
 MAGIC_FLOAT = gl.constexpr(12582912.0)
 MASKED_INTEGER = gl.constexpr(0xFF800000 - 2**32 - 0x4B400000)  # becomes -inf
 SMALLEST = gl.constexpr(1e-37)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a program is compiled for."""
-
-    section: int  # query heads that run at one time
-    heads: int
-    group: int  # query heads of a KV head
-    head_dim: int
-    columns: int  # of a slab
-    slabs: int  # of a tile
-    parts: int  # of a tile's keys, each of whose products starts before the next one's exponentials
-    consumers: int
-    k_stages: int  # slabs of K and of V in flight
-    v_stages: int
-    causal: bool
-    keep_sink: bool
-    absolute: bool
-    gap: bool
-    spans: bool
-    lists: bool
-    windowed: bool
-    capped: bool
-    sinks: bool
-    int8: bool  # Q and K
-    shifted: bool  # int8 scores lack a number that is the same for a whole row, and it is seen
-
-    @property
-    def width(self) -> int:
-        """Columns of the output that fit a slab of Q."""
-        return self.columns // 2 if self.int8 else self.columns
-
-
-class Call(NamedTuple):
-    """Pointers and numbers of a launch."""
-
-    out: object  # [B, Hq, Tq, D]
-    lse: object  # float32 [B, Hq, Tq]
-    kept: object  # int32 [B, Hq, query tiles]
-    candidates: object
-    absolute: object  # float32 [Hq, absolute_tiles]
-    gap: object
-    sinks: object  # float32 [Hq]
-    q_scale: object  # float32 [B, Hq, Tq]
-    q_shift: object
-    k_scale: object  # float32 [B, Hkv, k_scales]
-    scale: object
-    softcap: object
-    window: object
-    q_rows: object
-    tiles: object
-    absolute_tiles: object
-    gap_tiles: object
-    k_scales: object
-
-
-class Buffers(NamedTuple):
-    """Shared memory: slabs, and the mbarriers that say when they have landed."""
-
-    q: object
-    k: object
-    v: object
-    q_full: object
-    k_full: object
-    v_full: object
-
-
-class Span(NamedTuple):
-    """Positions of a sequence; see reference.Span."""
-
-    q_first: object
-    k_offset: object
-    length: object
-    q_length: object
-
-
-class Stream(NamedTuple):
-    """Key tiles that a program's consumers share."""
-
-    entries: object  # int32, where there are block lists
-    length: object
-    diagonals: object  # not causal: tiles in front that some consumer has its diagonal in
-    sink: object  # 1 where it has a place of its own
-    end_diagonal: object
-    end_tiles: object
-
-
-class Place(NamedTuple):
-    """A program's place in the call."""
-
-    batch: object
-    head: object
-    kv_head: object
-    plane: object  # sequence and head in one
-    tile: object  # in the call's arrays of query tiles
-    first: object  # the same query tile, counted from the sequence's position 0
-
-
-class Positions(NamedTuple):
-    """Where a consumer's tiles are in the stream; `own` and `own_first` are key tiles, the others positions."""
-
-    own: object  # its diagonal tile
-    own_first: object  # the first tile in its window
-    own_at: object
-    sink_at: object
-    first_candidate: object
-    end_candidate: object
-    again: object  # not causal: its diagonal tile comes by a second time
-    edge_at: object  # from here on tiles reach over the window's left edge
 
 
 class Row(NamedTuple):
@@ -181,114 +43,9 @@ class Row(NamedTuple):
 
 
 @gluon.jit
-def run_ptx(PTX: gl.constexpr, x):
-    """One instruction in every thread, with x as operand 1."""
-    ASM: gl.constexpr = PTX + "; mov.b32 $0, $1;"
-    return gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def give_back(slot, VARIANT: gl.constexpr):
-    """This warp is done with a slot; slots are counted through K's and then V's."""
-    PTX: gl.constexpr = "bar.arrive $1, " + threads(VARIANT)
-    run_ptx(PTX, RETURNED + slot)
-
-
-@gluon.jit
-def wait_returned(slot, VARIANT: gl.constexpr):
-    PTX: gl.constexpr = "bar.sync $1, " + threads(VARIANT)
-    run_ptx(PTX, RETURNED + slot)
-
-
-@gluon.constexpr_function
-def threads(variant) -> str:
-    """That meet where a slot is returned."""
-    return str(variant.consumers * 128 + 32)
-
-
-@gluon.jit
-def stream_tile(i, stream, VARIANT: gl.constexpr):
-    """Key tile at position i of a program's stream."""
-    if VARIANT.causal:
-        return gl.where((i == 0) & (stream.sink == 1), 0, stream.end_tiles - 1 - i + stream.sink)
-    else:
-        rest = i - stream.diagonals - stream.sink
-        return gl.where(
-            i < stream.diagonals, stream.end_diagonal - 1 - i, gl.where(rest < 0, 0, stream.end_tiles - 1 - rest)
-        )
-
-
-@gluon.jit
-def entry_after(entries_ptr, i, length):
-    """The entry behind the i-th, if there is one: read one ahead, so that nothing waits for its own."""
-    return gl.load(entries_ptr + gl.minimum(i + 1, length - 1))
-
-
-@gluon.jit
-def fetch(desc, batch, head, row, column, full, buffer):
-    mbarrier.expect(full, desc.block_type.nbytes)
-    tma_load(desc, [batch, head, row, column], full, buffer)
-
-
-@gluon.jit
-def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.constexpr):
-    CONSUMERS: gl.constexpr = VARIANT.consumers
-    SLABS: gl.constexpr = VARIANT.slabs
-    if stream.length > 0:
-        mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
-        for w in gl.static_range(CONSUMERS):
-            for c in gl.static_range(SLABS):
-                row = place.first * ROWS - span.q_first + w * ROWS
-                at = [place.batch, place.head, row, c * VARIANT.columns]
-                tma_load(q_desc, at, buffers.q_full, buffers.q.index(w * VARIANT.slabs + c))
-    if VARIANT.lists:
-        following = gl.load(stream.entries)
-    for i in range(stream.length):
-        if VARIANT.lists:
-            tile = following >> 2 * VARIANT.consumers
-            following = entry_after(stream.entries, i, stream.length)
-        else:
-            tile = stream_tile(i, stream, VARIANT)
-        row = tile * KEYS - span.k_offset
-        for c in gl.static_range(SLABS):
-            slab = i * VARIANT.slabs + c
-            slot = slab % VARIANT.k_stages
-            if slab >= VARIANT.k_stages:
-                wait_returned(slot, VARIANT)
-            fetch(k_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
-                  buffers.k.index(slot))  # fmt: skip
-        for c in gl.static_range(SLABS):
-            slab = i * VARIANT.slabs + c
-            slot = slab % VARIANT.v_stages
-            if slab >= VARIANT.v_stages:
-                wait_returned(VARIANT.k_stages + slot, VARIANT)
-            fetch(v_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.v_full.index(slot),
-                  buffers.v.index(slot))  # fmt: skip
-    # A program ends with its barriers as it found them.
-    slabs = stream.length * VARIANT.slabs
-    for slab in range(gl.maximum(slabs - VARIANT.k_stages, 0), slabs):
-        wait_returned(slab % VARIANT.k_stages, VARIANT)
-    for slab in range(gl.maximum(slabs - VARIANT.v_stages, 0), slabs):
-        wait_returned(VARIANT.k_stages + slab % VARIANT.v_stages, VARIANT)
-
-
-@gluon.jit
-def either(a, b):
-    return a | b
-
-
-@gluon.jit
 def larger(a, b):
     """The larger number; NaN where one is NaN, so that no gate hides it."""
     return gl.maximum(a, b, propagate_nan=PROPAGATE_NAN)
-
-
-@gluon.jit
-def held_whole(query_tile, span, q_rows):
-    """Whether gates judge the query tile; see reference.Span.whole."""
-    first = query_tile * ROWS
-    end = gl.minimum(first + ROWS, span.q_length)
-    return (q_rows >= ROWS) & (span.q_first <= first) & (end <= span.q_first + q_rows)
 
 
 @gluon.constexpr_function
@@ -351,29 +108,6 @@ def in_parts(x, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def slot_of(i, c: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
-    """Slot and phase of slab c of the stream's i-th tile."""
-    slab = i * VARIANT.slabs + c
-    return slab % stages, slab // stages & 1
-
-
-@gluon.jit
-def wait_for(full, i, stages: gl.constexpr, VARIANT: gl.constexpr):
-    SLABS: gl.constexpr = VARIANT.slabs
-    for c in gl.static_range(SLABS):
-        slot, phase = slot_of(i, c, stages, VARIANT)
-        mbarrier.wait(full.index(slot), phase)
-
-
-@gluon.jit
-def give_back_tile(i, first: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
-    SLABS: gl.constexpr = VARIANT.slabs
-    for c in gl.static_range(SLABS):
-        slot, phase = slot_of(i, c, stages, VARIANT)
-        give_back(first + slot, VARIANT)
-
-
-@gluon.jit
 def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
     """Starts QK^T of a tile, unscaled."""
     SLABS: gl.constexpr = VARIANT.slabs
@@ -389,28 +123,6 @@ def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
         k = buffers.k.index(slot).reshape([KEYS, VARIANT.columns])
         s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
     return s
-
-
-@gluon.jit
-def anyone(flags, WG: gl.constexpr):
-    """Whether a flag [ROWS, 4] is set in some thread of the consumer: every thread votes for its own, one barrier asks.
-
-    A tensor's values cannot become a scalar without shuffles and shared memory; they do by way of a register that only
-    PTX knows (`declare_vote`).
-    """
-    own = gl.reduce(flags.reshape([4, 2, 8, 4]), 1, either)
-    gl.inline_asm_elementwise("mov.b32 bsfa_vote, $1; mov.b32 $0, $1;", "=r,r", [own], gl.int32, False, 1)
-    PTX: gl.constexpr = (
-        "{.reg .pred mine, all; setp.ne.b32 mine, bsfa_vote, 0; barrier.cta.red.or.pred all, $1, 128, mine; "
-        "selp.b32 $0, 1, 0, all;}"
-    )
-    return gl.inline_asm_elementwise(PTX, "=r,r,~{memory}", [gl.to_tensor(VOTES + WG)], gl.int32, False, 1) == 1
-
-
-@gluon.jit
-def declare_vote(x):
-    PTX: gl.constexpr = ".reg .b32 bsfa_vote; mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(PTX, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -495,39 +207,6 @@ def finished(acc, VARIANT: gl.constexpr):
         return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
     else:
         return warpgroup_mma_wait(0, deps=[acc[0], acc[1], acc[2]])
-
-
-@gluon.jit
-def find_positions(query_tile, alive, call, span, stream, VARIANT: gl.constexpr):
-    own = gl.minimum(query_tile * ROWS // KEYS, (span.length - 1) // KEYS)
-    own_first = own * 0
-    end_candidate = stream.length
-    edge_at = stream.length
-    if VARIANT.windowed:
-        own_first = gl.minimum(gl.maximum(query_tile * ROWS - call.window + 1, 0) // KEYS, own)
-        end_candidate = stream.end_tiles - own_first + stream.sink
-        last_edge = gl.maximum((query_tile + 1) * ROWS - 1 - call.window, 0) // KEYS
-        edge_at = stream.end_tiles - 1 + stream.sink - last_edge
-    if VARIANT.causal:
-        own_at = stream.end_tiles - 1 - own + stream.sink
-        sink_at = stream.sink - 1
-        if VARIANT.windowed:
-            sink_at = gl.where(own_first == 0, sink_at, -1)
-        first_candidate = own_at + 1
-        again = own * 0 - 1
-        if (stream.sink == 1) & (own == 0):
-            own_at = own * 0
-            first_candidate = stream.length
-    else:
-        own_at = stream.end_diagonal - 1 - own
-        sink_at = gl.where((stream.sink == 1) & (own > 0), stream.diagonals, -1)
-        first_candidate = stream.diagonals + stream.sink
-        again = stream.diagonals + stream.sink + stream.end_tiles - 1 - own
-    if not alive:
-        own_at = own * 0 - 1
-        sink_at = own * 0 - 1
-        first_candidate = stream.length
-    return Positions(own, own_first, own_at, sink_at, first_candidate, end_candidate, again, edge_at)
 
 
 @gluon.jit
@@ -710,82 +389,16 @@ def forward(
     VARIANT: gl.constexpr,
 ):  # fmt: skip
     declare_vote(tiles)
-    # Of every section, longest first.
-    CONSUMERS: gl.constexpr = VARIANT.consumers
-    blocks = gl.num_programs(1)
-    plane = gl.program_id(2) * VARIANT.section
-    if VARIANT.lists:
-        listed = (gl.program_id(2) * blocks + gl.program_id(1)) * VARIANT.section + gl.program_id(0)
-        work = gl.load(order_ptr + listed).to(gl.int32)  # in its section
-        plane += work // blocks
-        block = work % blocks
-        stream_row = plane * blocks + block
-        entries_ptr += stream_row.to(gl.int64) * room
-    else:
-        plane += gl.program_id(0)
-        block = blocks - 1 - gl.program_id(1)
-    tile = block * CONSUMERS
-    batch = plane // VARIANT.heads
-    head = plane % VARIANT.heads
-    if VARIANT.spans:
-        q_first = gl.load(spans_ptr + batch * 4)
-        k_offset = gl.load(spans_ptr + batch * 4 + 1)
-        length = gl.minimum(gl.load(spans_ptr + batch * 4 + 2), k_offset + k_rows)
-        q_length = gl.load(spans_ptr + batch * 4 + 3)
-    else:
-        q_first = q_offset
-        k_offset = gl.to_tensor(0)
-        length = k_rows
-        q_length = gl.to_tensor(UNBOUNDED_POSITION)
-    span = Span(q_first, k_offset, length, q_length)
-    first = gl.maximum(q_first, 0) // ROWS + tile
-    end_row = gl.minimum(q_length, q_first + q_rows)
-    last = (length - 1) // KEYS
-    first_diagonal = gl.minimum(first * ROWS // KEYS, last)
-    end_diagonal = gl.minimum((gl.minimum((first + CONSUMERS) * ROWS, end_row) - 1) // KEYS, last) + 1
-    end_tiles = end_diagonal
-    diagonals = gl.to_tensor(0)
-    if not VARIANT.causal:
-        end_tiles = last + 1
-        diagonals = end_diagonal - first_diagonal
-    first_tile = gl.to_tensor(0)
-    if VARIANT.windowed:
-        first_tile = gl.minimum(gl.maximum(first * ROWS - window + 1, 0) // KEYS, first_diagonal)
-    sink = gl.to_tensor(0)
-    if VARIANT.keep_sink:
-        sink = gl.where((end_tiles > 1) & (first_tile == 0), 1, 0)
-    in_stream = end_tiles - first_tile + diagonals
-    if (length <= 0) | (gl.maximum(first * ROWS, q_first) >= end_row):
-        in_stream = gl.to_tensor(0)
-    elif VARIANT.lists:
-        in_stream = gl.load(lengths_ptr + stream_row)
-
-    K_STAGES: gl.constexpr = VARIANT.k_stages
-    V_STAGES: gl.constexpr = VARIANT.v_stages
-    COLUMNS: gl.constexpr = VARIANT.columns
-    bars: gl.constexpr = mbarrier.MBarrierLayout()
-    buffers = Buffers(
-        gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * VARIANT.slabs, 1, 1, ROWS, COLUMNS], q_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [K_STAGES, 1, 1, KEYS, COLUMNS], k_desc.layout),
-        gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, KEYS, COLUMNS], v_desc.layout),
-        gl.allocate_shared_memory(gl.int64, [1], bars),
-        gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars),
-        gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars),
+    place, span, stream = find_work(
+        spans_ptr, entries_ptr, lengths_ptr, order_ptr, window, q_offset, q_rows, k_rows, room, VARIANT
     )
-    mbarrier.init(buffers.q_full, count=1)
-    for stage in gl.static_range(K_STAGES):
-        mbarrier.init(buffers.k_full.index(stage), count=1)
-    for stage in gl.static_range(V_STAGES):
-        mbarrier.init(buffers.v_full.index(stage), count=1)
-    fence_async_shared()
+    buffers = allocate_buffers(q_desc, k_desc, v_desc, VARIANT)
     call = Call(
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr,
         k_scale_ptr, scale, softcap, window, q_rows, tiles, absolute_tiles, gap_tiles, k_scales,
     )  # fmt: skip
-    place = Place(batch, head, head // VARIANT.group, plane, tile, first)
-    stream = Stream(entries_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)
     # Registers of the workers; the first consumer has what they leave.
-    if CONSUMERS == 3:
+    if VARIANT.consumers == 3:
         gl.warp_specialize(
             [
                 (consumer, (0, call, buffers, place, span, stream, VARIANT)),

@@ -1,0 +1,189 @@
+"""How the producer warp and the consumer warpgroups of the Hopper kernel hand over slabs of Q, K and V, and vote.
+
+The producer brings Q and then, for every key tile of the program's stream, K and V by TMA, in slabs of 64 or 128
+columns, as many as the head dim needs. Barriers, for each of K's and V's slots, i the number of a slab in the stream:
+
+    producer                                          consumer
+    returned: all consumers arrived for i - stages    wait full(i), products read the slab
+    expect bytes on full(i), start TMA       ------>  returned(i): arrive, when its own products are done
+
+`full` are mbarriers in shared memory; `returned` are hardware barriers, one arrival a warp, because Triton puts two
+barriers of a whole warpgroup around an mbarrier's arrive. A consumer lets a slab pass only after it has landed, so no
+slot is written twice at a time. A vote is one more hardware barrier, which hands every warp the OR of all threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .hopper_stream import KEYS, ROWS, entry_after, stream_tile
+
+# Triton 3.9 renamed it.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+# Of the 16 hardware barriers Triton takes the first four.
+RETURNED = gl.constexpr(4)  # and as many as K and V have slots
+VOTES = gl.constexpr(13)  # and one for each consumer
+
+
+class Buffers(NamedTuple):
+    """Shared memory: slabs, and the mbarriers that say when they have landed."""
+
+    q: object
+    k: object
+    v: object
+    q_full: object
+    k_full: object
+    v_full: object
+
+
+@gluon.jit
+def run_ptx(PTX: gl.constexpr, x):
+    """One instruction in every thread, with x as operand 1."""
+    ASM: gl.constexpr = PTX + "; mov.b32 $0, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,r,~{memory}", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def give_back(slot, VARIANT: gl.constexpr):
+    """This warp is done with a slot; slots are counted through K's and then V's."""
+    PTX: gl.constexpr = "bar.arrive $1, " + threads(VARIANT)
+    run_ptx(PTX, RETURNED + slot)
+
+
+@gluon.jit
+def wait_returned(slot, VARIANT: gl.constexpr):
+    PTX: gl.constexpr = "bar.sync $1, " + threads(VARIANT)
+    run_ptx(PTX, RETURNED + slot)
+
+
+@gluon.constexpr_function
+def threads(variant) -> str:
+    """That meet where a slot is returned."""
+    return str(variant.consumers * 128 + 32)
+
+
+@gluon.jit
+def slot_of(i, c: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
+    """Slot and phase of slab c of the stream's i-th tile."""
+    slab = i * VARIANT.slabs + c
+    return slab % stages, slab // stages & 1
+
+
+@gluon.jit
+def wait_for(full, i, stages: gl.constexpr, VARIANT: gl.constexpr):
+    SLABS: gl.constexpr = VARIANT.slabs
+    for c in gl.static_range(SLABS):
+        slot, phase = slot_of(i, c, stages, VARIANT)
+        mbarrier.wait(full.index(slot), phase)
+
+
+@gluon.jit
+def give_back_tile(i, first: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
+    SLABS: gl.constexpr = VARIANT.slabs
+    for c in gl.static_range(SLABS):
+        slot, phase = slot_of(i, c, stages, VARIANT)
+        give_back(first + slot, VARIANT)
+
+
+@gluon.jit
+def fetch(desc, batch, head, row, column, full, buffer):
+    mbarrier.expect(full, desc.block_type.nbytes)
+    tma_load(desc, [batch, head, row, column], full, buffer)
+
+
+@gluon.jit
+def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.constexpr):
+    CONSUMERS: gl.constexpr = VARIANT.consumers
+    SLABS: gl.constexpr = VARIANT.slabs
+    if stream.length > 0:
+        mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
+        for w in gl.static_range(CONSUMERS):
+            for c in gl.static_range(SLABS):
+                row = place.first * ROWS - span.q_first + w * ROWS
+                at = [place.batch, place.head, row, c * VARIANT.columns]
+                tma_load(q_desc, at, buffers.q_full, buffers.q.index(w * VARIANT.slabs + c))
+    if VARIANT.lists:
+        following = gl.load(stream.entries)
+    for i in range(stream.length):
+        if VARIANT.lists:
+            tile = following >> 2 * VARIANT.consumers
+            following = entry_after(stream.entries, i, stream.length)
+        else:
+            tile = stream_tile(i, stream, VARIANT)
+        row = tile * KEYS - span.k_offset
+        for c in gl.static_range(SLABS):
+            slab = i * VARIANT.slabs + c
+            slot = slab % VARIANT.k_stages
+            if slab >= VARIANT.k_stages:
+                wait_returned(slot, VARIANT)
+            fetch(k_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
+                  buffers.k.index(slot))  # fmt: skip
+        for c in gl.static_range(SLABS):
+            slab = i * VARIANT.slabs + c
+            slot = slab % VARIANT.v_stages
+            if slab >= VARIANT.v_stages:
+                wait_returned(VARIANT.k_stages + slot, VARIANT)
+            fetch(v_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.v_full.index(slot),
+                  buffers.v.index(slot))  # fmt: skip
+    # A program ends with its barriers as it found them.
+    slabs = stream.length * VARIANT.slabs
+    for slab in range(gl.maximum(slabs - VARIANT.k_stages, 0), slabs):
+        wait_returned(slab % VARIANT.k_stages, VARIANT)
+    for slab in range(gl.maximum(slabs - VARIANT.v_stages, 0), slabs):
+        wait_returned(VARIANT.k_stages + slab % VARIANT.v_stages, VARIANT)
+
+
+@gluon.jit
+def either(a, b):
+    return a | b
+
+
+@gluon.jit
+def anyone(flags, WG: gl.constexpr):
+    """Whether a flag [ROWS, 4] is set in some thread of the consumer: every thread votes for its own, one barrier asks.
+
+    A tensor's values cannot become a scalar without shuffles and shared memory; they do by way of a register that only
+    PTX knows (`declare_vote`).
+    """
+    own = gl.reduce(flags.reshape([4, 2, 8, 4]), 1, either)
+    gl.inline_asm_elementwise("mov.b32 bsfa_vote, $1; mov.b32 $0, $1;", "=r,r", [own], gl.int32, False, 1)
+    PTX: gl.constexpr = (
+        "{.reg .pred mine, all; setp.ne.b32 mine, bsfa_vote, 0; barrier.cta.red.or.pred all, $1, 128, mine; "
+        "selp.b32 $0, 1, 0, all;}"
+    )
+    return gl.inline_asm_elementwise(PTX, "=r,r,~{memory}", [gl.to_tensor(VOTES + WG)], gl.int32, False, 1) == 1
+
+
+@gluon.jit
+def declare_vote(x):
+    PTX: gl.constexpr = ".reg .b32 bsfa_vote; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(PTX, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def allocate_buffers(q_desc, k_desc, v_desc, VARIANT: gl.constexpr):
+    CONSUMERS: gl.constexpr = VARIANT.consumers
+    K_STAGES: gl.constexpr = VARIANT.k_stages
+    V_STAGES: gl.constexpr = VARIANT.v_stages
+    COLUMNS: gl.constexpr = VARIANT.columns
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    buffers = Buffers(
+        gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * VARIANT.slabs, 1, 1, ROWS, COLUMNS], q_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [K_STAGES, 1, 1, KEYS, COLUMNS], k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, KEYS, COLUMNS], v_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [1], bars),
+        gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars),
+    )
+    mbarrier.init(buffers.q_full, count=1)
+    for stage in gl.static_range(K_STAGES):
+        mbarrier.init(buffers.k_full.index(stage), count=1)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(buffers.v_full.index(stage), count=1)
+    fence_async_shared()
+    return buffers
