@@ -135,11 +135,16 @@ def by_row(unit, VARIANT: gl.constexpr):
 
 
 @gluon.jit
-def vote(largest, valid, maximum, unit, shift, absolute, gap, WG: gl.constexpr, VARIANT: gl.constexpr):
+def vote(largest, valid, maximum, unit, scale, shift, absolute, gap, WG: gl.constexpr, VARIANT: gl.constexpr):
     """Whether the tile passes its gates: each by one row at least. `largest` times `unit` is in log2 units."""
     passes = True
     if VARIANT.absolute:
-        natural = largest * by_row(unit / LOG2E, VARIANT)
+        if VARIANT.int8:
+            natural = largest * by_row(unit / LOG2E, VARIANT)
+        elif VARIANT.capped:
+            natural = largest
+        else:  # not by way of log2 units: a threshold may be a tile's very value
+            natural = largest * scale
         if VARIANT.shifted:
             natural += shift[:, None]
         passes = anyone(gl.where((natural < absolute) | ~valid[:, None], 0, 1), WG)
@@ -301,7 +306,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             if VARIANT.capped:
                 largest = cap_scores(largest, call.scale, call.softcap)
                 unit = LOG2E
-            passes = vote(largest, valid, row.maximum, unit, shift, absolute, gap, WG, VARIANT)
+            passes = vote(largest, valid, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT)
             wait_for(buffers.v_full, i, VARIANT.v_stages, VARIANT)
             passes = forced | (candidate & passes)
             if VARIANT.lists:
