@@ -59,13 +59,12 @@ def faults(said: str, dispatch: set[str]) -> list[str]:
 
 
 def dispatch_lines() -> set[str]:
-    """Where reports of Triton's own dispatch stand: {"hopper.py:321", ...}."""
-    from bsfa_kernels import hopper
+    """Where reports of Triton's own dispatch stand: {"hopper_kernel.py:321", ...}."""
+    from bsfa_kernels import hopper_kernel
 
-    lines = inspect.getsource(hopper).splitlines()
-    kernel = next(i for i, line in enumerate(lines) if line.startswith("def _forward("))
-    start = next(i for i, line in enumerate(lines) if line.strip() == "gl.warp_specialize(")
-    return {f"hopper.py:{i + 1}" for i in (kernel, start)}
+    lines = enumerate(inspect.getsource(hopper_kernel).splitlines(), 1)
+    found = {i for i, line in lines if line.startswith("def forward(") or line.strip() == "gl.warp_specialize("}
+    return {f"hopper_kernel.py:{i}" for i in found}
 
 
 def main(tool: str, backends) -> int:

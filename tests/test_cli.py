@@ -212,7 +212,7 @@ def test_file_then_environment_then_flags(run, seen, tmp_path, monkeypatch):
         ("BSFA_VERFY_MIN_TOP1", ("did you mean BSFA_VERIFY_MIN_TOP1?",)),
         ("BSFA_TRIAL_TOPK", ("did you mean BSFA_TRIAL_TOP_K?",)),
         ("BSFA_TRACEBAK", ("did you mean BSFA_TRACEBACK?",)),
-        ("BSFA_Q", ("BSFA_Q", "BSFA_<COMMAND>_<OPTION>")),
+        ("BSFA_WWWW", ("BSFA_WWWW", "BSFA_<COMMAND>_<OPTION>")),
     ],
 )
 def test_a_misspelt_variable_is_refused(run, one_sentence, seen, monkeypatch, name, words):
