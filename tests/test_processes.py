@@ -16,6 +16,8 @@ from bsfa_cli.calibration.claims import Claims
 from bsfa_cli.calibration.curves import ModuleCurves
 from bsfa_cli.calibration.store import Run
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the run that its tests share
+
 RUN_FILES = ("run.json", "fit.safetensors", "heldout.safetensors")
 SMALL = ["--samples", "5", "--length", "512", "--top-k", "1,2", "--device", "cpu"]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bsfa_cli")
