@@ -84,9 +84,39 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     bench = model.ModelBench(
         loaded, attention_modules(loaded.model), [methods.Dense(), Broken(SlidingWindow)], TILE, CPU
     )
-    cell = bench.cell(texts, 640, 0.001, 0, None)
+    cell = bench.cell(texts, 640, 0.001, 0)
     assert {row["method"] for row in cell["rows"]} == {"dense"} and cell["rows"][0]["accuracy"] is None
     assert {entry["reason"] for entry in cell["unavailable"]} == {"blocks do not fit"}
+
+
+def test_a_question_is_made_once_and_a_method_that_fails_at_one_is_left_out(loaded, texts):
+    asked, questions = [], asked_of(loaded, texts[0].tokens)
+
+    class Remembered:
+        """A question that says when its text is taken; who asks it anew each time pays for its making anew."""
+
+        def __init__(self, question):
+            self.question = question
+
+        def __getattr__(self, name):
+            if name == "text":
+                asked.append(self.question.text)
+            return getattr(self.question, name)
+
+    class Short(methods.Dense):
+        name = "short"
+
+        def choose(self, layer, q, *rest, **options):
+            if asked and q.shape[2] > 1:
+                raise ValueError("no questions; please")
+            return super().choose(layer, q, *rest, **options)
+
+    bench = model.ModelBench(loaded, attention_modules(loaded.model), [methods.Dense(), Short()], TILE, CPU)
+    cell = bench.cell(texts, 640, 0.001, 0, [Remembered(question) for question in questions])
+    assert {row["method"] for row in cell["rows"]} == {"dense"} and cell["rows"][0]["accuracy"]["mean"] == 1
+    assert {entry["name"]: entry["reason"] for entry in cell["unavailable"]} == {"short": "no questions"}
+    order = [text for i, text in enumerate(asked) if i == 0 or asked[i - 1] != text]
+    assert order == [question.text for question in questions]  # all contenders one after the other, no text twice
 
 
 def test_only_passes_that_have_begun_are_timed():

@@ -33,25 +33,6 @@ from .measure import ATTENTION, GROUPED, SELECTION, Entry
 from .methods import Method
 
 
-class Score:
-    """{task: whether each of suites.questions was answered right, 0 or 1} of the model with whatever handlers it has;
-    `step` is called after each answer.
-    """
-
-    def __init__(self, loaded: LoadedModel, questions: list):
-        self.questions, self._examiner = questions, Examiner(loaded.model, loaded.tokenizer)
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __call__(self, step: Callable[[], None]) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
-        for question in self.questions:
-            found.setdefault(question.task, []).append(float(self._examiner.ask(question).exact))
-            step()
-        return found
-
-
 @dataclass
 class _Run:
     """One contender: handlers, their stopwatch, and the entry of a method (None for a dense backend)."""
@@ -62,7 +43,7 @@ class _Run:
     entry: Entry | None = None
     library: Library | None = None
     reason: str | None = None
-    scored: dict | None = None
+    scored: dict | None = None  # {task: [right or not, 0 or 1, of each question]}
     predictions: Predictions | None = None
 
 
@@ -97,13 +78,13 @@ class ModelBench:
 
     @torch.inference_mode()
     def cell(
-        self, texts: Sequence, length: int, seconds: float, seed: int, score: Score | None, begin: Begin = unseen
+        self, texts: Sequence, length: int, seconds: float, seed: int, questions: Sequence = (), begin: Begin = unseen
     ) -> dict:
-        """Everything about one length, as JSON. `texts` as `Prompt.of` takes them."""
+        """Everything about one length, as JSON. `texts` as `Prompt.of` takes them, `questions` of bsfa_cli.suites."""
         head = Head(self.model)
         prompts = [Prompt.of(text, self.model) for text in texts]
-        work = {run.name: len(prompts) + len(score or ()) if run.entry else 1 for run in self.runs}
-        step = begin(len(prompts) + len(score or ()) + sum(work.values()), "losses and answers")
+        work = {run.name: len(prompts) if run.entry else 1 for run in self.runs}
+        step = begin(len(prompts) + sum(work.values()), "losses")
         exact = []
         called = []
 
@@ -111,51 +92,80 @@ class ModelBench:
             called.append(True)
             return dense.attention(q, k, v, **options)
 
-        with attach(self.model, dict.fromkeys(self.modules, attend_densely)):
+        densely = dict.fromkeys(self.modules, attend_densely)
+        with attach(self.model, densely):
             for each in prompts:
                 exact.append(head.hidden(each))
                 step()
             if not called:
                 raise InputError(f"methods cannot be compared on these prompts: {why_dense(self.model)}")
-            dense_score = score(step) if score else None
         for run in self.runs:
             done = []
 
             def one(done=done):
                 done.append(step())
 
-            run.reason = run.reason or self._judge(run, head, prompts, exact, score, one)
+            run.reason = run.reason or self._try(
+                run, lambda run=run, one=one: self._judge(run, head, prompts, exact, one)
+            )
             step(work[run.name] - len(done))
+        dense_score = self._ask(questions, densely, begin) if questions else None
         timings = self._time(prompts[0], seconds, seed, begin)
         gc.collect()
         return self._result(length, timings, dense_score)
 
-    def _judge(self, run: _Run, head: Head, prompts, exact, score, step) -> str | None:
-        """The losses of one contender, `step` called after each prefill and answer; the reason why it cannot run, or
-        None.
-        """
+    def _try(self, run: _Run, work: Callable[[], None]) -> str | None:
+        """Do `work` with a contender's handlers; the reason why that cannot be done, or None."""
         said = []
 
-        def work():
+        def attempt():
             try:
-                for handler in run.handlers.values() if run.entry else ():
-                    handler.quality = run.entry.quality
-                sparse = head.hidden(prompts[0])
-                for handler in run.handlers.values() if run.entry else ():
-                    handler.quality = None
-                if run.entry:
-                    run.predictions = Predictions()
-                    for i, each in enumerate(prompts):
-                        run.predictions.add(head, exact[i], sparse if i == 0 else head.hidden(each), each)
-                        step()
-                    run.scored = score(step) if score else None
+                work()
             except (BsfaError, ValueError) as error:
                 said.append(str(error).partition(";")[0])
                 raise
 
         with attach(self.model, run.handlers):
-            _, reason = first_call(work, self.device)
+            _, reason = first_call(attempt, self.device)
         return said[0] if said else reason
+
+    @staticmethod
+    def _judge(run: _Run, head: Head, prompts, exact, step) -> None:
+        """The losses of one contender, `step` called after each prefill."""
+        for handler in run.handlers.values() if run.entry else ():
+            handler.quality = run.entry.quality
+        sparse = head.hidden(prompts[0])
+        for handler in run.handlers.values() if run.entry else ():
+            handler.quality = None
+        if run.entry:
+            run.predictions = Predictions()
+            for i, each in enumerate(prompts):
+                run.predictions.add(head, exact[i], sparse if i == 0 else head.hidden(each), each)
+                step()
+
+    def _ask(self, questions: Sequence, densely: dict, begin: Begin) -> dict[str, list[float]]:
+        """The dense answers {task: [right or not]}; every method's go into its run. One question after the other, each
+        to all, so that what it takes to make one (two hundred frames are drawn) is not paid by each.
+        """
+        able = [run for run in self.runs if run.entry and run.reason is None]
+        step = begin(len(questions) * (1 + len(able)), "answers")
+        examiner = Examiner(self.model, self.loaded.tokenizer)
+        found: dict[str, list[float]] = {}
+        for run in able:
+            run.scored = {}
+
+        def ask(question, scored):
+            scored.setdefault(question.task, []).append(float(examiner.ask(question).exact))
+
+        for question in questions:
+            with attach(self.model, densely):
+                ask(question, found)
+            step()
+            for run in able:
+                if run.reason is None:
+                    run.reason = self._try(run, lambda run=run, question=question: ask(question, run.scored))
+                step()
+        return found
 
     def _time(self, prompt: Prompt, seconds: float, seed: int, begin: Begin) -> dict:
         """{name: Timing} of whole prefills; the stopwatches then hold the same passes."""

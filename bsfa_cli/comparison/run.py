@@ -72,13 +72,12 @@ def model_cell(
     """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any."""
     from ..calibration.run import chosen_modules
     from ..suites.run import mode
-    from .model import ModelBench, Score
+    from .model import ModelBench
 
     modules, passed_over = chosen_modules(loaded.model, None, plain=True)
     chosen, left_out = methods.chosen(names, calibration, True, settings)
     bench = ModelBench(loaded, modules, chosen, tile, device)
-    score, asked = (Score(loaded, questions), mode(questions[0])) if questions else (None, None)
-    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, score, begin)
+    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, questions, begin)
     label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
     place = asked_at(questions)
     if place is not None and place < 1:
@@ -88,7 +87,7 @@ def model_cell(
         "source": {"model": loaded.identity, "texts": [text.source for text in texts], "dense_modules": passed_over},
         "calibrated_on": None if calibration is None else calibration.source,
         "left_out": left_out,
-        "asked": asked,
+        "asked": mode(questions[0]) if questions else None,
         "asked_at": place,
     }
 

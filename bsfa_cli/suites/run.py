@@ -69,6 +69,7 @@ class Examiner:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self._head = Head(model)
+        self._asked: tuple[Question | None, Prompt | None] = None, None
 
     @torch.no_grad()
     def ask(self, question: Question) -> Score:
@@ -80,10 +81,18 @@ class Examiner:
 
     def _force(self, question: TokenQuestion) -> Score:
         batch = question.batch
-        hidden = self._head.hidden(Prompt.of(question, self.model))
+        hidden = self._head.hidden(self._prompt(question))
         logits = self._head.logits(hidden[batch.predicting])
         right = batch.right(logits.argmax(-1)[None].cpu())
         return Score(bool(right.all()), float(right.double().mean()))
+
+    def _prompt(self, question: TokenQuestion) -> Prompt:
+        """Kept until another question comes: contenders are asked the same in turn, and two hundred frames take as long
+        to reach a GPU as a small model to look at them.
+        """
+        if self._asked[0] is not question:
+            self._asked = question, Prompt.of(question, self.model)
+        return self._asked[1]
 
     def _weigh(self, question: LikelihoodQuestion) -> Score:
         totals = []
