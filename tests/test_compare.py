@@ -8,6 +8,7 @@ import pytest
 import torch
 from bsfa_kernels import TileShape, block_sparse_attention
 from bsfa_kernels.selection import METHODS, density, select
+from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
 
 from bsfa_cli.comparison import calibration, matching, measure, methods, quality, run, tensors
 from bsfa_cli.errors import InputError, UsageError
@@ -131,6 +132,17 @@ def test_thresholds_come_from_another_text_with_the_same_heads(source):
     assert 0.15 < 1 - kept / candidates < 0.45
     with pytest.raises(InputError, match="no thresholds for elsewhere"):
         fitted.gate("elsewhere", "target-skip", 0.3, 16, "cpu")
+
+
+def test_an_artifacts_points_for_a_skip_rate_are_bsfas_whatever_shared_them_out():
+    recipes = (("kl-skip", 0.2), ("mass-skip", 0.2), ("mass-skip", 0.5), ("target-skip", 0.7), ("kl-skip", 0.7))
+    points = tuple(Point(f"{recipe} {rate:g}", "gap", recipe, rate) for recipe, rate in recipes)
+    values = -torch.arange(1.0, 6)[:, None, None].expand(5, 2, 1)
+    identity = dict.fromkeys(MODEL_KEYS, "a")
+    stored = calibration.Exported(Thresholds(identity, TILE, True, (0,), points, {"layer": values}), "a file")
+    assert stored.skips == (0.7, 0.5, 0.2) and not stored.top_k
+    taken = [float(stored.gate("layer", "target-skip", rate, 1, CPU).gap[0, 0]) for rate in (0.2, 0.5, 0.7)]
+    assert taken == [-1, -3, -4]  # by KL before by mass, and what was asked for as "target-skip" before both
 
 
 def test_settings_replace_a_sweep_and_other_fields_are_in_the_name(source):

@@ -138,7 +138,7 @@ def table(loaded):
 
 
 def test_sharing_by_kl_costs_the_predictions_less(table):
-    by_mass, by_kl = fit.target_skip(table, 0.3), fit.kl_skip(table, 0.3)
+    by_mass, by_kl = fit.mass_skip(table, 0.3), fit.kl_skip(table, 0.3)
 
     def total(values, choice):
         return float(values.gather(-1, choice[..., None]).sum())
@@ -160,10 +160,23 @@ def test_from_calibrate_to_export(random_model, run, one_sentence, tmp_path):
     assert run(*arguments, "-o", tmp_path / "run", "--gradients").code == 0
     one_sentence(run(*arguments, "-o", tmp_path / "run"), 2, "another run", "gradients")
     out = tmp_path / "t.safetensors"
-    result = run("export", tmp_path / "run", "-o", out, "--kl-skip", 0.2, "--target-skip", 0.2, "--json")
+    result = run(
+        "export", tmp_path / "run", "-o", out, "--kl-skip", 0.2, "--target-skip", 0.2, "--mass-skip", 0.2, "--json"
+    )
     assert result.code == 0, result.err
     points = {point["name"]: point for point in json.loads(result.out)["points"]}
     assert "kl-skip-20 costs predictions about" in result.err and "on held-out samples; verify" in result.err
     assert points["kl-skip-20"]["recipe"] == "kl-skip" and points["kl-skip-20"]["fitted"]["skip"] >= 0.2
+    assert points["skip-20"]["recipe"] == "kl-skip" and points["mass-skip-20"]["recipe"] == "mass-skip"
+    stored = Thresholds.read(out)
+    for values in stored.tensors.values():
+        by_kl, shared, by_mass = (values[[point.name for point in stored.points].index(name)]
+                                  for name in ("kl-skip-20", "skip-20", "mass-skip-20"))  # fmt: skip
+        assert torch.equal(by_kl, shared) and not torch.equal(by_kl, by_mass)
     assert run(*arguments, "-o", tmp_path / "plain").code == 0
     one_sentence(run("export", tmp_path / "plain", "-o", out, "--kl-skip", 0.2), 2, "calibrate --gradients")
+    result = run("export", tmp_path / "plain", "-o", out, "--target-skip", 0.2, "--mass-skip", 0.2, "--json")
+    assert [point["recipe"] for point in json.loads(result.out)["points"]] == ["target-skip", "mass-skip"]
+    plain = Thresholds.read(out)
+    for path, values in plain.tensors.items():
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], stored.tensors[path][1])

@@ -53,7 +53,7 @@ def test_calibration_weighs_mass_by_effect(curves):
 
 def test_sharing_by_effect_moves_the_stream_less_and_drops_more_mass(curves):
     table = fit.Table.of(curves, "gap")
-    by_mass, by_effect = fit.target_skip(table, 0.3), fit.effect_skip(table, 0.3)
+    by_mass, by_effect = fit.mass_skip(table, 0.3), fit.effect_skip(table, 0.3)
 
     def total(values, choice):
         return float(values.gather(-1, choice[..., None]).sum())

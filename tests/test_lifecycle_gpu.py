@@ -129,9 +129,12 @@ def test_a_head_dim_without_a_fused_kernel_runs_the_librarys_attention(head_dim)
     )
 
 
-def test_a_wide_head_runs_the_librarys_attention_which_is_faster():
+def test_a_wide_head_is_judged_on_hopper_and_elsewhere_the_librarys_attention_is_faster():
     model, ids = applied(on("cuda", head_dim=256))
     sparse = run(model, ids)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert bsfa.skip_rate(model) > 0.05 and not bsfa.notes(model)
+        return
     bsfa.remove(model)
     assert torch.equal(sparse, run(model, ids))
     assert {(note.route, note.expected) for note in bsfa.notes(model)} == {("library", False)}

@@ -14,7 +14,6 @@ from bsfa_kernels import (
     backends,
     block_sparse_attention,
     explain,
-    hopper,
     make_spans,
     portable,
     tile_statistics,
@@ -218,21 +217,6 @@ def test_a_backend_without_int8_scores_never_takes_such_a_call(monkeypatch):
     assert backends.choose(request())[0] == "hopper"
     with pytest.raises(BackendUnavailable, match="backend 'hopper' cannot serve this call: it has no int8 scores"):
         backends.choose(request(scores="int8"), "hopper")
-
-
-def test_what_a_backend_serves_on_request_is_not_chosen(monkeypatch):
-    module = SimpleNamespace(unsupported=lambda request: None, on_request=lambda request: "not compared yet")
-    monkeypatch.setattr(
-        backends, "load", lambda name: module if name == "hopper" else SimpleNamespace(unsupported=module.unsupported)
-    )
-    chosen, _, passed_over = backends.choose(request())
-    assert chosen == "triton" and passed_over == {"hopper": "not compared yet"}
-    assert backends.choose(request(), "hopper")[0] == "hopper"
-
-
-def test_heads_that_no_gpu_test_has_compared_are_for_who_asks():
-    wide, narrow = (request(v=torch.empty(1, 1, 1, head_dim, device="meta")) for head_dim in (136, 128))
-    assert "head dim 136" in hopper.on_request(wide) and hopper.on_request(narrow) is None
 
 
 def test_a_demanded_backend_that_cannot_says_so():

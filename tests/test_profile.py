@@ -446,6 +446,6 @@ def test_a_shape_without_a_gpu_kernel_is_told_apart_from_a_slow_one():
 def test_a_gpu_prefill_times_every_backend():
     from bsfa_cli.timing.prefill import Prefill
 
-    entry = Prefill(None, None, None, torch.device("cuda"), "auto").time("tasks:all", 1800, 0, 0.1)
+    entry = Prefill(None, None, None, torch.device("cuda"), "auto").time("builtin:mixed", 1800, 0, 0.1)
     assert {"the backend PyTorch picks", "bsfa, nothing skipped"} <= {row["name"] for row in entry["contenders"]}
     assert all(row["ms_median"] > 0 for row in entry["contenders"])

@@ -188,3 +188,24 @@ def test_what_the_kernels_present_form_gained_is_what_was_measured_beside_the_ol
     )
     saved = sorted(1 - after[skip] / before[skip] for skip in before)
     assert f"took {saved[0] * 100:.0f} to {percent(saved[-1])} less time" in on_one_line("README.md")
+
+
+def test_what_is_said_of_sharing_by_kl_is_so():
+    page, reach = on_one_line("docs", "recipes.md"), {}
+    for length in ("8k", "32k"):
+        stored = json.loads((RESULTS / "real" / f"smollm2-{length}-by-kl.nvidia-h200.json").read_text())
+        for recipe, entry in stored["calibrations"]["mixed"].items():
+            for metric, skip in entry["furthest"].items():
+                reach[length, recipe, metric] = skip
+    kl, loss = "kl_over_floor", "perplexity_increase"
+
+    def at(metric: str, recipe: str) -> list[str]:
+        return [percent(reach[length, recipe, metric]) for length in ("8k", "32k")]
+
+    assert at(kl, "shared by KL, gap") == ["83 %", "83 %"] and "up to 83 % of the tiles at 8,192" in page
+    assert f"shared out by mass up to {' and '.join(at(kl, 'shared skip, gap'))}" in page
+    words = [" and ".join(at(loss, recipe)) for recipe in ("shared by KL, gap", "shared skip, gap")]
+    assert f"within 1 % of perplexity it skips {' against '.join(words)}" in page
+    for recipe in ("shared by KL, gap", "shared skip, gap"):
+        for metric in (kl, loss):
+            assert reach["8k", f"{recipe}, 2 layers dense", metric] < reach["8k", recipe, metric]

@@ -98,7 +98,14 @@ def _from_zero(cells: torch.Tensor) -> torch.Tensor:
 
 
 def target_skip(table: Table, rate: float) -> torch.Tensor:
-    """Choice [N, P] that drops `rate` of all candidate tiles, shared out so that the mass dropped is least."""
+    """Choice [N, P] that drops `rate` of all candidate tiles, shared out as costs least: by KL, in a run without
+    gradients by mass.
+    """
+    return mass_skip(table, rate) if table.kl is None else kl_skip(table, rate)
+
+
+def mass_skip(table: Table, rate: float) -> torch.Tensor:
+    """The same, shared out so that the mass dropped is least."""
     return _cheapest(table, rate, table.mass)
 
 

@@ -19,7 +19,7 @@ FITTED, HELD_OUT = "fitted", "held-out"
 AIMED = 1e-3  # how near to the rate asked for a search for it stops
 NEAR = 0.02  # of a rate asked for, from which on a point says nothing
 CHOICES = {
-    "target-skip": fit.target_skip, "effect-skip": fit.effect_skip, "kl-skip": fit.kl_skip,
+    "target-skip": fit.target_skip, "mass-skip": fit.mass_skip, "effect-skip": fit.effect_skip, "kl-skip": fit.kl_skip,
     "even-skip": fit.even_skip, "one-threshold": fit.one_threshold,
 }  # fmt: skip
 
@@ -28,10 +28,11 @@ CHOICES = {
 class Request:
     """One point: a recipe and what is asked of it.
 
-    "top-k" K; "max-dropped-mass" E; and for a skip rate R "target-skip" (shared out over heads so that the mass dropped
-    is least), "effect-skip" (so that the residual stream moves least), "kl-skip" (so that predictions change least),
-    "even-skip" (the same in every head) or "one-threshold" (for the whole model). `dense` layers keep every tile, or so
-    many, in which a dropped tile costs most; the others skip more for them.
+    "top-k" K; "max-dropped-mass" E; and for a skip rate R, shared out over heads and positions, "kl-skip" (so that
+    predictions change least; of a run with gradients), "mass-skip" (so that the softmax mass dropped is least),
+    "target-skip" (the first where the run can, else the second), "effect-skip" (so that the residual stream moves
+    least), "even-skip" (the same in every head) or "one-threshold" (for the whole model). `dense` layers keep every
+    tile, or so many, in which a dropped tile costs most; the others skip more for them.
     """
 
     recipe: str
@@ -75,15 +76,15 @@ class Report:
 
 
 def make_requests(
-    top_k: Sequence[int], target_skip: Sequence[float], effect_skip: Sequence[float], kl_skip: Sequence[float],
-    one_threshold: Sequence[float], max_dropped_mass: Sequence[float], gate: str,
+    top_k: Sequence[int], target_skip: Sequence[float], mass_skip: Sequence[float], effect_skip: Sequence[float],
+    kl_skip: Sequence[float], one_threshold: Sequence[float], max_dropped_mass: Sequence[float], gate: str,
     dense: frozenset[int] | int = frozenset(),
 ) -> list[Request]:  # fmt: skip
     """The points that were asked for. Raises UsageError for values that cannot be meant, or none at all."""
-    if not (top_k or target_skip or effect_skip or kl_skip or one_threshold or max_dropped_mass):
+    if not (top_k or target_skip or mass_skip or effect_skip or kl_skip or one_threshold or max_dropped_mass):
         raise UsageError(
-            "which operating points? give --top-k K, --target-skip R, --effect-skip R, --kl-skip R, --one-threshold R "
-            "or --max-dropped-mass E, repeatedly"
+            "which operating points? give --target-skip R, --kl-skip R, --mass-skip R, --effect-skip R, "
+            "--one-threshold R, --top-k K or --max-dropped-mass E, repeatedly"
         )
     if isinstance(dense, int) and (top_k or max_dropped_mass):
         raise UsageError("--keep-dense auto shares a skip rate out again; name layers for --top-k, --max-dropped-mass")
@@ -91,14 +92,15 @@ def make_requests(
         if k < 1:
             raise UsageError(f"--top-k must be at least 1, got {k}")
     for option, values in (
-        ("--target-skip", target_skip), ("--effect-skip", effect_skip), ("--kl-skip", kl_skip),
-        ("--one-threshold", one_threshold), ("--max-dropped-mass", max_dropped_mass),
+        ("--target-skip", target_skip), ("--mass-skip", mass_skip), ("--effect-skip", effect_skip),
+        ("--kl-skip", kl_skip), ("--one-threshold", one_threshold), ("--max-dropped-mass", max_dropped_mass),
     ):  # fmt: skip
         for value in values:
             if not 0 < value < 1:
                 raise UsageError(f"{option} must lie between 0 and 1, got {value:g}")
     requests = [Request("top-k", k, "absolute") for k in top_k]
     requests += [Request("target-skip", rate, gate) for rate in target_skip]
+    requests += [Request("mass-skip", rate, gate) for rate in mass_skip]
     requests += [Request("effect-skip", rate, gate) for rate in effect_skip]
     requests += [Request("kl-skip", rate, gate) for rate in kl_skip]
     requests += [Request("one-threshold", rate, gate) for rate in one_threshold]
@@ -138,6 +140,8 @@ def export(
     reports, rows, left_out = [], [], {}
     tables: dict[tuple[str, str], fit.Table] = {}
     for request in requests:
+        if request.recipe == "target-skip" and plan.gradients:
+            request = replace(request, recipe="kl-skip", label=request.name)  # what the artifact then says
         for role in ("fit", "heldout"):
             if curves[role] and (role, request.gate) not in tables:
                 tables[role, request.gate] = fit.Table.of(curves[role], request.gate, by_modality)

@@ -61,7 +61,8 @@ def calibrate(
         bool,
         Option(
             "--gradients",
-            help="Also run a backward pass over every sample, for `export --kl-skip`: takes several times as long.",
+            help="Also run a backward pass over every sample, by which `export` shares skipping out so that "
+            "predictions change least; takes several times as long.",
         ),
     ] = False,
     device: Device = "auto",

@@ -26,7 +26,14 @@ def export(
         list[int] | None, Option(help="The BSFA recipe: about K tiles a row; absolute gate. Repeatable.")
     ] = None,
     target_skip: Annotated[
-        list[float] | None, Option(help="Skip this share of tiles, where the least mass is lost. Repeatable.")
+        list[float] | None,
+        Option(
+            help="Skip this share of tiles, where it costs least: as --kl-skip for a run with --gradients, else as "
+            "--mass-skip. Repeatable."
+        ),
+    ] = None,
+    mass_skip: Annotated[
+        list[float] | None, Option(help="Skip this share where the least softmax mass is lost. Repeatable.")
     ] = None,
     effect_skip: Annotated[
         list[float] | None, Option(help="Skip this share where the residual stream moves least. Repeatable.")
@@ -152,7 +159,7 @@ def export(
     if model is not None and from_official is None and not searching:
         raise UsageError("--model belongs to --largest-skip-with and --from-official; a run knows its model")
     asked = tuple(
-        each or [] for each in (top_k, target_skip, effect_skip, kl_skip, one_threshold, max_dropped_mass)
+        each or [] for each in (top_k, target_skip, mass_skip, effect_skip, kl_skip, one_threshold, max_dropped_mass)
     )  # fmt: skip
     if to is not None or from_modelopt is not None:
         others = (from_official, data, image_root, scores, max_int8_error, keep_dense, by_modality or None)

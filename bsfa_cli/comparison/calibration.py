@@ -22,6 +22,7 @@ from ..calibration.curves import ModuleCurves, Plan
 from ..errors import InputError
 
 GATES = {"target-skip": "gap", "top-k": "absolute"}
+SHARED = ("mass-skip", "kl-skip", "target-skip")  # an artifact's recipes for a skip rate, the last one first
 SKIPS, SWEEP = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3, 0.2, 0.1, 0.05), 6  # the sparsest SWEEP that can be reached
 
 
@@ -88,7 +89,12 @@ class Exported:
 
     def __init__(self, thresholds: Thresholds, source: str):
         self.thresholds, self.source = thresholds, source
-        self.points = {(point.recipe, point.argument): point.name for point in thresholds.points}
+        ranked = sorted(
+            thresholds.points, key=lambda point: SHARED.index(point.recipe) if point.recipe in SHARED else -1
+        )
+        self.points = {
+            ("target-skip" if point.recipe in SHARED else point.recipe, point.argument): point.name for point in ranked
+        }
         self.skips = self._arguments("target-skip", sparse_first=-1)
         self.top_k = self._arguments("top-k", sparse_first=1)
         self._gates = cache(self._gate)
@@ -104,5 +110,5 @@ class Exported:
             raise InputError(f"{self.source}: {error}") from error
 
     def _arguments(self, recipe: str, sparse_first: int) -> tuple[float, ...]:
-        found = [point.argument for point in self.thresholds.points if point.recipe == recipe]
+        found = [argument for name, argument in self.points if name == recipe]
         return tuple(sorted(found, key=lambda argument: sparse_first * argument))

@@ -53,13 +53,13 @@ class Recipe(NamedTuple):
 RECIPES = {
     "top-k, absolute": Recipe("top-k", "absolute"),
     "even skip, absolute": Recipe("even-skip", "absolute"),
-    "shared skip, absolute": Recipe("target-skip", "absolute"),
+    "shared skip, absolute": Recipe("mass-skip", "absolute"),
     "shared by KL, absolute": Recipe("kl-skip", "absolute"),
     "one lambda, gap": Recipe("one-threshold", "gap"),
-    "shared skip, gap": Recipe("target-skip", "gap"),
+    "shared skip, gap": Recipe("mass-skip", "gap"),
     "shared by effect, gap": Recipe("effect-skip", "gap"),
     "shared by KL, gap": Recipe("kl-skip", "gap"),
-    "shared skip, gap, 2 layers dense": Recipe("target-skip", "gap", 2),
+    "shared skip, gap, 2 layers dense": Recipe("mass-skip", "gap", 2),
     "shared by KL, gap, 2 layers dense": Recipe("kl-skip", "gap", 2),
     "max dropped mass, gap": Recipe("max-dropped-mass", "gap"),
 }

@@ -3,8 +3,7 @@
 Fastest first: hopper (Gluon, sm_90), triton (any NVIDIA GPU, and Triton's interpreter), torch (blocked matmuls, any
 device), reference (the specification). A backend is a module with `unsupported(request) -> reason | None` and
 `attention(request) -> (out, lse, kept, candidates)` or `tile_statistics(request, lse)`, see api.TileStatistics; its
-`SCORES` are the request's `scores` that it knows, only "exact" where it has none; `on_request(request)`, where it has
-one, is why only who demands the backend gets it.
+`SCORES` are the request's `scores` that it knows, only "exact" where it has none.
 """
 
 from __future__ import annotations
@@ -48,11 +47,6 @@ def reason_against(module: str, request: Request) -> str | None:
     return loaded.unsupported(request)
 
 
-def reason_against_choice(module: str, request: Request) -> str | None:
-    """Why the backend in `module` does not serve `request` unless it is demanded, or None when it does."""
-    return reason_against(module, request) or getattr(load(module), "on_request", lambda request: None)(request)
-
-
 def fused(
     device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int, scores: str = "exact"
 ) -> tuple[str | None, str]:
@@ -69,7 +63,7 @@ def _fused(device, dtype, head_dim, tile, scores) -> tuple[str | None, str]:
     x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     request = Request(x, x, x, Gate(), 1.0, True, tile, True, 0, None, False, False, scores=scores)
     for name in FUSED:
-        reason = reason_against_choice(ATTENTION[name], request)
+        reason = reason_against(ATTENTION[name], request)
         if reason is None:
             return name, ""
     return None, reason
@@ -88,7 +82,7 @@ def choose(
     for name, module in table.items():
         if demanded not in ("auto", name):
             continue
-        reason = (reason_against_choice if demanded == "auto" else reason_against)(module, request)
+        reason = reason_against(module, request)
         if reason is None:
             return name, load(module), passed_over
         passed_over[name] = reason
