@@ -136,7 +136,7 @@ def test_thresholds_come_from_another_text_with_the_same_heads(source):
 
 def test_an_artifacts_points_for_a_skip_rate_are_bsfas_whatever_shared_them_out():
     recipes = (("kl-skip", 0.2), ("mass-skip", 0.2), ("mass-skip", 0.5), ("target-skip", 0.7), ("kl-skip", 0.7))
-    points = tuple(Point(f"{recipe} {rate:g}", "gap", recipe, rate) for recipe, rate in recipes)
+    points = tuple(Point(f"{recipe}-{rate:g}", "gap", recipe, rate) for recipe, rate in recipes)
     values = -torch.arange(1.0, 6)[:, None, None].expand(5, 2, 1)
     identity = dict.fromkeys(MODEL_KEYS, "a")
     stored = calibration.Exported(Thresholds(identity, TILE, True, (0,), points, {"layer": values}), "a file")
