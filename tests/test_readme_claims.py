@@ -179,17 +179,6 @@ def test_what_is_said_of_the_gap_gates_cost_is_so():
     assert f"took at most {percent(worst, 1)} more time than the absolute one" in on_one_line("docs", "results.md")
 
 
-def test_what_the_kernels_present_form_gained_is_what_was_measured_beside_the_old_one():
-    result = json.loads((RESULTS / "checks" / "hopper-parts.nvidia-h200.json").read_text())
-    (cell,) = (cell for cell in result["cells"] if (cell["head_dim"], cell["length"]) == (128, 32768))
-    before, after = (
-        {skip: statistics.median(samples) for skip, samples in cell["ms"][form].items()}
-        for form in ("as it was", "hardware barriers, two parts (kept at d=128)")
-    )
-    saved = sorted(1 - after[skip] / before[skip] for skip in before)
-    assert f"took {saved[0] * 100:.0f} to {percent(saved[-1])} less time" in on_one_line("README.md")
-
-
 def test_what_is_said_of_sharing_by_kl_is_so():
     page, reach = on_one_line("docs", "recipes.md"), {}
     for length in ("8k", "32k"):
@@ -209,3 +198,67 @@ def test_what_is_said_of_sharing_by_kl_is_so():
     for recipe in ("shared by KL, gap", "shared skip, gap"):
         for metric in (kl, loss):
             assert reach["8k", f"{recipe}, 2 layers dense", metric] < reach["8k", recipe, metric]
+
+
+def test_what_is_said_of_frames_in_the_readme_is_so():
+    page, (cell,) = on_one_line("README.md"), cells_of("methods-vision-32k.nvidia-h200.json").values()
+    rows = {(row["method"], row["setting"]): row for row in cell["rows"]}
+    assert cell["fastest_dense"] == "FlashAttention-3" and matching.questions(cell, matching.ACCURACY) == 400
+
+    def found(method: str, setting: float, digits: int = 0) -> str:
+        row = rows[method, setting]
+        return f"{percent(row['accuracy']['mean'], digits)} at {row['speedup']:.2f}x"
+
+    assert percent(cell["dense_accuracy"]["mean"]) == percent(rows["bsfa", 0.9]["accuracy"]["mean"]) == "99 %"
+    assert f"bsfa answers 99 % of them at {rows['bsfa', 0.9]['speedup']:.2f}x" in page
+    assert found("bsfa_int8", 0.8) == "99 % at 1.92x" and "at 1.92x with int8 scores" in page
+    assert f"pooled top-p {found('pooled_top_p', 0.98)}" in page
+    assert f"XAttention {found('xattention', 0.98, 1)}" in page
+    chosen = [row["accuracy"]["mean"] for row in cell["rows"] if row["method"] not in (
+        "dense", "bsfa", "bsfa_int8", "bsfa_top_k", "blasst", "xattention")]  # fmt: skip
+    assert max(chosen) == rows["pooled_top_p", 0.98]["accuracy"]["mean"]
+
+
+def test_what_is_said_of_int8_scores_is_so():
+    page = (ROOT / "docs" / "int8.md").read_text(encoding="utf-8")
+    stored = json.loads((RESULTS / "int8.nvidia-h200.json").read_text())
+    for cell in stored["cells"]:
+        assert cell["fastest_dense"] == "FlashAttention-3"
+        columns = []
+        for kind in ("bsfa, int8 scores", "bsfa"):
+            rows = [row for row in cell["contenders"] if row["kind"] == kind and row["skip_target"] is not None]
+            columns.append(" ".join(f"{row['speedup']:.2f}" for row in sorted(rows, key=lambda r: r["skip_target"])))
+        assert f"| {cell['length'] // 1024}k, d={cell['shape']['head_dim']} | {' | '.join(columns)} |" in page
+    wide = [cell for cell in stored["cells"] if cell["shape"]["head_dim"] == 128]
+    times = [{row["name"]: row["ms_median"] for row in cell["contenders"]} for cell in wide]
+    first, second, third = (f"{each['int8 preparation']:.3f}" for each in times)
+    assert f"takes {first}, {second} and {third} ms of that" in page
+    whole = [f"{each['bsfa int8, skipping compiled out']:.3g}" for each in times]
+    assert whole == ["0.803", "12.7", "192"] and "takes 0.80, 12.7 and 192 ms" in page
+    table: dict[str, list[str]] = {}
+    for length in ("8k", "32k"):
+        real = json.loads((RESULTS / "real" / f"smollm2-{length}-by-kl.nvidia-h200.json").read_text())
+        recipes, beside = real["calibrations"]["mixed"], real["unskipped"]
+        found = {"nothing skipped": (real["floor"], beside["int8 scores"])}
+        for asked in (50, 80):
+            by_name = [
+                next(p for p in recipes[f"shared by KL, gap{scores}"]["points"] if p["name"] == f"kl-skip-{asked}")
+                for scores in ("", ", int8 scores")
+            ]
+            found[f"{asked} % asked for"] = by_name
+        found["FlashAttention-3 in FP8, dense"] = (None, beside["FlashAttention-3 FP8"])
+        for row, pair in found.items():
+            table.setdefault(row, []).extend(
+                "" if each is None else f"{each['kl']:.4f}, {each['perplexity_increase'] * 100:+.2f} %" for each in pair
+            )
+    for row, values in table.items():
+        assert f"| {row} | {' | '.join(values)} |".replace("|  |", "| |") in page, (row, values)
+
+
+def test_what_is_said_of_paged_layers_is_so():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for cell in json.loads((RESULTS / "checks" / "paged.nvidia-h200.json").read_text())["cells"]:
+        ms = {row["name"]: row["ms_median"] for row in cell["contenders"]}
+        parts = f"{ms['gather']:.3f} | {ms['output copy']:.3f} | {ms['layer, no gate']:.2f} | {ms['layer']:.2f}"
+        beside = f"({cell['skip']:.0%} skipped) | {ms['fa3-fwd 0.0.3, paged']:.2f} |"
+        assert f"| {cell['rows']:,} of {cell['keys']:,} | {parts} {beside}" in page

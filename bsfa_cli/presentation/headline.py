@@ -1,57 +1,81 @@
-"""README.md's plot and its table: the figures that decide, from two stored results."""
+"""README.md's plot and its table: the figures that decide, from four stored results."""
 
 from __future__ import annotations
 
+from ..timing.plan import EXACT, INT8, OURS
+from .real_plot import ROUNDED
 from .real_table import at_skip, skip_at
 
-SPEED, QUALITY = "llama-3.1-8b.nvidia-h200.json", "smollm2-8k.nvidia-h200.json"
+SPEED, SPEED_INT8 = "llama-3.1-8b.nvidia-h200.json", "int8.nvidia-h200.json"
+QUALITY, QUALITY_PAPERS = "smollm2-8k-by-kl.nvidia-h200.json", "smollm2-8k.nvidia-h200.json"
+NEEDED = (SPEED, SPEED_INT8, QUALITY, QUALITY_PAPERS)
 LENGTHS = (32768, 131072)
 PLOT = f"profiles/results/real/{QUALITY.removesuffix('json')}svg"
-OURS, PAPERS, CALIBRATION = "shared skip, gap", "top-k, absolute", "mixed"
+RECIPE, PAPERS, CALIBRATION = "shared by KL, gap", "top-k, absolute", "mixed"
 LIMIT = 0.01  # change of perplexity at which recipes are compared
 
 
 def block(stored: dict[str, dict]) -> str | None:
-    """Markdown from {file name: stored result}; None where one of the two is missing.
+    """Markdown from {file name: stored result}; None where one of NEEDED is missing.
 
     Speed and quality meet at the same share of tiles skipped; quality is read between a recipe's own points.
     """
-    if SPEED not in stored or QUALITY not in stored:
+    if any(name not in stored for name in NEEDED):
         return None
-    speed, quality = stored[SPEED], stored[QUALITY]
-    cells = {cell["length"]: cell for cell in speed["cells"]}
-    recipes, floor = quality["calibrations"][CALIBRATION], quality["floor"]
-    points = recipes[OURS]["points"]
+    speed, rounded, quality, papers = (stored[name] for name in NEEDED)
+    recipes, floors = quality["calibrations"][CALIBRATION], {EXACT: quality["floor"]}
+    floors[INT8] = quality["unskipped"]["int8 scores"]
+    points = {EXACT: recipes[RECIPE]["points"], INT8: recipes[RECIPE + ROUNDED]["points"]}
+    (exact_cells, shape), (int8_cells, _) = _cells(speed), _cells(rounded)
     lines = [
         f"![What skipping costs a real model, by recipe]({PLOT})",
         "",
         "| tiles skipped | " + " | ".join(f"attention, {length // 1024}k tokens" for length in LENGTHS)
-        + " | change of perplexity | KL from dense |",
-        "| ---: |" + " ---: |" * (len(LENGTHS) + 2),
+        + " | with int8 scores: "
+        + " | ".join(f"{length // 1024}k" for length in LENGTHS)
+        + " | change of perplexity | KL from dense | KL, int8 scores |",
+        "| ---: |" + " ---: |" * (2 * len(LENGTHS) + 3),
     ]  # fmt: skip
-    first = cells[LENGTHS[0]]
-    for contender in first["contenders"]:
-        target = contender["skip_target"]
-        if target is None or contender["kind"] != "bsfa":
-            continue
-        found = [f"{_at(cells[length], target):.2f}x" for length in LENGTHS]
-        change, kl = ((floor[m] if target == 0 else at_skip(points, m, target)) for m in ("perplexity_increase", "kl"))
-        kept = ["-" if change is None else f"{change:+.2%}", "-" if kl is None else f"{kl:.4f}"]
-        lines.append(f"| {target:.0%} | " + " | ".join([*found, *kept]) + " |")
-    shape, reach = first["shape"], [
-        skip_at(recipes[recipe]["points"], "perplexity_increase", LIMIT) for recipe in (OURS, PAPERS)
-    ]  # fmt: skip
+    for target in sorted(_speedups(exact_cells[LENGTHS[0]], EXACT)):
+        found = [
+            f"{_speedups(cells[length], scores)[target]:.2f}x"
+            for cells, scores in ((exact_cells, EXACT), (int8_cells, INT8))
+            for length in LENGTHS
+        ]
+        for metric, scores, form in (
+            ("perplexity_increase", EXACT, "+.2%"), ("kl", EXACT, ".4f"), ("kl", INT8, ".4f"),
+        ):  # fmt: skip
+            value = floors[scores][metric] if target == 0 else at_skip(points[scores], metric, target)
+            found.append("-" if value is None else format(value, form))
+        lines.append(f"| {target:.0%} | " + " | ".join(found) + " |")
+    reach = [
+        skip_at(result["calibrations"][CALIBRATION][recipe]["points"], "perplexity_increase", LIMIT)
+        for result, recipe in ((quality, RECIPE), (papers, PAPERS))
+    ]
+    first = exact_cells[LENGTHS[0]]
+    fp8 = quality["unskipped"].get("FlashAttention-3 FP8")
     lines += [
         "",
         f"Speed: over {first['fastest_dense']}, the fastest dense kernel there, {shape['heads']}/{shape['kv_heads']} "
-        f"heads of {shape['head_dim']}, {first['dtype']}, {speed['environment']['gpu']}; skip rates imposed on "
-        f"synthetic data. Quality: {quality['model']['id']} ({quality['model']['architecture']}, "
-        f"{quality['model']['layers']} layers), {quality['length']:,} tokens of prose and code, at the same share of "
-        f"tiles skipped; the row of 0% is the noise floor: two kernels, nothing skipped. For {LIMIT:.0%} of perplexity "
-        f"bsfa's recipe skips {reach[0]:.0%} of the tiles, the paper's top-k {reach[1]:.0%}.",
+        f"heads of {shape['head_dim']}, {first['dtype']}, {speed['environment']['gpu']}; int8 scores in a run of their "
+        f"own, beside it too; skip rates imposed on synthetic data. Quality: {quality['model']['id']} "
+        f"({quality['model']['architecture']}, {quality['model']['layers']} layers), {quality['length']:,} tokens of "
+        f"prose and code, at the same share of tiles skipped; the row of 0% is the noise floor: two kernels, nothing "
+        f"skipped"
+        + (f" (FlashAttention-3 in FP8, dense: KL {fp8['kl']:.4f})" if fp8 else "")
+        + f". For {LIMIT:.0%} of perplexity bsfa's recipe skips {reach[0]:.0%} of the tiles, the paper's top-k "
+        f"{reach[1]:.0%}.",
     ]
     return "\n".join(lines)
 
 
-def _at(cell: dict, target: float) -> float:
-    return next(row["speedup"] for row in cell["contenders"] if row["kind"] == "bsfa" and row["skip_target"] == target)
+def _cells(result: dict) -> tuple[dict[int, dict], dict]:
+    """({length: cell} of a profile's first shape, that shape)."""
+    shape = result["cells"][0]["shape"]
+    return {cell["length"]: cell for cell in result["cells"] if cell["shape"] == shape}, shape
+
+
+def _speedups(cell: dict, scores: str) -> dict[float, float]:
+    """{skip rate asked for: speedup} of our kernel with these scores."""
+    rows = (row for row in cell["contenders"] if row["kind"] == OURS[scores])
+    return {row["skip_target"]: row["speedup"] for row in rows if row["skip_target"] is not None}
