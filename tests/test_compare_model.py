@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.integrations.transformers import attention_modules
 
-from bsfa_cli.comparison import methods, model
+from bsfa_cli.comparison import matching, methods, model
 from bsfa_cli.comparison import run as comparison
 from bsfa_cli.comparison.handlers import Stopwatch
 from bsfa_cli.data.questions import TextQuestion
@@ -116,7 +117,19 @@ def test_a_question_is_made_once_and_a_method_that_fails_at_one_is_left_out(load
     assert {row["method"] for row in cell["rows"]} == {"dense"} and cell["rows"][0]["accuracy"]["mean"] == 1
     assert {entry["name"]: entry["reason"] for entry in cell["unavailable"]} == {"short": "no questions"}
     order = [text for i, text in enumerate(asked) if i == 0 or asked[i - 1] != text]
+    assert "questions_left" not in cell
     assert order == [question.text for question in questions]  # all contenders one after the other, no text twice
+    asked.clear()
+    bench = model.ModelBench(loaded, attention_modules(loaded.model), [methods.Dense()], TILE, CPU)
+    cell = bench.cell(texts, 640, 0.001, 0, questions, minutes=1e-9)
+    assert cell["questions_left"] == len(questions) - 1 and matching.questions(cell, matching.ACCURACY) == 1
+
+
+def test_tasks_take_turns():
+    asked = [SimpleNamespace(task=task, number=i) for i, task in enumerate("aaabbc")]
+    assert [(each.task, each.number) for each in model.in_turns(asked)] == [
+        ("a", 0), ("b", 3), ("c", 5), ("a", 1), ("b", 4), ("a", 2)
+    ]  # fmt: skip
 
 
 def test_only_passes_that_have_begun_are_timed():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bsfa_cli.errors import UsageError
-from bsfa_cli.experiments import paged
+from bsfa_cli.experiments import end, paged
 
 SMALL = "--skip 0.5 --heads 4 --kv-heads 2 --head-dim 64 --seconds 0.001".split()
 
@@ -31,3 +31,12 @@ def test_cells_that_are_none_are_refused(monkeypatch, tmp_path, cells):
     monkeypatch.setattr(sys, "argv", ["paged", "--out", str(tmp_path / "o.json"), "--cells", cells])
     with pytest.raises(UsageError, match="QUERIES/KEYS"):
         paged.main()
+
+
+def test_an_interrupted_experiment_ends_in_a_sentence(capsys):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        end("paged", interrupted)
+    assert left.value.code == 130 and capsys.readouterr().err == "paged: interrupted\n"

@@ -51,6 +51,13 @@ def compare(
     ask_at: Annotated[
         float, Option(help="With --tasks: where the question stands, as a share of the length; bundled model only.")
     ] = 1.0,
+    minutes: Annotated[
+        float | None,
+        Option(
+            help="With --tasks: begin no question after so many minutes of asking, and take those asked by then. Tasks "
+            "take turns."
+        ),
+    ] = None,
     captured: Annotated[
         Path | None, Option(metavar="FILE", help="Compare on the layers in this file of bsfa capture.")
     ] = None,
@@ -91,6 +98,10 @@ def compare(
         raise UsageError("--tasks are asked of a model; name one")
     if tasks is None and ask_at != 1:
         raise UsageError("--ask-at belongs to --tasks")
+    if minutes is not None and tasks is None:
+        raise UsageError("--minutes belongs to --tasks")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UsageError(f"--minutes must be positive, got {minutes:g}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
     if tile not in ("64x128", "128x64"):
@@ -148,7 +159,7 @@ def compare(
 
         def cell(i: int, begin) -> dict:
             return bench.model_cell(
-                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin, settings
+                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin, settings, minutes
             )
 
     else:
@@ -170,7 +181,10 @@ def compare(
         with progress() as display:
             begin = beginner(display, "all tokens" if n is None else f"{n:,} tokens")
             result["cells"].append(cell(i, begin))
-        compare_table.show_cell(result["cells"][-1], details)
+        found = result["cells"][-1]
+        if found.get("questions_left"):
+            note(f"{n:,} tokens: {minutes:g} minutes were over with {found['questions_left']} questions left unasked")
+        compare_table.show_cell(found, details)
         if output:
             write_json(output, result)
     compare_table.show_break_even(result)

@@ -9,6 +9,8 @@ keep the device busy would else show how fast Python launches kernels.
 from __future__ import annotations
 
 import gc
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,9 +80,12 @@ class ModelBench:
 
     @torch.inference_mode()
     def cell(
-        self, texts: Sequence, length: int, seconds: float, seed: int, questions: Sequence = (), begin: Begin = unseen
-    ) -> dict:
-        """Everything about one length, as JSON. `texts` as `Prompt.of` takes them, `questions` of bsfa_cli.suites."""
+        self, texts: Sequence, length: int, seconds: float, seed: int, questions: Sequence = (), begin: Begin = unseen,
+        minutes: float | None = None,
+    ) -> dict:  # fmt: skip
+        """Everything about one length, as JSON. `texts` as `Prompt.of` takes them, `questions` of bsfa_cli.suites, of
+        which none is begun after `minutes`, but the first.
+        """
         head = Head(self.model)
         prompts = [Prompt.of(text, self.model) for text in texts]
         work = {run.name: len(prompts) if run.entry else 1 for run in self.runs}
@@ -109,10 +114,11 @@ class ModelBench:
                 run, lambda run=run, one=one: self._judge(run, head, prompts, exact, one)
             )
             step(work[run.name] - len(done))
-        dense_score = self._ask(questions, densely, begin) if questions else None
+        dense_score = self._ask(questions, densely, begin, minutes) if questions else None
         timings = self._time(prompts[0], seconds, seed, begin)
         gc.collect()
-        return self._result(length, timings, dense_score)
+        left = len(questions) - sum(map(len, (dense_score or {}).values()))
+        return self._result(length, timings, dense_score) | ({"questions_left": left} if left else {})
 
     def _try(self, run: _Run, work: Callable[[], None]) -> str | None:
         """Do `work` with a contender's handlers; the reason why that cannot be done, or None."""
@@ -143,10 +149,14 @@ class ModelBench:
                 run.predictions.add(head, exact[i], sparse if i == 0 else head.hidden(each), each)
                 step()
 
-    def _ask(self, questions: Sequence, densely: dict, begin: Begin) -> dict[str, list[float]]:
+    def _ask(
+        self, questions: Sequence, densely: dict, begin: Begin, minutes: float | None
+    ) -> dict[str, list[float]]:  # fmt: skip
         """The dense answers {task: [right or not]}; every method's go into its run. One question after the other, each
-        to all, so that what it takes to make one (two hundred frames are drawn) is not paid by each.
+        to all, so that what it takes to make one (two hundred frames are drawn) is not paid by each; tasks in turns,
+        so that all have had their share where time runs out.
         """
+        started = time.monotonic()
         able = [run for run in self.runs if run.entry and run.reason is None]
         step = begin(len(questions) * (1 + len(able)), "answers")
         examiner = Examiner(self.model, self.loaded.tokenizer)
@@ -157,7 +167,9 @@ class ModelBench:
         def ask(question, scored):
             scored.setdefault(question.task, []).append(float(examiner.ask(question).exact))
 
-        for question in questions:
+        for question in in_turns(questions):
+            if found and minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
             with attach(self.model, densely):
                 ask(question, found)
             step()
@@ -237,6 +249,16 @@ class ModelBench:
             "unavailable": unavailable,
             "rows": rows,
         }
+
+
+def in_turns(questions: Sequence) -> list:
+    """The first question of every task, then the second of every task, and so on."""
+    counts: Counter[str] = Counter()
+    turns = []
+    for question in questions:
+        turns.append(counts[question.task])
+        counts[question.task] += 1
+    return [question for _, question in sorted(zip(turns, questions, strict=True), key=lambda pair: pair[0])]
 
 
 def accuracy(scored: dict[str, list[float]] | None, dense: dict[str, list[float]] | None) -> dict | None:

@@ -67,9 +67,11 @@ def cell(
 def model_cell(
     loaded, calibration: Calibration | Exported | None, names: str, tile: TileShape, device: torch.device, texts: list,
     seconds: float, seed: int, questions: list, begin: Begin = unseen,
-    settings: methods.Settings = methods.DEFAULTS,
+    settings: methods.Settings = methods.DEFAULTS, minutes: float | None = None,
 ) -> dict:  # fmt: skip
-    """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any."""
+    """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any; no
+    question is begun after `minutes` of asking.
+    """
     from ..calibration.run import chosen_modules
     from ..suites.run import mode
     from .model import ModelBench
@@ -77,7 +79,7 @@ def model_cell(
     modules, passed_over = chosen_modules(loaded.model, None, plain=True)
     chosen, left_out = methods.chosen(names, calibration, True, settings)
     bench = ModelBench(loaded, modules, chosen, tile, device)
-    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, questions, begin)
+    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, questions, begin, minutes)
     label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
     place = asked_at(questions)
     if place is not None and place < 1:

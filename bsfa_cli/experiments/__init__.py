@@ -13,3 +13,6 @@ def end(name: str, main: Callable[[], int]) -> None:
     except BsfaError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
