@@ -1,0 +1,93 @@
+"""Compile what a server will meet before it meets it.
+
+    bsfa.apply(model, "thresholds.safetensors")
+    warmup(model, 131072)              # some seconds a length; {length: seconds}
+
+A kernel is compiled for what it is launched with: the module's heads and gate, padding or none, and on Hopper for how
+many KV heads of a sequence's keys fit into the L2 cache together, which changes with the length: of 8 KV heads of 128
+at 8k, 16k and 32k tokens. Each takes seconds. A call of more queries or another offset compiles nothing new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..tiles import TileShape
+from .modules import attention_modules
+from .transformers import active, named_modules
+from .visual_tokens import visual_ids
+
+FEWER = TileShape().rows // 2  # queries of a chunk that keeps every tile
+SHORTEST = 4 * TileShape().keys
+
+
+def lengths(model: nn.Module, longest: int) -> list[int]:
+    """One prompt length, up to `longest`, of each kind that compiles anew; the longest of its kind."""
+    found = {longest}
+    for kv_heads, head_dim, size in {
+        (module.kv_heads, module.head_dim, model.dtype.itemsize)
+        for module in attention_modules(model).values()
+        if not module.tower and module.dense_reason is None
+    }:
+        found |= {most for most in _limits(kv_heads, head_dim, size) if SHORTEST <= most < longest}
+    return sorted(found)
+
+
+def _limits(kv_heads: int, head_dim: int, size: int) -> set[int]:
+    """The most keys at which so many KV heads run together, for every number of them but one, which any keys do."""
+    from ..hopper import SECTION_BYTES
+
+    return {SECTION_BYTES // (2 * n * head_dim * size) for n in range(2, kv_heads + 1) if kv_heads % n == 0}
+
+
+@torch.inference_mode()
+def warmup(
+    model: nn.Module, longest: int, *, padded: bool = False, step: Callable[[int, float], None] = lambda *_: None
+) -> dict[int, float]:
+    """Prefill made-up prompts of every length that compiles anew, up to `longest` tokens, each in two chunks of which
+    the last is too short for a gate. {length: seconds it took}; `step(length, seconds)` is called after each.
+
+    `padded`: prompts with padding too, as batches of unequal prompts have. Vision towers, decode steps and what other
+    libraries compile are not warmed up. Counters of `apply(count=True)` start anew. Raises ValueError for a length
+    that the model has no positions for, or is shorter than four tiles.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest < SHORTEST or positions is not None and longest > positions:
+        raise ValueError(
+            f"prompts to warm up with have {SHORTEST} tokens or more"
+            + (f", and this model has {positions:,} positions" if positions is not None else "")
+            + f"; got {longest:,}"
+        )
+    token, taken = _plain_token(model), {}
+    for length in lengths(model, longest):
+        started = time.perf_counter()
+        ids = torch.full((1, length), token, device=model.device)
+        for padding in (0, 1) if padded else (0,):
+            mask = torch.ones_like(ids)
+            mask[:, :padding] = 0
+            cache = DynamicCache(config=model.config.get_text_config())
+            for end in (length - FEWER, length):
+                begin = cache.get_seq_length()
+                model.base_model(
+                    input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
+                )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        taken[length] = time.perf_counter() - started
+        step(length, taken[length])
+    for _, module in named_modules(model):
+        reset = getattr(active(module), "reset", None)
+        if reset is not None:
+            reset()
+    return taken
+
+
+def _plain_token(model: nn.Module) -> int:
+    """The id of a token that stands for itself: neither padding nor an image."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return next(token for token in range(1, 64) if token != padding and token not in visual_ids(model.config))
