@@ -72,15 +72,15 @@ def rendered(root: Path) -> dict[Path, str]:
 def setup(compared: list[dict]) -> str:
     """What was measured: length, questions, the fastest dense kernel, what the dense model answers, the files."""
     lines = [
-        "| tokens | questions a point | asked at | dense answers | fastest dense | its attention | TTFT with it | file |",
+        "| tokens | questions a point | asked at | dense answers | fastest dense | attention | TTFT with it | file |",
         "| ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     for name, result in zip(COMPARISONS, compared, strict=True):
         cell = result["cells"][0]
-        dense = cell["dense_accuracy"]
+        asked = matching.questions(cell, matching.ACCURACY)
         lines.append(
-            f"| {cell['length']:,} | {matching.questions(cell, matching.ACCURACY)} | {cell['asked_at']:.0%} of the text "
-            f"| {interval(dense)} | {cell['fastest_dense']} | {cell['fastest_dense_ms']:.2f} ms "
+            f"| {cell['length']:,} | {asked} | {cell['asked_at']:.0%} of the text "
+            f"| {interval(cell['dense_accuracy'])} | {cell['fastest_dense']} | {cell['fastest_dense_ms']:.2f} ms "
             f"| {cell['fastest_ttft_ms']:.2f} ms | [{name}](../profiles/results/{name}) |"
         )
     facts = compared[0]["environment"]
@@ -160,12 +160,14 @@ def settings(cell: dict) -> str:
     for row in cell["rows"]:
         name = METHODS.get(row["method"], ("bsfa's kernel, nothing skipped", ""))[0]
         against = row["accuracy"]["against_dense"]
-        lines.append(
-            f"| {name} | {setting(row)} | {row['density']:.3f} | {row['flop_density']:.3f} | {row['selection_ms']:.2f} "
-            f"| {row['attention_ms']:.2f} | {row['speedup']:.2f}x | {cell['fastest_dense_ms'] / row['attention_ms']:.2f}x "
-            f"| {row['ttft_ms']:.2f} | {cell['fastest_ttft_ms'] / row['ttft_ms']:.2f}x | {row['agreement']['top1']:.3f} "
-            f"| {interval(row['accuracy'])} | {against['lost']}, {against['gained']} |"
-        )
+        fields = [
+            name, setting(row), f"{row['density']:.3f}", f"{row['flop_density']:.3f}", f"{row['selection_ms']:.2f}",
+            f"{row['attention_ms']:.2f}", f"{row['speedup']:.2f}x",
+            f"{cell['fastest_dense_ms'] / row['attention_ms']:.2f}x", f"{row['ttft_ms']:.2f}",
+            f"{cell['fastest_ttft_ms'] / row['ttft_ms']:.2f}x", f"{row['agreement']['top1']:.3f}",
+            interval(row["accuracy"]), f"{against['lost']}, {against['gained']}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(fields)} |")
     return "\n".join([*lines, "", "</details>"])
 
 
