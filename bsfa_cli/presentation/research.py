@@ -83,9 +83,18 @@ def setup(compared: list[dict]) -> str:
             f"| {interval(cell['dense_accuracy'])} | {cell['fastest_dense']} | {cell['fastest_dense_ms']:.2f} ms "
             f"| {cell['fastest_ttft_ms']:.2f} ms | [{name}](../profiles/results/{name}) |"
         )
-    facts = compared[0]["environment"]
-    return "\n".join([*lines, "", f"{facts['gpu']}, {versions(facts)}; the second file: commit "
-                                  f"{compared[1]['environment']['commit'][:10]}."])  # fmt: skip
+    facts, second = (result["environment"] for result in compared)
+    timed = [
+        f"{result['cells'][0]['length']:,} tokens: "
+        + ", ".join(f"{row['name']} {row['ms_median']:.2f} ms" for row in result["cells"][0]["dense"])
+        for result in compared
+    ]
+    lines += [
+        "",
+        f"{facts['gpu']}, {versions(facts)}; the second file: commit {second['commit'][:10]}. Dense kernels timed: "
+        f"{'; '.join(timed)}.",
+    ]
+    return "\n".join(lines)
 
 
 def matched(cells: list[dict], title: str) -> str:

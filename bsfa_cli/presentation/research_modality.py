@@ -24,8 +24,8 @@ def block(result: dict, source: str) -> str:
     for run in result["runs"]:
         for point in run["points"]:
             tiles = _tiles(point)
-            cells = [tiles[query][key] for query, key in pairs]
-            shown = [f"{cell['skip']:.1%} ({cell['share']:.0%})" for cell in cells]
+            cells = [tiles.get(query, {}).get(key) for query, key in pairs]
+            shown = [f"{cell['skip']:.1%} ({cell['share']:.0%})" if cell else "-" for cell in cells]
             whole = point["shared"]["held_out"]["skip"]
             lines.append(f"| {run['length']:,} | {point['target']:.0%} | {whole:.1%} | " + " | ".join(shown) + " |")
     lines += [
