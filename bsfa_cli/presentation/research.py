@@ -83,17 +83,13 @@ def setup(compared: list[dict]) -> str:
             f"| {interval(cell['dense_accuracy'])} | {cell['fastest_dense']} | {cell['fastest_dense_ms']:.2f} ms "
             f"| {cell['fastest_ttft_ms']:.2f} ms | [{name}](../profiles/results/{name}) |"
         )
-    facts, second = (result["environment"] for result in compared)
+    machines = {f"{result['environment']['gpu']}, {versions(result['environment'])}": None for result in compared}
     timed = [
         f"{result['cells'][0]['length']:,} tokens: "
         + ", ".join(f"{row['name']} {row['ms_median']:.2f} ms" for row in result["cells"][0]["dense"])
         for result in compared
     ]
-    lines += [
-        "",
-        f"{facts['gpu']}, {versions(facts)}; the second file: commit {second['commit'][:10]}. Dense kernels timed: "
-        f"{'; '.join(timed)}.",
-    ]
+    lines += ["", f"{'; '.join(machines)}. Dense kernels timed: {'; '.join(timed)}."]
     return "\n".join(lines)
 
 

@@ -62,7 +62,8 @@ def _panel(panel, cell: dict, axis: str, words: str, methods: Mapping[str, tuple
     measured = matching.by_method(cell["rows"])
     for method in (method for method in methods if method in measured):
         (name, scores), rows = methods[method], measured[method]
-        points = sorted((cell["fastest_dense_ms"] / row[axis], row["accuracy"]["mean"], row) for row in rows)
+        points = [(cell["fastest_dense_ms"] / row[axis], row["accuracy"]["mean"], row) for row in rows]
+        points.sort(key=lambda point: point[:2])
         gains, shares = (figures.finite(point[i] for point in points) for i in range(2))
         colour = COLOURS[scores]
         lows, highs = zip(*((row["accuracy"]["low"], row["accuracy"]["high"]) for *_, row in points), strict=True)
