@@ -5,7 +5,7 @@
 # make vllm        a real vLLM on the CPU in a venv of its own, which make test uses
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
-# make readme      README.md's figures, docs/results.md and the plots, again from profiles/results/*.json
+# make readme      README.md's figures, tables in docs/ and the plots, again from profiles/results/*.json
 # make gpu-baselines  fetch fa3-fwd (NAMES="..." for others) for a GPU machine without network, into .baselines/
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
 # make gpu-test    every test that needs a GPU

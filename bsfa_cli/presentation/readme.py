@@ -1,5 +1,5 @@
-"""README.md's figures, the tables of docs/results.md and docs/vision-model.md and the plots beside the stored results,
-made from profiles/results.
+"""README.md's figures, the tables of docs/results.md, docs/vision-model.md and docs/research-question.md and the plots
+beside the stored results, made from profiles/results.
 
 python -m bsfa_cli.presentation.readme            # from the repository root; rewrites them all
 """
@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 from ..comparison import matching
-from ..errors import BsfaError, InputError
+from ..errors import BsfaError
 from ..files import read_result, write_whole
 from ..timing.compare import FORMATS
-from . import compare_readme, figures, headline, training_table
+from . import compare_readme, figures, headline, research, training_table
 from .dense_kernels import named, without_flash_attention_3
 from .loss_table import loss_table
+from .marked import filled, marks
 from .plot import speedup_plot
 from .profile_table import head_shape
 from .real_plot import real_plot
@@ -24,14 +25,14 @@ from .real_table import real_table
 from .recipes_plot import recipes_plot
 from .versions import versions
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+BEGIN, END = marks("results")
 FRAMES_LOG = "frames-llava.nvidia-h200.jsonl"  # of the bundled vision-language model's last training run
 NOTABLE = 0.02  # distance between skip rates asked for and reached from which the table says so
 NONE = "No stored results yet: `make gpu-bench` on a GPU machine writes them to `profiles/results/`."
 
 
 def rendered(root: Path) -> dict[Path, str]:
-    """{file: its content} for README.md, the two pages of docs and each plot, as they should be.
+    """{file: its content} for README.md, the pages of docs and each plot, as they should be.
 
     Raises InputError for a bad file, MachineError where plots cannot be drawn.
     """
@@ -58,18 +59,15 @@ def rendered(root: Path) -> dict[Path, str]:
     if log.exists():
         page = root / "docs" / "vision-model.md"
         files[page] = _filled(page, training_table.block(log, f"../profiles/results/training/{log.name}"))
+    files |= research.rendered(root)
     files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)
     files[root / "README.md"] = _filled(root / "README.md", headline.block(stored) or NONE)
     return files
 
 
 def _filled(path: Path, content: str) -> str:
-    """A page with `content` between its markers."""
-    page = path.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise InputError(f"{path.name} needs one line '{BEGIN}' and one line '{END}'")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.partition(END)[2]}"
+    """A page with `content` as its results."""
+    return filled(path.read_text(encoding="utf-8"), {"results": content}, path.name)
 
 
 def block(result: dict, source: str, plot: str) -> str:
