@@ -11,12 +11,18 @@ import torch
 from bsfa_kernels.integrations.visual_tokens import VisualTokens
 from bsfa_kernels.modality import IMAGE, MIXED, MODALITIES, TEXT, tile_modality
 from bsfa_kernels.thresholds import Thresholds
+from PIL import Image
 
 from bsfa_cli.calibration import points, run
 from bsfa_cli.calibration.store import Run
+from bsfa_cli.data.image_questions import ImagePlan
+from bsfa_cli.data.images import ImageData
+from bsfa_cli.data.multimodal.scoring import followed
 from bsfa_cli.data.prompts import load_prompts
+from bsfa_cli.errors import InputError
 from bsfa_cli.models.load import load_model
 from bsfa_cli.models.prompts import Prompt
+from bsfa_cli.suites.run import Examiner, Score
 
 LENGTH = 768
 SHAPES = "builtin:shapes"
@@ -301,3 +307,77 @@ def test_what_is_refused_in_one_sentence(checkpoints, run, tmp_path, one_sentenc
     )
     result = run("calibrate", broken, "-o", tmp_path / "b", "--device", "cpu", "--length", 256, "--samples", 1)
     assert result.code == 0  # of use for text
+
+
+@pytest.fixture
+def vqa(tmp_path):
+    """12 questions about 12 images, answers A to D."""
+    entries = []
+    for i in range(12):
+        Image.new("RGB", (28, 28), (20 * i, 90, 0)).save(tmp_path / f"{i}.png")
+        entries.append(
+            {"image": f"{i}.png", "question": f"Which {i}?", "question_id": i, "answer": ["ABCD"[i % 4]] * 2}
+        )
+    (tmp_path / "vqa.json").write_text(json.dumps(entries))
+    return tmp_path / "vqa.json"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+def test_a_benchmarks_own_questions_are_asked(family, checkpoints, calibrated, run, tmp_path, vqa):
+    artifact, _, _ = artifact_of(calibrated(family)[0])
+    artifact.write(tmp_path / "t.safetensors")
+    asked = ("verify", checkpoints(family), "--thresholds", tmp_path / "t.safetensors", "--tasks", vqa, "--image-root",
+             vqa.parent, "--questions", 3, "--device", "cpu", "--json")  # fmt: skip
+    result = run(*asked, "--length", 600)
+    assert result.code == 0, result.err
+    assert "3 questions of" in result.err and "by likelihood" in result.err
+    found = json.loads(result.out)
+    (point,) = found["points"]
+    assert point["by_task"]["vqa"]["questions"] == 3 and set(point["by_length"]) == {"600"} and point["skip"] > 0.05
+    alone = run(*asked)
+    assert alone.code == 0, alone.err
+    assert not json.loads(alone.out)["points"][0]["by_length"]  # of lengths of their own
+
+
+def test_questions_stand_behind_others_as_one_conversation(loaded, vqa):
+    plan = ImagePlan(ImageData.of(str(vqa), vqa.parent), 2, 900)
+    plan.check()
+    examiner = Examiner(loaded("llava").model, loaded("llava").tokenizer)
+    for question in plan.questions_for(loaded("llava").processor):
+        asked = question.asked()
+        longest = len(asked.prompt.tokens) + max(map(len, asked.continuations))
+        parts = [part.id for part in asked.prompt.parts]
+        assert 600 < longest <= 900 and len(set(parts)) == len(parts) == 4 and parts[-1] == question.sample.id
+        # What each candidate's likelihood is, from a forward pass of its own over the whole.
+        totals = []
+        for tokens in asked.continuations:
+            whole = followed(asked.prompt, tokens)
+            logits = loaded("llava").model(**Prompt.of(whole, loaded("llava").model).inputs).logits[0].detach()
+            log_p = logits[-len(tokens) - 1 : -1].log_softmax(-1)
+            totals.append(float(log_p.gather(1, torch.tensor(tokens)[:, None]).sum()))
+        chosen = question.weigh(totals, list(map(len, asked.continuations)))
+        assert examiner.ask(question) == Score(chosen.credit > 0.5, chosen.credit)
+    short = ImagePlan(plan.data, 1, 20)
+    with pytest.raises(InputError, match=r"vqa.json.*tokens, more than --length 20"):
+        next(short.questions_for(loaded("llava").processor)).asked()
+    (last,) = ImagePlan(plan.data, 1).questions_for(loaded("llava").processor, most=20)
+    with pytest.raises(InputError, match="past the model's 20 positions"):
+        last.asked()
+
+
+def test_questions_about_images_that_cannot_be_asked(checkpoints, run, tmp_path, vqa, one_sentence, calibrated,
+                                                      random_model):  # fmt: skip
+    artifact, _, _ = artifact_of(calibrated("llava")[0])
+    artifact.write(tmp_path / "t.safetensors")
+    asked = ("verify", checkpoints("llava"), "--thresholds", tmp_path / "t.safetensors", "--device", "cpu", "--tasks",
+             vqa, "--image-root", vqa.parent)  # fmt: skip
+    one_sentence(run(*asked, "--lengths", "400"), 2, "--lengths does not go with questions about images; give --length")
+    one_sentence(run(*asked, "--save-questions", tmp_path / "q.jsonl"), 2, "--save-questions does not go with")
+    one_sentence(run(*asked, "--data", vqa), 2, "--data and --tasks")
+    one_sentence(run(*asked, "--repeat-data"), 2, "--repeat-data packs texts")
+    one_sentence(run(*asked[:-1], tmp_path / "nothing"), 4, "nothing is no folder")
+    one_sentence(run(*asked, "--length", 10**7), 2, "--length 10000000 is past the model's")
+    vqa.write_text(json.dumps([{"image": "0.png", "question": "?", "question_id": 1, "answer": ["x"]}]))
+    one_sentence(run(*asked), 4, "holds no question with an answer and other candidates")
+    vqa.write_text("[]")
+    one_sentence(run(*asked), 4, "holds no record")

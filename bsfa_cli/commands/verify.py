@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Argument, Option
 
-from ..errors import GateFailed, UsageError
+from ..errors import GateFailed, InputError, UsageError
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
 
+    from ..data.image_questions import ImagePlan
     from ..models.load import LoadedModel
     from ..verification.gates import Gates
 
@@ -44,7 +45,8 @@ def verify(
         str | None,
         Option(
             help="Ask questions instead: all, frames, task names (single,multi-key,...), a RULER .jsonl file, or your "
-            "own, judged by likelihood: a line has question, choices and answer, or text and answer."
+            "own, judged by likelihood: a line has question, choices and answer, or text and answer. With --image-root "
+            "annotation files, as --data takes them, judged by likelihood too, behind others of --length tokens."
         ),
     ] = None,
     questions: Annotated[int, Option(min=1, help="With --tasks: questions for each task and length.")] = 20,
@@ -115,6 +117,7 @@ def verify(
     if tasks is None and not gates.judge_accuracy:
         gates = replace(gates, max_kl_over_floor=DEFAULT_KL)
     _check_options(tasks, gates, negative_control, lengths, heat_map, save_questions)
+    pictured = _pictured(tasks, data, image_root, frames, repeat_data, lengths, save_questions, questions, length, seed)
     if heat_map is not None:
         figures.check(heat_map)
 
@@ -126,7 +129,7 @@ def verify(
     if backend not in ("auto", *NAMES):
         raise UsageError(f"--backend must be auto or one of {', '.join(NAMES)}; got {backend!r}")
     if tasks is not None:
-        gates.check_questions(_count(tasks, lengths, questions))
+        gates.check_questions(len(pictured.drawn()) if pictured else _count(tasks, lengths, questions))
     artifact = Thresholds.read(thresholds)
     points = [each.name for each in artifact.points] if point is None else [point]
     artifact.index(points[0])
@@ -138,10 +141,12 @@ def verify(
     from ..verification import FORMAT, KIND
 
     device = resolve_device(device)
+    own = tasks is not None and (pictured is not None or _is_file(tasks))  # questions that have lengths of their own
     length = length or DEFAULT_LENGTH[device.type]
     sizes = (length,) if lengths is None else _lengths(lengths)
-    given = joined(data, image_root, frames, repeat_data)
-    _check_inputs(artifact, given, length, tasks, sizes, questions, save_questions)
+    given = None if pictured else joined(data, image_root, frames, repeat_data)
+    if pictured is None:
+        _check_inputs(artifact, given, length, tasks, sizes, questions, save_questions)
     for path in filter(None, (output, heat_map, save_questions)):
         check_writable(path)
 
@@ -149,9 +154,7 @@ def verify(
 
     longest, flag = max(sizes), "--length" if lengths is None else "--lengths"
     positions = partial(check_positions, length=longest, flag=flag)
-    # The questions of a file have lengths of their own.
-    of_file = {} if tasks is not None and _is_file(tasks) else {"check_config": positions}
-    loaded = load_model(model, device=device, dtype=dtype, **of_file)
+    loaded = load_model(model, device=device, dtype=dtype, **({} if own else {"check_config": positions}))
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
@@ -160,7 +163,7 @@ def verify(
     if tasks is None:
         found, failures = _texts(job, given, samples, length)
     else:
-        found, failures = _tasks(job, tasks, sizes, questions, heat_map, save_questions)
+        found, failures = _tasks(job, pictured or tasks, sizes, questions, heat_map, save_questions)
     dense = run.dense_notes(loaded.model)
     for reason in sorted({entry["reason"] for entry in dense}):
         count = sum(entry["reason"] == reason for entry in dense)
@@ -247,7 +250,7 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
 
 
 def _tasks(
-    job: _Job, spec: str, lengths: tuple[int, ...], count: int, heat_map: Path | None, save: Path | None
+    job: _Job, spec: str | ImagePlan, lengths: tuple[int, ...], count: int, heat_map: Path | None, save: Path | None
 ) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..console import note, progress
@@ -260,9 +263,15 @@ def _tasks(
     from ..verification import tasks
 
     loaded = job.loaded
-    asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
-    if _is_file(spec):
-        question_files.check_positions(Path(spec), asked, loaded)
+    if isinstance(spec, str):
+        asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
+        if _is_file(spec):
+            question_files.check_positions(Path(spec), asked, loaded)
+    else:
+        overlap = _overlap(job.artifact.provenance, spec.data, "")
+        if overlap:
+            note(overlap)
+        asked, spec = _about_images(loaded, spec), str(spec.data)
     how = mode(asked[0])
     note(f"{len(asked)} questions of {spec}, answers {how}")
     if save is not None:
@@ -316,6 +325,40 @@ def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, token
     if _is_file(spec):
         return question_files.read(Path(spec).expanduser())
     return list(plan(spec, lengths, count, seed).questions_for(tokenizer))
+
+
+def _pictured(
+    tasks, data, image_root, frames, repeat_data, lengths, save_questions, count: int, length: int | None,
+    seed: int | None,
+) -> ImagePlan | None:  # fmt: skip
+    """The plan of questions about images, checked, where --tasks names annotation files of --image-root."""
+    from ..data.image_questions import ImagePlan
+
+    if tasks is None or image_root is None:
+        return None
+    if data is not None:
+        raise UsageError("--data and --tasks both name what --image-root belongs to; give one")
+    for option, value in (("--lengths", lengths), ("--save-questions", save_questions)):
+        if value is not None:
+            raise UsageError(
+                f"{option} does not go with questions about images" + "; give --length" * (value is lengths)
+            )
+    plan = ImagePlan(joined([tasks], image_root, frames, repeat_data), count, length, seed or 0)
+    plan.check()
+    return plan
+
+
+def _about_images(loaded: LoadedModel, plan: ImagePlan) -> list:
+    """Its questions for this model. Raises InputError for one that reads no images or has too few positions."""
+    if loaded.processor is None:
+        raise InputError(f"{plan.data} asks about images, and {loaded.no_processor or 'this model reads text only'}")
+    from ..models.load import check_positions
+
+    config = loaded.model.config
+    if plan.length is not None:
+        check_positions(config, plan.length, "--length")
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return list(plan.questions_for(loaded.processor, most))
 
 
 def _is_file(spec: str) -> bool:

@@ -10,27 +10,33 @@ predicts every token of the answer. Its answer is read through sparse attention 
 greedy generation, as RULER does it: a sparse prefill, then decode steps, which run dense; exact where the answer
 contains all outputs (or any, for match "part"). A LikelihoodQuestion is judged by the log-probabilities of its
 choices, each read behind the text in a prefill of its own: exact where the right one's is the highest, its share the
-probability of the right one among them; a cloze is exact where every token of its answer is the likeliest.
+probability of the right one among them; a cloze is exact where every token of its answer is the likeliest. An
+ImageQuestion is judged so too; its share is the credit of the chosen candidate (VQA's accuracy, or right or wrong),
+and it is exact where that is more than half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from bsfa_kernels.integrations.dense import DenseAttention
 from bsfa_kernels.integrations.plan import INSTEAD
 from bsfa_kernels.integrations.transformers import Handler, attach, attention_modules, notes
 
+from ..data.image_questions import ImageQuestion
 from ..data.likelihood import LikelihoodQuestion
+from ..data.multimodal.scoring import followed
 from ..data.questions import TextQuestion, TokenQuestion
 from ..metrics.logits import Head
 from ..models.prompts import Prompt
 from ..prefill_tiles import Attending
 
+T = TypeVar("T")
 TEACHER_FORCED, GENERATED, LIKELIHOOD = "teacher-forced", "generated", "by likelihood"
-Question = TokenQuestion | TextQuestion | LikelihoodQuestion
+Question = TokenQuestion | TextQuestion | LikelihoodQuestion | ImageQuestion
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Answer:
 
 def mode(question: Question) -> str:
     """How `Examiner` asks it; belongs beside every result."""
-    if isinstance(question, LikelihoodQuestion):
+    if isinstance(question, LikelihoodQuestion | ImageQuestion):
         return LIKELIHOOD
     return TEACHER_FORCED if isinstance(question, TokenQuestion) else GENERATED
 
@@ -69,7 +75,7 @@ class Examiner:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self._head = Head(model)
-        self._asked: tuple[Question | None, Prompt | None] = None, None
+        self._last: tuple[Question | None, object] = None, None
 
     @torch.no_grad()
     def ask(self, question: Question) -> Score:
@@ -77,22 +83,24 @@ class Examiner:
             return self._force(question)
         if isinstance(question, LikelihoodQuestion):
             return self._weigh(question)
+        if isinstance(question, ImageQuestion):
+            return self._look(question)
         return match(self.generate(question), question)
 
     def _force(self, question: TokenQuestion) -> Score:
         batch = question.batch
-        hidden = self._head.hidden(self._prompt(question))
+        hidden = self._head.hidden(self._once(question, lambda: Prompt.of(question, self.model)))
         logits = self._head.logits(hidden[batch.predicting])
         right = batch.right(logits.argmax(-1)[None].cpu())
         return Score(bool(right.all()), float(right.double().mean()))
 
-    def _prompt(self, question: TokenQuestion) -> Prompt:
-        """Kept until another question comes: contenders are asked the same in turn, and two hundred frames take as long
-        to reach a GPU as a small model to look at them.
+    def _once(self, question: Question, make: Callable[[], T]) -> T:
+        """What `make` gives, kept until another question comes: contenders are asked the same in turn, and two hundred
+        frames take as long to reach a GPU as a small model to look at them.
         """
-        if self._asked[0] is not question:
-            self._asked = question, Prompt.of(question, self.model)
-        return self._asked[1]
+        if self._last[0] is not question:
+            self._last = question, make()
+        return self._last[1]
 
     def _weigh(self, question: LikelihoodQuestion) -> Score:
         totals = []
@@ -104,9 +112,25 @@ class Examiner:
             if len(question.choices) == 1:
                 right = log_p.argmax(-1) == targets
                 return Score(bool(right.all()), float(right.double().mean()))
-            totals.append(log_p.gather(1, targets[:, None]).sum(dtype=torch.float64))
+            totals.append(_sum_at(log_p, targets))
         shares = torch.stack(totals).softmax(0)
         return Score(int(shares.argmax()) == question.answer, float(shares[question.answer]))
+
+    def _look(self, question: ImageQuestion) -> Score:
+        asked = self._once(question, question.asked)
+        lengths = [len(tokens) for tokens in asked.continuations]
+        totals = []
+        last = None  # log-probabilities behind the prompt, all that candidates of one token need
+        for tokens in asked.continuations:
+            if len(tokens) > 1 or last is None:
+                hidden = self._head.hidden(Prompt.of(followed(asked.prompt, tokens[:-1]), self.model))
+                log_p = self._head.logits(hidden[-len(tokens) :]).log_softmax(-1)
+                last = log_p[:1]
+            else:
+                log_p = last
+            totals.append(float(_sum_at(log_p, torch.tensor(tokens, device=log_p.device))))
+        chosen = question.weigh(totals, lengths)
+        return Score(chosen.credit > 0.5, chosen.credit)
 
     @torch.no_grad()
     def generate(self, question: TextQuestion) -> str:
@@ -118,6 +142,11 @@ class Examiner:
             pad_token_id=end,
         )  # fmt: skip
         return self.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def _sum_at(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float64, of log_p [T, vocabulary] at targets [T]."""
+    return log_p.gather(1, targets[:, None]).sum(dtype=torch.float64)
 
 
 def match(answer: str, question: TextQuestion) -> Score:

@@ -38,7 +38,7 @@ def pack(processor, samples: Iterable[MultimodalSample], length: int, *, repeat:
     chosen: list[Chosen] = []
     for sample, count in _turns(samples, repeat):
         chosen.append((sample, count))
-        total += _size(encoder, chosen[0][0], sample)
+        total += added(encoder, chosen[0][0], sample)
         if len(chosen) > MOST_SAMPLES:
             raise InputError(f"{MOST_SAMPLES:,} samples have {total:,} tokens and do not reach {length:,}")
         if total < length:
@@ -83,7 +83,7 @@ def _turns(samples: Iterable[MultimodalSample], repeat: bool) -> Iterator[Chosen
         count += 1
 
 
-def _size(encoder: Encoder, first: MultimodalSample, sample: MultimodalSample) -> int:
+def added(encoder: Encoder, first: MultimodalSample, sample: MultimodalSample) -> int:
     """Tokens that `sample` adds to a conversation which `first` began; nearly so, as tokens may join across it."""
     begins = sample is first
     text = encoder.chat.write([first] if begins else [first, sample])[-1]

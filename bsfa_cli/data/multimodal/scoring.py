@@ -16,11 +16,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from ...errors import InputError
 from ...metrics.answers import Chosen, choose, vqa_accuracy
 from ..samples import MultimodalSample
+from . import encode
 from .encode import Encoder, pictures
-from .pack import packed
+from .pack import added, packed
 from .packed import Packed, Part
 
 SPARE = 4  # answers drawn for every candidate, since some are right
@@ -86,6 +89,45 @@ def ask(processor, sample: MultimodalSample, before: Sequence[MultimodalSample] 
     tokens = (encoder.tokenizer(tail, add_special_tokens=False).input_ids for tail in tails)
     prompt = packed(encoded, parts, encoded.length, sample.id, sample.metadata["source"])
     return Asked(prompt, options, tuple(map(tuple, tokens)))
+
+
+def behind(processor, sample: MultimodalSample, others: Sequence[MultimodalSample], length: int) -> Asked:
+    """The question of `sample` after as many of the `others` as fit, it and all its candidates, into `length` tokens.
+
+    Raises InputError where it is longer by itself.
+    """
+    encoder, options = Encoder(processor), candidates(sample)
+    alone = ask(processor, sample)
+    room = length - len(alone.prompt.tokens) - max(map(len, alone.continuations))
+    if room < 0:
+        raise InputError(
+            f"{sample.metadata['source']}: question and answer have {length - room:,} tokens, more than --length "
+            f"{length:,}"
+        )
+    before: list[MultimodalSample] = []
+    for other in others:
+        if other.metadata["source"] == sample.metadata["source"]:
+            continue
+        size = added(encoder, before[0] if before else other, other)
+        if size > room:
+            break
+        before.append(other)
+        room -= size
+    while before:
+        asked = ask(processor, replace(sample, metadata=sample.metadata | {"options": options}), before)
+        if len(asked.prompt.tokens) + max(map(len, asked.continuations)) <= length:
+            return asked
+        before.pop()  # tokens that join, or do not, across samples
+    return alone
+
+
+def followed(prompt: Packed, tokens: Sequence[int]) -> Packed:
+    """The prompt with these tokens of text behind it."""
+    extra = {
+        name: torch.nn.functional.pad(tensor, (0, len(tokens))) if name in encode.BY_TOKEN else tensor
+        for name, tensor in (prompt.extra or {}).items()
+    }
+    return replace(prompt, tokens=(*prompt.tokens, *tokens), extra=extra)
 
 
 def credit(sample: MultimodalSample, answer: str) -> float:
