@@ -4,5 +4,33 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_is_patched_once_a_launch():
+    """Triton's interpreter patches triton.language at a launch and, to no effect but a third of the time, again at
+    every call of one of the kernel's functions.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original, patched = interpreter._patch_lang, []
+
+    def patch_lang(function):
+        modules = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+        if patched and all(module in patched for module in modules):
+            return None
+        scope = original(function)
+        if not patched:  # a launch, which restores what it patched when it ends
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.extend(modules)
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_lang)
+        yield

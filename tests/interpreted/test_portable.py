@@ -17,7 +17,7 @@ def heads(causal: bool, gate: str) -> tuple[int, int]:
 
 def grid():
     for tile, causal, gate in itertools.product((WIDE, TALL), (True, False), ("", "absolute", "gap", "both")):
-        yield Case(1, *heads(causal, gate), 173, 173, 16, tile, causal, gate)
+        yield Case(1, *heads(causal, gate), 141, 141, 16, tile, causal, gate)
     for tile, causal in itertools.product((WIDE, TALL), (True, False)):
         yield Case(3, 2, 1, 100, 100, 32, tile, causal, "gap", padded=True)
         yield Case(3, 2, 2, 40, 170, 16, tile, causal, "absolute", padded=True)
@@ -33,29 +33,29 @@ def grid():
         yield Case(1, 2, 1, 90, 90, head_dim, WIDE)
     yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "gap", window=1)
     yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "", window=33, blocks="shuffled")
-    yield Case(1, 2, 1, 200, 200, 96, WIDE, dtype=torch.float16)
-    yield Case(1, 2, 1, 200, 200, 64, TALL, gate="absolute", dtype=torch.float16)
+    yield Case(1, 2, 1, 141, 141, 96, WIDE, dtype=torch.float16)
+    yield Case(1, 2, 1, 141, 141, 64, TALL, gate="absolute", dtype=torch.float16)
     yield Case(1, 1, 1, 700, 700, 64, TileShape(64, 128), gate="both", skip=0.7)
     yield Case(1, 1, 1, 500, 500, 64, TileShape(128, 64), gate="both", skip=0.7)
 
 
 def listed():
     for tile, causal, gate in itertools.product((WIDE, TALL), (True, False), ("", "gap", "both")):
-        yield Case(1, *heads(causal, gate), 173, 173, 16, tile, causal, gate, blocks="ordered")
+        yield Case(1, *heads(causal, gate), 141, 141, 16, tile, causal, gate, blocks="ordered")
     for tile, causal in itertools.product((WIDE, TALL), (True, False)):
         yield Case(3, 2, 1, 100, 100, 32, tile, causal, "gap", padded=True, blocks="shuffled")
         yield Case(3, 2, 2, 40, 170, 16, tile, causal, "absolute", padded=True, blocks="ordered")
         yield Case(1, 2, 1, 80, 190, 16, tile, causal, "both", q_offset=101, keep_sink=False, blocks="shuffled")
         yield Case(1, 2, 2, 120, 50, 16, tile, causal, "", keep_sink=False, blocks="shuffled")
         yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap", blocks="shuffled")
-    yield Case(1, 2, 1, 200, 200, 96, WIDE, dtype=torch.float16, blocks="shuffled")
+    yield Case(1, 2, 1, 141, 141, 96, WIDE, dtype=torch.float16, blocks="shuffled")
     yield Case(1, 1, 1, 700, 700, 64, TileShape(64, 128), gate="", blocks="ordered")
 
 
 @pytest.mark.parametrize("case", list(grid()), ids=str)
 def test_attention(case):
     skipped = check(case, "triton")
-    if case.gate and case.k_rows >= 170 and not case.padded and not case.window:
+    if case.gate and case.k_rows >= 141 and not case.padded and not case.window:
         assert skipped > 0.1
 
 

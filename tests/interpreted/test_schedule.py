@@ -15,7 +15,7 @@ from kernel_cases import Case
 
 TILE = TileShape(16, 32)
 CASES = [
-    Case(2, 4, 2, 173, 173, 16, TILE, blocks="shuffled"),
+    Case(2, 2, 1, 173, 173, 16, TILE, blocks="shuffled"),
     Case(1, 2, 2, 40, 170, 16, TILE, q_offset=100, blocks="ordered"),
     Case(3, 2, 1, 150, 150, 16, TILE, padded=True, blocks="shuffled"),
     Case(1, 1, 1, 1, 1, 16, TILE, blocks="shuffled"),
