@@ -22,35 +22,34 @@ HOPPER_SPILLED_IN_LOOPS = {256: 75}
 
 RESERVED = {0, 1, 2, 3}  # Triton's hardware barriers; those after them are the kernel's
 
-# Every pair of values of any two columns occurs, dtype with gate, causal with spans and so on.
+# (dtype, head dim, causal, gates, spans, block lists). Every pair of values of any two columns occurs, dtype with gate,
+# causal with lists and so on; head dims above 128 have a few of them only.
 HOPPER = [
-    (BF16, 128, True, "g", False),
-    (BF16, 128, True, "a", True),
-    (BF16, 128, True, "ag", False),
-    (BF16, 128, False, "", True),
-    (FP16, 128, False, "g", True),
-    (FP16, 128, True, "", False),
-    (FP16, 64, True, "ag", True),
-    (BF16, 64, False, "g", False),
-    (FP16, 64, False, "a", False),
-    (BF16, 64, True, "", True),
-    (BF16, 96, True, "g", True),
-    (FP16, 96, False, "ag", False),
-    (BF16, 96, False, "a", False),
-    (FP16, 96, True, "", True),
-    (BF16, 192, True, "g", False),
-    (BF16, 256, True, "g", False),
-    (FP16, 256, False, "a", True),
+    (BF16, 128, True, "g", False, False),
+    (BF16, 128, True, "ag", False, False),
+    (BF16, 128, True, "a", True, False),
+    (FP16, 128, False, "g", True, False),
+    (BF16, 128, True, "g", True, True),
+    (FP16, 128, False, "ag", False, True),
+    (FP16, 128, True, "", False, True),
+    (FP16, 64, True, "ag", True, False),
+    (FP16, 64, False, "a", False, False),
+    (BF16, 64, False, "", True, False),
+    (BF16, 64, False, "g", True, True),
+    (BF16, 96, True, "g", True, False),
+    (FP16, 96, False, "ag", False, False),
+    (FP16, 96, True, "", True, False),
+    (FP16, 96, True, "a", False, True),
+    (BF16, 192, True, "g", False, False),
+    (BF16, 256, True, "g", False, False),
+    (FP16, 256, False, "a", True, False),
+    (BF16, 256, True, "ag", True, True),
 ]
 
 
 def label(value) -> str:
     names = {True: "causal", False: "full", "g": "gap", "a": "absolute", "ag": "both", "": "open"}
     return sass.NAMES[value] if isinstance(value, torch.dtype) else str(names.get(value, value))
-
-
-LISTS = [(BF16, 128, True, "", False), (BF16, 128, True, "g", True), (FP16, 128, False, "ag", False),
-         (BF16, 64, False, "g", True), (FP16, 96, True, "a", False), (BF16, 256, True, "ag", True)]  # fmt: skip
 
 
 # A window, softcap and sinks, as the models that have them do (gpt-oss, Mistral, Gemma 2), and all at once: bytes
@@ -63,19 +62,13 @@ SCORING = [
 
 
 def hopper_label(variant) -> str:
-    *rest, spans = variant
-    return "-".join([label(rest[0]), str(rest[1]), *map(label, rest[2:]), *["spans"] * spans])
+    dtype, head_dim, causal, gate, spans, lists = variant
+    return "-".join([label(dtype), str(head_dim), label(causal), label(gate), *["spans"] * spans, *["lists"] * lists])
 
 
-@pytest.mark.parametrize(
-    "variant, lists",
-    [
-        *(pytest.param(variant, False, id=hopper_label(variant)) for variant in HOPPER),
-        *(pytest.param(variant, True, id=f"{hopper_label(variant)}-lists") for variant in LISTS),
-    ],
-)
-def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, lists, tmp_path):
-    code = sass.hopper(tmp_path, *variant, lists)
+@pytest.mark.parametrize("variant", HOPPER, ids=hopper_label)
+def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path):
+    code = sass.hopper(tmp_path, *variant)
     assert not code.serialized, code.notes
     # Per consumer: a product is one to eight wgmmas and a single wait.
     assert code.count("HGMMA") >= 36
@@ -95,10 +88,16 @@ def triton_barriers(code) -> set[int]:
     return {int(number, 16) for number in re.findall(r"BAR\.\S+ (0x[0-9a-f]+)", code.sass)}.difference(own)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    "gate, spans, lists, scoring",
-    [("", False, False, ""), ("g", False, False, ""), ("ag", True, True, "s"), ("g", False, False, "w")],
+    "head_dim, gate, spans, lists, scoring",
+    [
+        (128, "", False, False, ""),
+        (128, "g", False, False, ""),
+        (128, "ag", True, True, "s"),
+        (128, "g", False, False, "w"),
+        (64, "ag", True, True, "s"),
+        (64, "g", False, False, "w"),
+    ],
 )
 def test_hopper_with_int8_scores(head_dim, gate, spans, lists, scoring, tmp_path):
     code = sass.hopper(tmp_path, BF16, head_dim, True, gate, spans, lists, scoring, int8=True)
@@ -132,11 +131,21 @@ def test_a_section_is_as_many_equal_parts_of_the_heads_as_fit(heads, keys, head_
     assert expected == 1 or expected * each <= hopper.SECTION_BYTES
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (128, 64)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+# (head dim, rows, keys, block lists): tiles of every width and shape. Those of head dims 96 and 128 are equally wide.
+PORTABLE = [
+    (64, 64, 128, True),
+    (64, 128, 64, False),
+    (96, 64, 128, False),
+    (128, 128, 64, True),
+    (256, 64, 128, True),
+    (256, 128, 64, False),
+]
+
+
+@pytest.mark.parametrize("head_dim, rows, keys, lists", PORTABLE)
 @pytest.mark.parametrize("capability", [80, 90])
-def test_portable_uses_tensor_cores_and_fits_any_gpu(capability, head_dim, shape, tmp_path):
-    code = sass.portable(tmp_path, BF16, head_dim, *shape, capability)
+def test_portable_uses_tensor_cores_and_fits_any_gpu(capability, head_dim, rows, keys, lists, tmp_path):
+    code = sass.portable(tmp_path, BF16, head_dim, rows, keys, capability, lists)
     assert not code.serialized, code.notes
     if capability == 90:
         assert code.count("HGMMA") >= 16 and code.count("HMMA") == 0
@@ -144,15 +153,6 @@ def test_portable_uses_tensor_cores_and_fits_any_gpu(capability, head_dim, shape
     else:
         assert code.count("HMMA") >= 128
     # Where there is no wgmma, head dim 256 needs more than the smallest GPUs have.
-    assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_portable_with_block_lists_uses_tensor_cores_and_fits_as_well(capability, head_dim, tmp_path):
-    code = sass.portable(tmp_path, BF16, head_dim, 64, 128, capability, lists=True)
-    assert not code.serialized, code.notes
-    assert code.count("HGMMA" if capability == 90 else "HMMA") >= 16
     assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
 
 
