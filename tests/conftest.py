@@ -28,6 +28,14 @@ def random_model(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(name="one_round")
+def timed_once():
+    from one_round import one_round
+
+    with one_round():
+        yield
+
+
 @pytest.fixture
 def no_model(monkeypatch):
     """No weights may be loaded."""

@@ -54,7 +54,10 @@ def asked_of(loaded, tokens) -> list[TextQuestion]:
 
 def test_rows_have_losses_times_and_answers(loaded, texts):
     questions = asked_of(loaded, texts[0].tokens)
-    cell = comparison.model_cell(loaded, None, "sliding_window,xattention", TILE, CPU, texts, 0.001, 0, questions)
+    few = methods.Settings.parse(["sliding_window=512", "xattention=0.5,0.9"])
+    cell = comparison.model_cell(
+        loaded, None, "sliding_window,xattention", TILE, CPU, texts, 0.001, 0, questions, settings=few
+    )
     json.dumps(cell, allow_nan=False)
     assert cell["dense_accuracy"]["mean"] == 1 and cell["level"] == "model" and cell["asked"] == "generated"
     by_name = {(row["method"], row["setting"]): row for row in cell["rows"]}
@@ -75,6 +78,7 @@ def test_rows_have_losses_times_and_answers(loaded, texts):
     assert all(getattr(module, "bsfa_handlers", None) is None for module in loaded.model.modules())
 
 
+@pytest.mark.usefixtures("one_round")
 def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     class Broken(methods.Mask):
         def choose(self, *arguments, **options):
@@ -90,6 +94,7 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
     assert {entry["reason"] for entry in cell["unavailable"]} == {"blocks do not fit"}
 
 
+@pytest.mark.usefixtures("one_round")
 def test_a_question_is_made_once_and_a_method_that_fails_at_one_is_left_out(loaded, texts):
     asked, questions = [], asked_of(loaded, texts[0].tokens)
 
@@ -160,6 +165,7 @@ def test_a_lap_is_launched_before_its_clock_starts():
     assert max(laps[1:]) < 1 < 4 < laps[0] and held[0] < 1 < 5 < min(held[1:])
 
 
+@pytest.mark.usefixtures("one_round")
 def test_the_command_uses_the_thresholds_of_a_run(run, one_sentence, saved, tmp_path):
     checkpoint, calibrated = saved
     small = ("--length", "512", "--device", "cpu")

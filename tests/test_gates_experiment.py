@@ -10,6 +10,7 @@ import pytest
 from bsfa_cli.experiments import gates
 
 
+@pytest.mark.usefixtures("one_round")
 @pytest.mark.parametrize("data", ("normal", "structured"))
 def test_both_gates_are_timed_at_equal_skip(monkeypatch, tmp_path, data):
     out = tmp_path / "gates.json"

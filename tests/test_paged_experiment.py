@@ -13,6 +13,7 @@ from bsfa_cli.experiments import end, paged
 SMALL = "--skip 0.5 --heads 4 --kv-heads 2 --head-dim 64 --seconds 0.001".split()
 
 
+@pytest.mark.usefixtures("one_round")
 def test_parts_and_whole_are_timed(monkeypatch, tmp_path):
     out = tmp_path / "paged.json"
     monkeypatch.setattr(sys, "argv", ["paged", "--out", str(out), "--cells", "640/640,200/900", *SMALL])

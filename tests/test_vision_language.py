@@ -235,6 +235,7 @@ def test_modalities_of_tiles():
     assert VisualTokens().tiles(0, 1, 400, 64, 7, None, visual.device) is None
 
 
+@pytest.mark.usefixtures("one_round")
 @pytest.mark.parametrize("family", tiny_vlms.FAMILIES)
 def test_commands_on_a_checkpoint(family, checkpoints, run, tmp_path, one_sentence):
     model, begun, artifact = checkpoints(family), tmp_path / "run", tmp_path / "t.safetensors"
@@ -270,6 +271,7 @@ def test_commands_on_a_checkpoint(family, checkpoints, run, tmp_path, one_senten
     assert result.code == 0 and entry["visual_tokens"] >= tiny_vlms.TOKENS and entry["vision"] == "left out"
 
 
+@pytest.mark.usefixtures("one_round")
 def test_comparison_inside_a_checkpoint(checkpoints, run, tmp_path, one_sentence, calibrated):
     begun, _ = calibrated("llava")
     result = run("compare", checkpoints("llava"), "--run", begun.path, "--methods", "sliding_window,bsfa", "--length",
