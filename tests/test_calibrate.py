@@ -1,10 +1,10 @@
 """bsfa calibrate and bsfa export end to end: resuming after any end, refusals, and what the artifact then does."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -36,61 +36,67 @@ def bsfa(monkeypatch, capfd):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, random_model):
-    """A finished run, calibrated in another process."""
+    """A finished run."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    bsfa_process(path, random_model).communicate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bsfa", "calibrate", "-o", str(path), *SMALL])
+        assert app.run() == 0
     return path
 
 
-def bsfa_process(path, model, prelude=""):
-    """A command in a process of its own; in it Ctrl-C works, also where these tests run in the background."""
-    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    bundled = f"import pathlib\nfrom bsfa_cli.models import load\nload.BUNDLED = pathlib.Path({str(model)!r})"
-    code = f"import sys\n{heard}\n{bundled}\n{prelude}\nfrom bsfa_cli import app\nsys.exit(app.run())"
-    command = [sys.executable, "-c", code, "calibrate", "-o", str(path), *SMALL]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def forked(monkeypatch):
+    """Start a command in a process of its own, which begins with `prelude` and has all imports already."""
+
+    def call(prelude, *arguments):
+        def work():
+            prelude()
+            sys.exit(app.run())
+
+        monkeypatch.setattr(sys, "argv", ["bsfa", *map(str, arguments)])
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        return process
+
+    return call
 
 
 def contents(path):
     return {name: (path / name).read_bytes() for name in RUN_FILES}
 
 
-DIE_IN_SAMPLE_3 = """
-import os, signal
-from bsfa_cli.calibration import run
-forward, calls = run.forward, []
-def dying(*arguments):
-    calls.append(1)
-    forward(*arguments)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-run.forward = dying
-"""
-SLEEP = """
-import time
-from bsfa_cli.calibration import run
-run.forward = lambda *_: time.sleep(60)
-"""
-DIE_WHILE_WRITING = """
-import os, signal
-replace, calls = os.replace, []
-def dying(source, target):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = dying
-"""
+def die_in_sample_3():
+    forward, calls = calibration.forward, []
+
+    def dying(*arguments):
+        calls.append(1)
+        forward(*arguments)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    calibration.forward = dying
 
 
-@pytest.mark.parametrize("prelude, survived", [(DIE_IN_SAMPLE_3, 2), (DIE_WHILE_WRITING, 2)], ids=["sample", "write"])
+def die_while_writing():
+    replace, calls = os.replace, []
+
+    def dying(source, target):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying
+
+
+@pytest.mark.parametrize("prelude, survived", [(die_in_sample_3, 2), (die_while_writing, 2)])
 def test_kill_loses_the_sample_in_progress_and_the_same_command_ends_in_the_same_bytes(
-    prelude, survived, finished, random_model, tmp_path, bsfa
+    prelude, survived, finished, tmp_path, bsfa, forked
 ):
     path = tmp_path / "run"
-    process = bsfa_process(path, random_model, prelude)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process = forked(prelude, "calibrate", "-o", path, *SMALL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert sum(len(Run.open(path).load(role)[0]) for role in ("fit", "heldout")) == survived
     code, _, errors = bsfa("export", path, "-o", tmp_path / "t", "--target-skip", "0.1")
     assert code == 4 and "is not finished" in errors and not (tmp_path / "t").exists()
@@ -117,16 +123,22 @@ def test_interrupt_says_how_to_resume(finished, tmp_path, bsfa, monkeypatch):
     assert contents(tmp_path / "run") == contents(finished)
 
 
-def test_a_signal_from_the_terminal_ends_it_cleanly(tmp_path, random_model):
+def sleep():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C works, also where tests run in the background
+    calibration.forward = lambda *_: time.sleep(60)
+
+
+def test_a_signal_from_the_terminal_ends_it_cleanly(tmp_path, forked, capfd):
     path = tmp_path / "run"
-    process = bsfa_process(path, random_model, SLEEP)
+    process = forked(sleep, "calibrate", "-o", path, *SMALL)
     deadline = time.monotonic() + 60
     while not (path / ".lock").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and "the same command resumes" in errors and "Traceback" not in errors
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    errors = capfd.readouterr().err
+    assert process.exitcode == 130 and "the same command resumes" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -372,9 +384,8 @@ def test_text_generated_for_want_of_real_text_is_named_wherever_it_matters(tmp_p
     assert "no --data was given" not in bsfa("calibrate", "--data", "builtin:code", "--dry-run", *small)[2]
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path, bsfa):
-    run = tmp_path / "run"
-    assert bsfa("calibrate", "-o", run, *SMALL)[0] == 0
+def test_a_run_of_an_earlier_version_goes_on(finished, tmp_path, bsfa):
+    run = shutil.copytree(finished, tmp_path / "run")
     manifest = json.loads((run / "run.json").read_text())
     del manifest["model"]["config"], manifest["data"]["generated"]  # as versions before wrote it
     (run / "run.json").write_text(json.dumps(manifest))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bsfa_cli import app
 from bsfa_cli.calibration.claims import Claims
 from bsfa_cli.calibration.curves import ModuleCurves
 from bsfa_cli.calibration.store import Run
@@ -34,8 +35,9 @@ def start(*arguments, launcher=("-m", "bsfa_cli")):
 def finished(tmp_path_factory, random_model):
     """A run of one process."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    process = start(random_model, "-o", path, *SMALL)
-    assert process.communicate()[1] and process.returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bsfa", "calibrate", str(random_model), "-o", str(path), *SMALL])
+        assert app.run() == 0
     return path
 
 
