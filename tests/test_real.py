@@ -45,7 +45,7 @@ def experiment(monkeypatch, *arguments):
 @pytest.fixture(scope="module")
 def asked(random_model, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("real")
-    arguments = ["--model", random_model, "--texts", folder, "--out", out, "--length", 1024, "--samples", 2]
+    arguments = ["--model", random_model, "--texts", folder, "--out", out, "--length", 768, "--samples", 2]
     arguments += ["--judge", 2, "--calibrations", "mixed,code", *(x for name in RECIPES for x in ("--recipe", name))]
     with pytest.MonkeyPatch.context() as patch:
         assert experiment(patch, *arguments) == 0

@@ -18,7 +18,7 @@ def test_the_whole_experiment_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "RATES", (0.2, 0.4))
     monkeypatch.setattr(recipes, "TOP_K", (2, 1))
     monkeypatch.setattr(recipes, "MASSES", (0.1, 0.01))
-    arguments = ["--out", str(tmp_path), "--calibrate-length", "1024", "--samples", "3", "--lengths", "1024"]
+    arguments = ["--out", str(tmp_path), "--calibrate-length", "640", "--samples", "3", "--lengths", "640"]
     arguments += ["--tasks", "multi-key,tracking-1", "--questions", "3"]
     chosen = [name for name in recipes.RECIPES if name != "even skip, absolute" and not name.endswith("dense")]
     arguments += [part for name in chosen for part in ("--recipe", name)]
