@@ -6,15 +6,20 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bsfa_cli import errors, streams
 
+RESULT = next(Path(__file__).parents[1].glob("profiles/results/*.nvidia-h200.json"))
+
 
 def shell(script: str) -> tuple[int, str]:
-    """(exit code, what the command wrote to a stream that was left open) of a line of bash; BSFA stands for bsfa."""
-    script = script.replace("BSFA", f"{sys.executable} -m bsfa_cli")
+    """(exit code, what the command wrote to a stream that was left open) of a line of bash, in which BSFA stands for
+    bsfa and RESULT for a file that it can inspect.
+    """
+    script = script.replace("BSFA", f"{sys.executable} -m bsfa_cli").replace("RESULT", str(RESULT))
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100)
     return done.returncode, done.stdout + done.stderr
 
@@ -22,8 +27,8 @@ def shell(script: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "command, code, words",
     [
-        ("BSFA env >&-", 0, "reference: yes"),
-        ("BSFA env 2>&-", 0, ""),
+        ("BSFA inspect RESULT >&-", 0, "NVIDIA H200"),
+        ("BSFA inspect RESULT 2>&-", 0, ""),
         ("BSFA env <&- >&- 2>&-", 0, ""),
         ("BSFA env --json 2>&-", 0, '"backends"'),
         ("BSFA env --json >&-", 2, "it prints on stdout, which is closed"),
@@ -39,7 +44,15 @@ def test_closed_streams(command, code, words):
     assert "Traceback" not in output and "bug" not in output
 
 
-@pytest.mark.parametrize("command", ["BSFA env --json", "BSFA env 2>&1", "BSFA env --help", "BSFA report 2>&1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "BSFA inspect RESULT --json",
+        "BSFA inspect RESULT 2>&1",
+        "BSFA env --help",
+        "BSFA report 2>&1",
+    ],
+)
 def test_a_reader_that_is_gone(command):
     # The reader is gone for certain before the first word comes.
     found, output = shell(f"{{ sleep 0.3; {command}; echo $? >&3; }} 3>&2 | true")
