@@ -36,10 +36,14 @@ ASKED = ("single", "multi-key", "frequent-words")
 SMALL = ("--tasks", ",".join(ASKED), "--lengths", "512,768", "--questions", "2", "--device", "cpu")
 
 
-def test_mild_thresholds_keep_the_answers_and_reckless_ones_lose_them(run, artifact, tmp_path):
+def test_mild_thresholds_keep_the_answers_reckless_ones_lose_them_and_a_page_says_so(run, artifact, tmp_path):
     command = ("verify", "--thresholds", artifact, *SMALL, "--json", "--min-retention", "0.7")
-    result = run(*command, "--point", "mild", "--min-skip", "0.05", "--negative-control")
+    stored, page = tmp_path / "v.json", tmp_path / "r.html"
+    result = run(*command, "--point", "mild", "--min-skip", "0.05", "--negative-control", "-o", stored)
     assert result.code == 0, result.err
+    assert run("report", stored, "-o", page).code == 0
+    for words in ("mild: passed", "teacher-forced", "12 questions", "<td>multi-key</td>", "<td>768 tokens</td>"):
+        assert words in page.read_text()
     found = json.loads(result.out)
     (mild,) = found["points"]
     assert found["tasks"]["mode"] == "teacher-forced" and len(found["tasks"]["questions"]) == 12
@@ -72,14 +76,6 @@ def test_questions_past_the_models_positions_are_refused(run, one_sentence, arti
     (tmp_path / "q.jsonl").write_text(json.dumps({"input": "the", "outputs": ["1"]}) + "\n" + line)
     command = ("verify", "--thresholds", artifact, "--tasks", tmp_path / "q.jsonl", "--device", "cpu")
     one_sentence(run(*command), 4, "q.jsonl, question 2: its 140,001 tokens and 128 for the answer", "positions")
-
-
-def test_a_stored_result_becomes_a_page(run, artifact, tmp_path):
-    command = ("verify", "--thresholds", artifact, *SMALL, "--point", "mild", "-o", tmp_path / "v.json")
-    assert run(*command).code == 0 and run("report", tmp_path / "v.json", "-o", tmp_path / "r.html").code == 0
-    page = (tmp_path / "r.html").read_text()
-    for words in ("mild: passed", "teacher-forced", "12 questions", "<td>multi-key</td>", "<td>768 tokens</td>"):
-        assert words in page
 
 
 def test_generation_and_teacher_forcing_agree(loaded):
