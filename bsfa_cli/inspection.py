@@ -151,8 +151,10 @@ def _run(path: Path) -> Inspected:
         ("computed on", f"{options['device']}, {options['dtype']}"),
         ("bytes", f"{sum(files.values()):,}"),
     ]
-    rows = [("sample", "tokens", "role", "done", "source")]
-    rows += [(s["id"], f"{s['tokens']:,}", s["role"], "yes" if s["done"] else "no", s["source"]) for s in samples]
+    rows = [("sample", "tokens", "role", "done")]
+    rows += [
+        (f"{s['id']}: {s['source']}", f"{s['tokens']:,}", s["role"], "yes" if s["done"] else "no") for s in samples
+    ]
     return Inspected(data, facts, rows)
 
 
@@ -196,6 +198,9 @@ def _result(path: Path) -> Inspected:
     ]
     try:
         more, rows = {matching.KIND: _compared, verification.KIND: _verified}.get(stored["kind"], _profiled)(stored)
+        for cell in (each for line in (*more, *rows) for each in line):
+            if not isinstance(cell, str):
+                raise ValueError(f"{cell!r} is no text")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
     data = {key: stored.get(key) for key in ("kind", "format", "complete", "device", "seed", "environment")}

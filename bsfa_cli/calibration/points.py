@@ -392,4 +392,6 @@ def score_remarks(run: Run, artifact: Thresholds) -> list[str]:
             f"points run {point.scores} scores, with thresholds made for {made_for} ones: bsfa verify says what changes"
         ]
     kept, heads = sum(map(len, point.exact_heads.values())), sum(x.shape[1] for x in artifact.tensors.values())
+    if not kept:
+        return [f"points run int8 scores in all {heads} heads"]
     return [f"points run int8 scores; {kept} of {heads} heads stay exact, and those that share their KV heads"]
