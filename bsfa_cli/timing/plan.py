@@ -76,7 +76,7 @@ class Plan:
             if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in lengths):
                 raise UsageError(f"lengths must be positive whole numbers, got {list(lengths)}")
         if any(not isinstance(rate, (int, float)) or not 0 < rate < 1 for rate in self.skip):
-            raise UsageError(f"skip rates must be above 0 and below 1, got {list(self.skip)}; 0 is always timed")
+            raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}; 0 is always timed")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed must be a whole number from 0 on, below 2^63, got {self.seed!r}")
         for name in self.baselines:
