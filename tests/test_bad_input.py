@@ -207,7 +207,7 @@ def test_an_option_that_would_do_nothing(run, one_sentence, tmp_path, command):
         (("calibrate", "-o", "run", "--processes", 2, "--length", 100), "shorter than two tiles"),
         (("profile", "--fail-under", "nan", "--baseline", "b.json"), "--fail-under must be a positive number"),
         (("profile", "--profile", "tiny", "--seed", 1 << 63), "seed must be a whole number"),
-        (("profile", "--profile", "tiny", "--skip", "0"), "skip rates must lie between 0 and 1, got [0.0]; 0 is always timed"),
+        (("profile", "--profile", "tiny", "--skip", "0"), "0 and 1, got [0.0]; 0 is always timed"),
         (("compare", "--seed", 1 << 63), "--seed must be below 2^63"),
         (("compare", "--plot", "plot.pdf"), "a plot is an .svg or a .png file"),
     ],

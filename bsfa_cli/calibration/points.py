@@ -97,7 +97,7 @@ def make_requests(
     ):  # fmt: skip
         for value in values:
             if not 0 < value < 1:
-                raise UsageError(f"{option} must lie between 0 and 1, got {value:g}")
+                raise UsageError(f"{option} must lie between 0 and 1, both excluded; got {value:g}")
     requests = [Request("top-k", k, "absolute") for k in top_k]
     requests += [Request("target-skip", rate, gate) for rate in target_skip]
     requests += [Request("mass-skip", rate, gate) for rate in mass_skip]

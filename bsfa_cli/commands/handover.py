@@ -163,5 +163,5 @@ def one_rate(rates: list[float] | None, option: str) -> float | None:
     if len(rates) > 1:
         raise UsageError(f"{option} takes one --target-skip, got {len(rates)}")
     if not 0 < rates[0] < 1:
-        raise UsageError(f"--target-skip must lie between 0 and 1, got {rates[0]:g}")
+        raise UsageError(f"--target-skip must lie between 0 and 1, both excluded; got {rates[0]:g}")
     return rates[0]
