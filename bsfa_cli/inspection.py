@@ -161,6 +161,7 @@ def _run(path: Path) -> Inspected:
         ("tile", "x".join(map(str, options["tile"]))),
         ("by modality", ", ".join(manifest["data"].get("modalities") or ()) or "no, text alone"),
         ("top-k", ", ".join(map(str, options["top_k"])) or "none"),
+        ("gradients", "yes, for --kl-skip" if options.get("gradients") else "no"),
         *_scores(run),
         ("computed on", f"{options['device']}, {options['dtype']}"),
         ("bytes", f"{sum(files.values()):,}"),
