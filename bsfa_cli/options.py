@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,6 @@ from .data.images import ImageData
 from .errors import InputError, UsageError
 from .streams import is_closed
 
-OF_DATA = ("data", "image_root", "frames", "repeat_data")  # options, as parameters
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -122,15 +120,6 @@ def joined(
     if not image_root.is_dir():
         raise InputError(f"image root {image_root} is no folder")
     return ImageData.of(spec, image_root, frames, repeat)
-
-
-def refuse_idle(context: typer.Context, idle: Iterable[str], where: str) -> None:
-    """Raise UsageError for an option on the command line of which nothing comes `where` ("on captured layers")."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name)
-        if parameter.name in idle and source is not None and source.name == "COMMANDLINE":
-            flag = max((each for each in parameter.opts if each.startswith("--")), key=len)
-            raise UsageError(f"{flag} means nothing {where}; drop it")
 
 
 def numbers(text: str, kind: type[int] | type[float], rule: str) -> tuple:

@@ -8,20 +8,8 @@ from typing import Annotated
 from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import (
-    OF_DATA,
-    Config,
-    Data,
-    Device,
-    Dtype,
-    Frames,
-    ImageRoot,
-    Json,
-    RepeatData,
-    joined,
-    numbers,
-    refuse_idle,
-)
+from ..idle import OF_DATA, refuse_idle
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 BUNDLED = "bundled"
 DEFAULT_LENGTHS = {"cpu": "2048", "cuda": "8192,32768"}

@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import (
-    Config,
-    Data,
-    Device,
-    Dtype,
-    Frames,
-    ImageRoot,
-    Json,
-    RepeatData,
-    joined,
-    parse_layers,
-    refuse_idle,
-)
+from ..idle import refuse_idle
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 if TYPE_CHECKING:
     from ..calibration.points import Request

@@ -9,20 +9,8 @@ from typing import Annotated
 from typer import Context, Option
 
 from ..errors import GateFailed, MachineError, UsageError
-from ..options import (
-    OF_DATA,
-    Config,
-    Data,
-    Device,
-    Dtype,
-    Frames,
-    ImageRoot,
-    Json,
-    RepeatData,
-    joined,
-    numbers,
-    refuse_idle,
-)
+from ..idle import OF_DATA, refuse_idle
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 # Options, as parameters, that only the sweep reads.
 OF_SWEEP = (

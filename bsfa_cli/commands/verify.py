@@ -11,19 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
-from ..options import (
-    Config,
-    Data,
-    Device,
-    Dtype,
-    Frames,
-    ImageRoot,
-    Json,
-    RepeatData,
-    joined,
-    numbers,
-    refuse_idle,
-)
+from ..idle import refuse_idle
+from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
