@@ -20,8 +20,9 @@ def console():
 
 
 def note(message: str) -> None:
-    """One line for the person at the terminal."""
-    console().print(message, markup=False, highlight=False, soft_wrap=True)
+    """Lines for the person at the terminal. What a file's names hold cannot command it: escapes are shown as such."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+    console().print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def note_wrapped(message: str, indent: int = 0) -> None:

@@ -32,8 +32,22 @@ class Inspected:
     table: list[tuple[str, ...]]
 
 
+BROKEN = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError)
+
+
 def inspect(path: Path) -> Inspected:
     """Raises InputError, or ThresholdsError, for what is none of these, or is damaged."""
+    try:
+        return _read(path)
+    except BROKEN as error:
+        from bsfa_kernels.container import Malformed  # not at the top: results are read without torch
+
+        if isinstance(error, Malformed):  # says what is wrong
+            raise
+        raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
+
+
+def _read(path: Path) -> Inspected:
     if path.is_dir():
         return _run(path)
     try:
@@ -147,12 +161,15 @@ def _run(path: Path) -> Inspected:
         ("tile", "x".join(map(str, options["tile"]))),
         ("by modality", ", ".join(manifest["data"].get("modalities") or ()) or "no, text alone"),
         ("top-k", ", ".join(map(str, options["top_k"])) or "none"),
+        ("gradients", "yes, for --kl-skip" if options.get("gradients") else "no"),
         *_scores(run),
         ("computed on", f"{options['device']}, {options['dtype']}"),
         ("bytes", f"{sum(files.values()):,}"),
     ]
-    rows = [("sample", "tokens", "role", "done", "source")]
-    rows += [(s["id"], f"{s['tokens']:,}", s["role"], "yes" if s["done"] else "no", s["source"]) for s in samples]
+    rows = [("sample", "tokens", "role", "done")]
+    rows += [
+        (f"{s['id']}: {s['source']}", f"{s['tokens']:,}", s["role"], "yes" if s["done"] else "no") for s in samples
+    ]
     return Inspected(data, facts, rows)
 
 
@@ -194,10 +211,10 @@ def _result(path: Path) -> Inspected:
         ("versions", ", ".join(versions)),
         ("commit", environment.get("commit") or "unknown"),
     ]
-    try:
-        more, rows = {matching.KIND: _compared, verification.KIND: _verified}.get(stored["kind"], _profiled)(stored)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
+    more, rows = {matching.KIND: _compared, verification.KIND: _verified}.get(stored["kind"], _profiled)(stored)
+    for cell in (each for line in (*more, *rows) for each in line):
+        if not isinstance(cell, str):
+            raise ValueError(f"{cell!r} is no text")
     data = {key: stored.get(key) for key in ("kind", "format", "complete", "device", "seed", "environment")}
     data |= {"file": str(path), "rows": [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]}
     return Inspected(data | dict(more), facts + more, rows)

@@ -181,6 +181,44 @@ def test_an_unknown_yaml_key(run, one_sentence, tmp_path, command):
     one_sentence(run(command, "--config", tmp_path / "c.yaml"), 2, "unknown key 'lenght'", "c.yaml", "known keys: ")
 
 
+IDLE = {
+    "export": [("--samples", 3), ("--device", "cpu"), ("--frames", 3), ("--repeat-data",)],
+    "verify": [("--questions", 3)],
+    "verify --tasks single": [("--data", "x.txt"), ("--samples", 3)],
+    "verify --tasks mine.jsonl": [("--questions", 3), ("--lengths", "512")],
+    "profile": [("--data", "x.txt"), ("--frames", 3)],
+    "profile --end-to-end bundled": [("--skip", 0.5), ("--heads", 4)],
+}
+
+
+@pytest.mark.parametrize("command", IDLE)
+def test_an_option_that_would_do_nothing(run, one_sentence, tmp_path, command):
+    needed = {"export": ("run", "-o", tmp_path / "t", "--top-k", 1), "verify": ("--thresholds", "t")}
+    for option in IDLE[command]:
+        result = run(*command.split(), *needed.get(command.split()[0], ()), *option)
+        one_sentence(result, 2, f"{option[0]} means nothing with")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("calibrate", "-o", "run", "--top-k", ","), "--top-k takes 1 to 32 numbers"),
+        (("calibrate", "-o", "run", "--gradients", "--include-vision"), "--gradients knows text layers only"),
+        (("calibrate", "-o", "run", "--processes", 2, "--length", 100), "shorter than two tiles"),
+        (("profile", "--fail-under", "nan", "--baseline", "b.json"), "--fail-under must be a positive number"),
+        (("profile", "--profile", "tiny", "--seed", 1 << 63), "seed must be a whole number"),
+        (("profile", "--profile", "tiny", "--skip", "0"), "0 and 1, got [0.0]; 0 is always timed"),
+        (("compare", "--seed", 1 << 63), "--seed must be below 2^63"),
+        (("compare", "--plot", "plot.pdf"), "a plot is an .svg or a .png file"),
+    ],
+)
+def test_values_that_cannot_be_meant(run, one_sentence, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    one_sentence(run(*arguments), 2, words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_output_that_cannot_be_written(run, one_sentence, tmp_path):
     (tmp_path / "file").write_text("")
     one_sentence(run("calibrate", "-o", tmp_path / "file" / "run"), 2, "cannot write")

@@ -375,7 +375,7 @@ def test_text_generated_for_want_of_real_text_is_named_wherever_it_matters(tmp_p
     run, artifact = tmp_path / "run", tmp_path / "t.safetensors"
     small = ["--samples", "2", "--length", "512", "--device", "cpu"]
     code, _, errors = bsfa("calibrate", "-o", run, *small)
-    assert code == 0 and "no --data was given: builtin:mixed is generated text" in errors
+    assert code == 0 and "no --data was given, and builtin:mixed is generated text" in errors
     assert json.loads((run / "run.json").read_text())["data"]["generated"] is True
     code, _, errors = bsfa("export", run, "-o", artifact, "--target-skip", "0.1")
     assert code == 0 and "calibrated without real text: builtin:mixed" in errors

@@ -228,7 +228,7 @@ def test_tasks_keep_their_commas_and_results_name_no_folders():
 
 def test_generated_text_is_remarked_on_where_nobody_asked_for_it():
     (remark,) = data.remarks(None, "builtin:mixed", 8)
-    assert "no --data was given: builtin:mixed is generated text" in remark and "absolute ones and top-k" in remark
+    assert "no --data was given, and builtin:mixed is generated text" in remark and "absolute ones and top-k" in remark
     assert data.remarks("builtin:mixed", "builtin:mixed", 8) == data.remarks(None, "tasks:all", 8) == []
     (remark,) = data.remarks("builtin:code,builtin:mixed", "builtin:code,builtin:mixed", 1)
     assert "names 2 sources, and 1 samples come from the first 1" in remark

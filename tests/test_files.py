@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -120,6 +121,31 @@ def test_the_tool_makes_folders_and_says_why_it_cannot_write(tmp_path, monkeypat
     with pytest.raises(errors.MachineError, match="no space left"):
         files.write_whole(target, b"two")
     assert target.read_bytes() == b"one" and os.listdir(target.parent) == ["file"]
+
+
+@pytest.mark.parametrize("kind", [files.THRESHOLDS, files.RESULT, files.PAGE, files.CAPTURE])
+def test_an_output_replaces_its_like_alone(tmp_path, kind):
+    def header(metadata: dict) -> bytes:
+        text = json.dumps({"__metadata__": metadata}).encode()
+        return len(text).to_bytes(8, "little") + text
+
+    likes = {
+        files.THRESHOLDS: header({"bsfa": ""}), files.CAPTURE: header({"bsfa_capture": ""}),
+        files.RESULT: b'{"kind": "bsfa verify"}', files.PAGE: b"<!DOCTYPE html>\n",
+        "weights": header({"format": "pt"}), "settings": b'{"architectures": []}', "text": b"x",
+        "cut": b"\xff" * 8 + b"{",
+    }  # fmt: skip
+    path = tmp_path / "file"
+    files.check_writable(path, kind)
+    path.touch()
+    files.check_writable(path, kind)
+    for name, content in likes.items():
+        path.write_bytes(content)
+        if name == kind:
+            files.check_writable(path, kind)
+        else:
+            with pytest.raises(errors.UsageError, match=f"would be replaced by {kind}"):
+                files.check_writable(path, kind)
 
 
 def test_no_output_option_replaces_a_named_pipe(run, one_sentence, tmp_path):

@@ -121,6 +121,10 @@ def test_a_checkpoints_configuration_is_completed_and_anything_else_left_alone(f
     whole, _, errors = written(run, finished, output, "trtllm")
     assert {key: whole[key] for key in config} == config and "the rest is as it was" in errors
     written(run, finished, output, "trtllm")  # again
+    for other in ({"architectures": ["BertModel"]}, {"num_hidden_layers": 99}):
+        output.write_text(json.dumps(config | other))
+        one_sentence(run("export", finished, "-o", output, "--to", "trtllm", "--target-skip", RATE), 4, "the run")
+        assert json.loads(output.read_text()) == config | other
     (tmp_path / "link.json").symlink_to(output)
     command = ("export", finished, "-o", tmp_path / "link.json", "--to", "trtllm", "--target-skip", RATE)
     one_sentence(run(*command), 4, "is a link")
@@ -220,6 +224,8 @@ def changed(**changes):
         (changed(threshold_scale_factor__prefill=None), 4, "coefficients a and b, for prefill"),
         (changed(threshold_scale_factor__prefill={"log_a": 1, "b": 2}), 4, "must be a and b, got log_a, b"),
         (changed(threshold_scale_factor__prefill__a=True), 4, "a must be a finite number"),
+        (changed(threshold_scale_factor__prefill__a=10**400), 4, "a must be a finite number"),
+        (changed(targets=["Linear"]), 4, "targets must be a list of attention classes"),
         (changed(threshold_scale_factor__prefill__a=-1), 4, "a must be above 0"),
         (changed(threshold_scale_factor__prefill__b=1e9), 2, "the engines skip nothing from 1 on"),
         (changed(target_sparsity=2), 4, "target_sparsity must lie in [0, 1]"),
@@ -248,6 +254,7 @@ def test_what_is_not_known_is_refused(config, code, said, finished, tmp_path, ru
         (["--to", "modelopt", "--top-k", "3"], "take RUN, -o and --target-skip"),
         (["--to", "modelopt", "--target-skip", "0.2", "--gate", "absolute"], "take RUN, -o and --target-skip"),
         (["--to", "modelopt", "--target-skip", "0.2", "--length", "512"], "take RUN, -o and --target-skip"),
+        (["--to", "modelopt", "--target-skip", "0.2", "--quantile", "0.5"], "--quantile means nothing with --to"),
         (["--to", "modelopt", "--target-skip", "0.99"], "cannot be reached with one lambda below 1"),
         (["--to", "modelopt", "--from-modelopt", "x.json", "--target-skip", "0.2"], "give either --to or"),
     ],

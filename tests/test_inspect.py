@@ -90,6 +90,14 @@ def test_stored_results_and_captured_layers(run, shown, tmp_path):
         ("text.txt", b"hello, world", "no file of bsfa's"),
         ("a.json", b"{", "is not JSON"),
         ("a.json", b'{"kind": "x"}', "is not a result of"),
+        ("a.json", b'{"kind": ["bsfa verify"]}', "is not a result of"),
+        ("a.json", b'{"kind": "bsfa verify", "seed": NaN}', "it holds NaN"),
+        (
+            "a.json",
+            b'{"kind": "bsfa verify", "format": 1, "environment": {}, "points": [], "model": {"id": null}, '
+            b'"thresholds": "t", "passed": true}',
+            "None is no text",
+        ),
         ("a.json", b'{"kind": "bsfa verify", "format": 1, "environment": {}, "points": [3]}', "lacks or breaks"),
         ("run.json", b"{}", "is part of a run; give its directory"),
         ("a.pt", b"PK\x03\x04" + b"0" * 20, "--from-official"),

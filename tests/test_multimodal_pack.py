@@ -55,9 +55,10 @@ def test_a_pack_is_the_conversation_that_a_server_would_get(name):
     assert packed.parts[0].start == 0 and packed.parts[-1].stop == length
 
 
+@pytest.mark.parametrize("images", [1, 3])  # several stand next to each other, as frames do
 @pytest.mark.parametrize("name", tiny_processors.ALL)
-def test_no_length_cuts_an_image(name):
-    processor, samples = tiny_processors.ALL[name](), [sample(i) for i in range(6)]
+def test_no_length_cuts_an_image(name, images):
+    processor, samples = tiny_processors.ALL[name](), [sample(i, images=images) for i in range(6)]
     marker = processor.tokenizer.convert_tokens_to_ids(TOKENS[name])
     complete = whole(processor, samples)["input_ids"][0].tolist()
     shortest, longest = 60, 60 + 2 * len(whole(processor, samples[:1])["input_ids"][0])
@@ -86,7 +87,9 @@ def test_no_length_cuts_an_image(name):
 
 def test_too_little_data_is_refused_with_how_far_it_got_unless_repeats_are_allowed():
     processor, samples = tiny_processors.llava(), [sample(0), sample(1)]
-    with pytest.raises(TooShort, match=r"2 samples, to the end of the data, have 1\d\d tokens and do not reach 500"):
+    with pytest.raises(
+        TooShort, match=r"data end after 2 sample\(s\) of 1\d\d tokens together, which do not reach 500"
+    ):
         pack(processor, samples, 500)
     packed = pack(processor, samples, 500, repeat=True)
     assert len(packed.tokens) == 500

@@ -155,6 +155,7 @@ def test_a_report_without_matplotlib_has_tables_and_says_what_is_missing(run, st
     "content, words",
     [
         (None, "cannot read"), ("{", "is not JSON"), ("[]", "not a result of `bsfa profile` or `bsfa compare` or"),
+        ('{"kind": {}}', "not a result of"), ('{"kind": NaN}', "it holds NaN, which no result does"),
         ('{"kind": "bsfa compare", "format": 9}', "has format 9"),
         ('{"kind": "bsfa compare", "format": 1, "environment": {}, "cells": [{}]}', "lacks or breaks"),
         ('{"kind": "bsfa compare", "format": 1, "environment": {}, "cells": [3]}', "lacks or breaks"),
@@ -167,6 +168,24 @@ def test_a_damaged_result_writes_nothing(run, one_sentence, tmp_path, content, w
         path.write_text(content)
     one_sentence(run("report", path, "-o", tmp_path / "report.html"), 4, words)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_control_characters_in_a_result_command_no_terminal_and_break_no_plot(run, stored, tmp_path):
+    result = json.loads(stored.read_text())
+    result["cells"][0]["label"] = "\x1b[31m\ud800red"
+    result["environment"]["gpu"] = "\x1b]0;title\x07"
+    stored.write_text(json.dumps(result))
+    assert run("report", stored, "-o", tmp_path / "r.html").code == 0
+    page, seen = (tmp_path / "r.html").read_text(), run("inspect", stored)
+    assert seen.code == 0 and "[31m" in page and "[31m" in seen.err
+    assert not [c for c in page + seen.err if c in "\x1b\x07\ud800"]
+
+
+def test_a_page_replaces_no_result(run, one_sentence, stored, tmp_path):
+    before = stored.read_bytes()  # as `bsfa report -o *.json` would
+    one_sentence(run("report", "-o", stored, stored), 2, "is a stored result and would be replaced by a page")
+    assert stored.read_bytes() == before
+    assert [run("report", stored, "-o", tmp_path / "r.html").code for _ in "again"][-1] == 0
 
 
 def test_arguments(run, one_sentence, stored):

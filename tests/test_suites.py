@@ -239,6 +239,7 @@ def test_a_file_of_ruler_itself(tmp_path):
         ({"input": "a"}, "line 1: 'outputs' must be a list"),
         ({"input": "a", "outputs": [1]}, "line 1: 'outputs' must be text"),
         ({"input": "a", "outputs": ["a"], "depth": 10}, "'depth' must be a whole number from 0 to 9"),
+        ({"input": "a", "outputs": ["a"], "answer_prefix": None}, "'answer_prefix' must be text"),
         ([], "line 1: expected a JSON object"),
     ],
 )

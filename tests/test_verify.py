@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from bsfa_kernels.request import UNBOUNDED
 from bsfa_kernels.thresholds import ThresholdsError
 from gap_thresholds import TILE, thresholds
 
-from bsfa_cli.commands.verify import verify
+from bsfa_cli.commands import verify as command
 from bsfa_cli.errors import GateFailed, InputError, UsageError
 from bsfa_cli.metrics.logits import Head, Predictions
 from bsfa_cli.models.load import load_model
@@ -23,6 +25,7 @@ from bsfa_cli.verification.kernel import check_kernel
 from bsfa_cli.verification.layers import DroppedMass, MeasuringAttention
 
 pytestmark = pytest.mark.usefixtures("random_model")
+verify = partial(command.verify, SimpleNamespace(command=SimpleNamespace(params=())))  # without a command line
 SCORING = Scoring(0.125, True)
 
 

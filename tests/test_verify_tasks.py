@@ -75,7 +75,7 @@ def test_questions_past_the_models_positions_are_refused(run, one_sentence, arti
     line = json.dumps({"input": "the garden " * 70_000, "outputs": ["1"], "task": "niah"})
     (tmp_path / "q.jsonl").write_text(json.dumps({"input": "the", "outputs": ["1"]}) + "\n" + line)
     command = ("verify", "--thresholds", artifact, "--tasks", tmp_path / "q.jsonl", "--device", "cpu")
-    one_sentence(run(*command), 4, "q.jsonl, question 2: its 140,001 tokens and 128 for the answer", "positions")
+    one_sentence(run(*command), 4, "q.jsonl, question 2: its 140,129 tokens, answer included", "positions")
 
 
 def test_generation_and_teacher_forcing_agree(loaded):

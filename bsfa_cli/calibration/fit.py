@@ -161,7 +161,11 @@ def _wanted(table: Table, rate: float) -> int:
     """Tiles to drop for `rate` of all candidates. Raises UsageError where the grid cannot."""
     wanted = math.ceil(rate * int(table.candidates.sum()) - 1e-6)
     most = int(table.dropped[..., -1].sum())
-    if most < wanted or not int(table.candidates.sum()):
+    if not int(table.candidates.sum()):
+        raise UsageError(
+            "the run's samples are too short: no tile of theirs may be dropped; calibrate with a larger --length"
+        )
+    if most < wanted:
         raise UsageError(
             f"a skip rate of {rate:g} cannot be reached: the highest {table.gate} threshold drops {table.reach:.4f} of "
             f"the candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"

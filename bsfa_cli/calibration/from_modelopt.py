@@ -25,6 +25,7 @@ from .handover import FORMULA
 from .store import Run
 
 KEYS = frozenset({"algorithm", "sparse_algo", "targets", "ignore", "threshold_scale_factor", "target_sparsity"})
+TARGET = "Attention"  # how the classes are named that the engines replace
 # Of the configuration, what must agree with the run's model where both say it.
 IDENTITY = {
     "num_hidden_layers": "layers", "num_attention_heads": "query_heads", "num_key_value_heads": "key_value_heads",
@@ -75,6 +76,9 @@ def _given(path: Path, config) -> Given:
         raise InputError(f"the algorithm is {short(algorithm)}, and bsfa knows skip_softmax")
     if set(group) - KEYS:
         raise InputError(f"{short(name)} has {_first(set(group) - KEYS)}, which bsfa does not know")
+    targets = group.get("targets", [TARGET])
+    if not isinstance(targets, list) or not targets or not all(str(each).endswith(TARGET) for each in targets):
+        raise InputError(f"targets must be a list of attention classes, such as {TARGET}, got {short(targets)}")
     factor = _object("threshold_scale_factor", group.get("threshold_scale_factor"))
     formula = factor.get("formula")
     if not isinstance(formula, str) or formula.replace(" ", "") != FORMULA.replace(" ", ""):
@@ -107,7 +111,7 @@ def convert(
 
     Raises UsageError where no rate is given or lambda is 1 or more, InputError for a configuration of another model.
     """
-    _check_model(run, given)
+    check_model(run, given.path, given.config)
     rate = given.target if rate is None else rate
     if rate is None:
         raise UsageError(f"{given.path} has no target_sparsity; give --target-skip")
@@ -142,16 +146,17 @@ def convert(
     return points.artifact(run, [thresholds], [point], table.modules, more), [points.Report(point, tuple(reports))]
 
 
-def _check_model(run: Run, given: Given) -> None:
-    ours, theirs = run.manifest["model"], given.config
+def check_model(run: Run, path: Path, config: dict) -> None:
+    """Raise InputError where a checkpoint's configuration is, as far as it says, not of the run's model."""
+    ours, theirs = run.manifest["model"], config
     if isinstance(theirs.get("text_config"), dict):
         theirs = {**theirs, **theirs["text_config"]}
-    architectures = given.config.get("architectures")
+    architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and ours["architecture"] not in (None, *architectures):
-        raise InputError(f"{given.path} is of {architectures[0]}, and the run of {ours['architecture']}")
+        raise InputError(f"{path} is of {architectures[0]}, and the run of {ours['architecture']}")
     for key, name in IDENTITY.items():
         if theirs.get(key) is not None and isinstance(ours[name], int) and theirs[key] != ours[name]:
-            raise InputError(f"{given.path}: {key} is {short(theirs[key])}, and {ours[name]} in the run's model")
+            raise InputError(f"{path}: {key} is {short(theirs[key])}, and {ours[name]} in the run's model")
 
 
 def _object(what: str, value) -> dict:
@@ -161,9 +166,12 @@ def _object(what: str, value) -> dict:
 
 
 def _number(what: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{what} must be a finite number, got {short(value)}")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number that no float holds
+        pass
+    raise InputError(f"{what} must be a finite number, got {short(value)}")
 
 
 def _first(names: set) -> str:

@@ -97,7 +97,7 @@ def make_requests(
     ):  # fmt: skip
         for value in values:
             if not 0 < value < 1:
-                raise UsageError(f"{option} must lie between 0 and 1, got {value:g}")
+                raise UsageError(f"{option} must lie between 0 and 1, both excluded; got {value:g}")
     requests = [Request("top-k", k, "absolute") for k in top_k]
     requests += [Request("target-skip", rate, gate) for rate in target_skip]
     requests += [Request("mass-skip", rate, gate) for rate in mass_skip]
@@ -392,4 +392,6 @@ def score_remarks(run: Run, artifact: Thresholds) -> list[str]:
             f"points run {point.scores} scores, with thresholds made for {made_for} ones: bsfa verify says what changes"
         ]
     kept, heads = sum(map(len, point.exact_heads.values())), sum(x.shape[1] for x in artifact.tensors.values())
+    if not kept:
+        return [f"points run int8 scores in all {heads} heads"]
     return [f"points run int8 scores; {kept} of {heads} heads stay exact, and those that share their KV heads"]

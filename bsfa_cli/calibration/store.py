@@ -30,11 +30,11 @@ from ..files import check_folder, write_whole
 from ..order import natural, ordered
 from . import claims
 from .curves import ModuleCurves, Plan
+from .manifest import ROLES
+from .manifest import check as check_manifest
 
 SCHEMA = 2  # 1 lacks the effect on the residual stream
-ROLES = ("fit", "heldout")
 MAX_BYTES = 16 << 30
-MANIFEST_KEYS = ("schema", "model", "data", "options", "modules", "samples", "software")
 # Compared on resuming, in this order. Software may differ: a run survives an upgrade.
 COMPARED = ("schema", "model", "options", "data", "modules", "samples")
 GROWN = ("model", "data")  # parts that have more keys than earlier versions wrote; what a run lacks is not compared
@@ -59,14 +59,12 @@ class Run:
             raise InputError(f"{path} holds no calibration run: run.json: {error.strerror or error}") from error
         try:
             manifest = json.loads(content)
-            exact_keys("run.json", manifest, MANIFEST_KEYS)
-            for part in ("model", "data", "options", "modules"):
-                if not isinstance(manifest[part], dict):
-                    raise Malformed(f"{part} must be a JSON object, got {short(manifest[part])}")
+            if isinstance(manifest, dict) and manifest.get("schema", SCHEMA) != SCHEMA:
+                said = f"has run schema {short(manifest['schema'])}; this version of bsfa knows {SCHEMA}"
+                raise InputError(f"{path} {said}")
+            check_manifest(manifest)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}/run.json is damaged: {error}") from None
-        if manifest["schema"] != SCHEMA:
-            raise InputError(f"{path} has run schema {short(manifest['schema'])}; this version of bsfa knows {SCHEMA}")
         return cls(path, manifest)
 
     @classmethod

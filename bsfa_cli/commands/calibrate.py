@@ -89,6 +89,10 @@ def calibrate(
         raise UsageError(f"--scores must be exact or int8, got {scores!r}")
     if gradients and scores != "exact":
         raise UsageError("--gradients knows exact scores only; calibrate once with it, and once with --scores int8")
+    if gradients and include_vision:
+        raise UsageError("--gradients knows text layers only; calibrate a vision tower without it")
+    if length is not None and length < 2 * max(TILES[tile]):
+        raise UsageError(f"--length {length} is shorter than two tiles ({2 * max(TILES[tile])} tokens)")
     ranks = None if top_k is None else _ranks(top_k)
     given = joined(data, image_root, frames, repeat_data)
 
@@ -104,8 +108,12 @@ def calibrate(
     check_source(given, length or min(DEFAULT_LENGTH.values()))
 
     from ..calibration.group import Group, started
+    from ..environment import resolve_device
 
+    if device != "auto":
+        resolve_device(device)
     if processes is not None and processes > 1 and started() == 1 and not dry_run:
+        _check_shared(device)
         _spawn(processes, output, json)
         return
 
@@ -120,8 +128,6 @@ def calibrate(
     place = _place(device, group)
     length = length or DEFAULT_LENGTH[place.type]
     rows, keys = TILES[tile]
-    if length < 2 * max(rows, keys):
-        raise UsageError(f"--length {length} is shorter than two tiles ({2 * max(rows, keys)} tokens)")
     if not dry_run:
         run.Run.check_place(output)
     positions = partial(check_positions, length=length, flag="--length")
@@ -203,6 +209,12 @@ def _spawn(processes: int, output: Path, json: bool) -> None:
         raise
 
 
+def _check_shared(device: str) -> None:
+    """Raise UsageError for one GPU that several processes would share."""
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device}: each of several processes takes a GPU of its own; give --device cuda")
+
+
 def _place(device: str, group: Group | None) -> torch.device:
     """The device of this process. Raises UsageError for one device that several processes would share, MachineError
     where there are fewer GPUs than processes.
@@ -212,8 +224,7 @@ def _place(device: str, group: Group | None) -> torch.device:
     place = resolve_device(device)
     if group is None or place.type == "cpu":
         return place
-    if device not in ("auto", "cuda"):
-        raise UsageError(f"--device {device}: each of several processes takes a GPU of its own; give --device cuda")
+    _check_shared(device)
     import torch
 
     if group.local_rank >= torch.cuda.device_count():
@@ -234,6 +245,6 @@ def _ranks(text: str) -> tuple[int, ...]:
         ranks = sorted({int(part) for part in text.split(",") if part.strip()})
     except ValueError:
         raise UsageError(f"--top-k must be whole numbers separated by commas, got {text!r}") from None
-    if len(ranks) > 32 or any(not 1 <= k <= 65536 for k in ranks):
-        raise UsageError(f"--top-k takes up to 32 numbers from 1 to 65536, got {text!r}")
+    if not 1 <= len(ranks) <= 32 or any(not 1 <= k <= 65536 for k in ranks):
+        raise UsageError(f"--top-k takes 1 to 32 numbers from 1 to 65536, got {text!r}")
     return tuple(ranks)

@@ -43,10 +43,10 @@ def capture(
     # First what can be refused without the model: to import transformers takes seconds.
     from ..data.prompts import check_source, default_data, load_prompts
     from ..data.texts import falls_short, remarks
-    from ..files import check_writable, write_whole
+    from ..files import CAPTURE, check_writable, write_whole
 
     check_source(given, length or min(DEFAULT_LENGTH.values()))
-    check_writable(output)
+    check_writable(output, CAPTURE)
 
     from ..calibration.run import chosen_modules
     from ..comparison import tensors
@@ -77,6 +77,7 @@ def capture(
         content = tensors.pack(found, facts)
     write_whole(output, content)
     note(f"written: {output} ({len(content):,} bytes, {len(found)} layers of {len(text.tokens):,} tokens)")
+    note(f"next: bsfa compare --captured {output}")
     if json:
         size = {"bytes": len(content), "length": len(text.tokens), "layers": list(found)}
         print_json({"file": str(output), **size, **facts})

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
+from ..idle import OF_DATA, refuse_idle
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 BUNDLED = "bundled"
@@ -104,6 +105,12 @@ def compare(
         raise UsageError(f"--minutes must be positive, got {minutes:g}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {seconds}")
+    if seed >= 1 << 63:
+        raise UsageError(f"--seed must be below 2^63, got {seed}")
+    if plot is not None:
+        from ..presentation import figures
+
+        figures.check(plot)
     if tile not in ("64x128", "128x64"):
         raise UsageError(f"--tile must be 64x128 or 128x64, got {tile!r}")
     kv_heads = kv_heads or max(1, heads // 4)
@@ -120,7 +127,7 @@ def compare(
     from ..data.plans import plan
     from ..data.prompts import check_source
     from ..environment import resolve_device
-    from ..files import check_writable, write_json
+    from ..files import RESULT, check_writable, write_json
     from ..presentation import compare_table
     from ..timing.sweep import resolve_dtype
 
@@ -137,8 +144,9 @@ def compare(
         import torch
 
         torch.cuda.set_device(place)
-    for path in filter(None, (output, plot)):
-        check_writable(path)
+    for path, kind in ((output, RESULT), (plot, None)):
+        if path is not None:
+            check_writable(path, kind)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
         from ..data.prompts import default_data
@@ -215,14 +223,13 @@ def _lengths(text: str) -> list[int]:
 
 def _refuse_idle(context: Context, in_model: bool, captured: bool) -> None:
     """Raise UsageError for an option of the command line that this kind of comparison would not look at."""
-    idle = () if in_model else ("data", "image_root", "frames", "repeat_data", "samples", "questions")
+    idle = () if in_model else (*OF_DATA, "samples", "questions")
     if in_model or captured:
         idle += ("layers", "heads", "kv_heads", "head_dim", "causal")
+    if captured:
+        idle += ("dtype",)
     kind = "inside a model" if in_model else "on captured layers" if captured else "on structured layers"
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name)
-        if parameter.name in (*idle, *(("dtype",) if captured else ())) and source and source.name == "COMMANDLINE":
-            raise UsageError(f"{parameter.opts[0]} means nothing {kind}; drop it")
+    refuse_idle(context, idle, kind)
 
 
 def _thresholds(run: Path | None, thresholds: Path | None, tile):

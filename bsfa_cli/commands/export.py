@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
+from ..idle import refuse_idle
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 if TYPE_CHECKING:
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 
 # Texts to search on are others than calibration and `verify`, whose seeds are the run's and the next, have seen.
 SEARCH_SEED = 2_000_000
+OF_SEARCH = ("frames", "repeat_data", "samples", "device", "dtype")  # options, as parameters, that only it reads
 
 
 def export(
+    context: Context,
     run: Annotated[Path | None, Argument(help="Run directory of bsfa calibrate.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The artifact to write.")] = None,
     top_k: Annotated[
@@ -167,10 +170,14 @@ def export(
         only = not any((*asked[:1], *asked[2:])) and not searching and all(value is None for value in others)
         if not only or gate != "gap" or aim != "fitted":
             raise UsageError("--to and --from-modelopt take RUN, -o and --target-skip, --from-modelopt --length too")
+        idle = OF_SEARCH if to is None else (*OF_SEARCH, "quantile")
+        refuse_idle(context, idle, f"with {'--from-modelopt' if to is None else '--to'}")
         _hand_over(run, output, to, from_modelopt, target_skip, length, quantile, json)
         return
     if any(value is not None for value in (data, image_root, length)) and not searching:
         raise UsageError("--data, --image-root and --length belong to --largest-skip-with; other points need no texts")
+    if not searching:
+        refuse_idle(context, OF_SEARCH, "without --largest-skip-with")
     if by_modality and (top_k or from_official is not None):
         what = "--top-k" if top_k else "--from-official"
         raise UsageError(f"{what} has thresholds by position alone; --by-modality goes with the other recipes")
@@ -181,9 +188,9 @@ def export(
         raise UsageError("the authors' file has its own operating points; drop --top-k, --target-skip and the like")
 
     from ..console import note, print_json
-    from ..files import check_writable, write_whole
+    from ..files import THRESHOLDS, check_writable, write_whole
 
-    check_writable(output)
+    check_writable(output, THRESHOLDS)
     reports, left_out = [], {}
     if from_official is not None:
         artifact = _official(from_official, model)
@@ -229,6 +236,7 @@ def export(
     write_whole(output, content)
     names = ", ".join(point.name for point in artifact.points)
     note(f"written: {output} ({len(content):,} bytes; points: {names})")
+    note(f"next: bsfa verify MODEL --thresholds {output}")
     if json:
         print_json(_result(output, content, artifact, reports, left_out))
     if left_out:
@@ -237,14 +245,14 @@ def export(
 
 
 def _hand_over(run, output, to, config, target_skip, length, quantile: float, json: bool) -> None:
-    from ..files import check_writable
+    from ..files import THRESHOLDS, check_writable
     from . import handover
 
     if to is not None and config is not None:
         raise UsageError("give either --to or --from-modelopt")
     if to is None:
         rate = handover.one_rate(target_skip, "--from-modelopt")
-        check_writable(output)
+        check_writable(output, THRESHOLDS)
         handover.from_modelopt(run, config, output, rate, length, quantile, json)
         return
     if to not in handover.ENGINES:

@@ -36,6 +36,8 @@ def fetch(
     if output is None:
         raise UsageError("where should the checkpoint go? give -o FOLDER")
     output = output.resolve()
+    if not output.name:
+        raise UsageError(f"-o {output} is no folder that can be made")
     longer = output.with_name(f"{output.name}-{stretch}x")
     for folder in (output, longer) if stretch > 1 else (output,):
         if folder.exists():

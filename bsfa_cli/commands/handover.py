@@ -45,7 +45,7 @@ def to_engine(run: Path, engine: str, output: Path, rate: float, print_result: b
     one = handover.one_number(judged, curve, rate)
     ours = handover.by_head(judged, fitted, reached)
     config = handover.sparse_attention_config(engine, curve, version("bsfa"))
-    content, merged = _merged(output, config)
+    content, merged = _merged(output, config, begun)
     write_whole(output, content)
 
     role = "held-out" if curves["heldout"] else "fitted"
@@ -113,10 +113,12 @@ def _with_uncalibrated(curve: Curve, run: Run) -> Curve:
     return replace(curve, ignore=tuple(sorted({*curve.ignore, *others}, key=natural)))
 
 
-def _merged(output: Path, config: dict) -> tuple[bytes, bool]:
+def _merged(output: Path, config: dict, run: Run) -> tuple[bytes, bool]:
     """(the file to write, whether it is a checkpoint's config.json with the key set). Raises InputError for a file that
-    is there and no such thing: it would be lost.
+    is there and no such thing, which would be lost, or that of another model.
     """
+    from ..calibration.from_modelopt import check_model
+
     whole, merged = {KEY: config}, False
     if output.is_symlink():
         raise InputError(f"{output} is a link, as in Hugging Face's cache, whose file others share; copy it first")
@@ -127,6 +129,7 @@ def _merged(output: Path, config: dict) -> tuple[bytes, bool]:
             raise InputError(f"{output} is there and is not JSON ({error}); it is left alone") from None
         if not isinstance(found, dict) or not (set(found) == {KEY} or {"architectures", "model_type"} & set(found)):
             raise InputError(f"{output} is there and is no checkpoint's config.json; it is left alone")
+        check_model(run, output, found)
         merged = set(found) != {KEY}
         whole = {**found, KEY: config}
     return (json.dumps(whole, indent=2) + "\n").encode(), merged
@@ -160,5 +163,5 @@ def one_rate(rates: list[float] | None, option: str) -> float | None:
     if len(rates) > 1:
         raise UsageError(f"{option} takes one --target-skip, got {len(rates)}")
     if not 0 < rates[0] < 1:
-        raise UsageError(f"--target-skip must lie between 0 and 1, got {rates[0]:g}")
+        raise UsageError(f"--target-skip must lie between 0 and 1, both excluded; got {rates[0]:g}")
     return rates[0]

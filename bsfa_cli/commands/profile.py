@@ -6,13 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Context, Option
 
 from ..errors import GateFailed, MachineError, UsageError
+from ..idle import OF_DATA, refuse_idle
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
+
+# Options, as parameters, that only the sweep reads.
+OF_SWEEP = (
+    "skip", "heads", "kv_heads", "head_dim", "causal", "gate", "tile", "synthetic", "baselines", "backend",
+)  # fmt: skip
 
 
 def profile(
+    context: Context,
     profile: Annotated[
         str | None, Option(help="Bundled profile or YAML file; llama-3.1-8b on a GPU and tiny on a CPU by default.")
     ] = None,
@@ -67,8 +74,14 @@ def profile(
 
     if fail_under is not None and baseline is None:
         raise UsageError("--fail-under compares with an earlier result: give it as --baseline FILE.json")
+    if fail_under is not None and not 0 < fail_under < float("inf"):
+        raise UsageError(f"--fail-under must be a positive number, got {fail_under:g}")
     if end_to_end is None and (thresholds is not None or point is not None):
         raise UsageError("--thresholds and --point belong to --end-to-end MODEL; the sweep fits its own thresholds")
+    if end_to_end is None:
+        refuse_idle(context, OF_DATA, "without --end-to-end MODEL")
+    elif profile is None:
+        refuse_idle(context, OF_SWEEP, "with --end-to-end and no --profile")
     if language_only and end_to_end is None:
         raise UsageError("--language-only belongs to --end-to-end MODEL")
     if plot is not None and end_to_end is not None and profile is None:
@@ -92,7 +105,7 @@ def profile(
 
     from ..console import beginner, note, note_speeds, print_json, progress
     from ..environment import resolve_device
-    from ..files import check_writable, write_json, write_whole
+    from ..files import RESULT, check_writable, write_json, write_whole
     from ..presentation import profile_table
     from ..timing import compare, run
 
@@ -118,8 +131,9 @@ def profile(
     stored = compare.read(baseline) if baseline else None
     if stored:
         compare.refuse_other_machine(stored, result["environment"], result["device"], baseline)
-    for path in filter(None, (output, plot)):
-        check_writable(path)
+    for path, kind in ((output, RESULT), (plot, None)):
+        if path is not None:
+            check_writable(path, kind)
 
     note_speeds(device)
 
@@ -160,8 +174,10 @@ def profile(
         from ..presentation.plot import speedup_plot
 
         write_whole(plot, figures.content(speedup_plot(result), plot))
-    for path in filter(None, (output, plot)):
-        note(f"written: {path}")
+    if plot:
+        note(f"written: {plot}")
+    if output:
+        note(f"written: {output}; next: bsfa report {output} -o report.html")
     if json:
         print_json(result)
     _judge(result, run.failures(result), fail_under)

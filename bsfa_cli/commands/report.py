@@ -28,12 +28,12 @@ def report(
     from .. import verification
     from ..comparison import matching
     from ..console import note, print_json
-    from ..files import check_writable, read_result, write_whole
+    from ..files import PAGE, check_writable, read_result, write_whole
     from ..presentation import figures
     from ..presentation.report import page
     from ..timing import compare
 
-    check_writable(output)
+    check_writable(output, PAGE)
     formats = compare.FORMATS | {matching.KIND: matching.FORMAT, verification.KIND: verification.FORMAT}
     found = [(path, read_result(path, formats)) for path in results]
     content = page(found).encode()

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
+from ..idle import refuse_idle
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ DEFAULT_KL = 0.01  # nats per position above the noise floor, where no other lim
 
 
 def verify(
+    context: Context,
     model: Annotated[
         str | None, Argument(help="Checkpoint directory or Hub id; the bundled retrieval model by default.")
     ] = None,
@@ -116,6 +118,14 @@ def verify(
     )  # fmt: skip
     if tasks is None and not gates.judge_accuracy:
         gates = replace(gates, max_kl_over_floor=DEFAULT_KL)
+    if tasks is None:
+        refuse_idle(context, ("questions",), "without --tasks")
+    else:
+        refuse_idle(
+            context, ("samples",) if image_root else ("samples", "data", "frames", "repeat_data"), "with --tasks"
+        )
+    if tasks is not None and image_root is None and _is_file(tasks):
+        refuse_idle(context, ("questions", "length", "lengths"), f"with {tasks}, whose questions are all asked")
     _check_options(tasks, gates, negative_control, lengths, heat_map, save_questions)
     pictured = _pictured(tasks, data, image_root, frames, repeat_data, lengths, save_questions, questions, length, seed)
     if heat_map is not None:
@@ -136,7 +146,7 @@ def verify(
 
     from ..console import note, print_json
     from ..environment import describe
-    from ..files import check_writable, write_json
+    from ..files import RESULT, check_writable, write_json
     from ..models.load import check_positions, load_model, resolve_device
     from ..verification import FORMAT, KIND
 
@@ -147,8 +157,9 @@ def verify(
     given = None if pictured else joined(data, image_root, frames, repeat_data)
     if pictured is None:
         _check_inputs(artifact, given, length, tasks, sizes, questions, save_questions)
-    for path in filter(None, (output, heat_map, save_questions)):
-        check_writable(path)
+    for path, kind in ((output, RESULT), (heat_map, None), (save_questions, None)):
+        if path is not None:
+            check_writable(path, kind)
 
     from ..verification import run  # last: it imports transformers, which takes seconds
 

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .texts import beginning, check_text, read_text, records
-
-if TYPE_CHECKING:
-    from ..models.load import LoadedModel
 
 MOST_CHOICES = 64
 
@@ -32,6 +28,10 @@ class LikelihoodQuestion:
     answer: int
     length: int | None = None
     depth: int | None = None
+
+    def tokens(self, tokenizer) -> int:
+        """Positions that it takes, with its longest choice. Raises InputError as `encoded` does."""
+        return max(len(self.encoded(tokenizer, choice)[0]) for choice in self.choices)
 
     def encoded(self, tokenizer, choice: str) -> tuple[list[int], int]:
         """(tokens of the text and a choice, how many of them are the choice's), as they are tokenised together.
@@ -61,19 +61,6 @@ def read(path: Path) -> list[LikelihoodQuestion]:
     if not found:
         raise InputError(f"{path} holds no question")
     return found
-
-
-def check_positions(path: Path, questions: list[LikelihoodQuestion], loaded: LoadedModel) -> None:
-    """Raise InputError for a question of which a choice does not fit into the model's positions."""
-    most = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    for number, question in enumerate(questions, 1):
-        for choice in question.choices:
-            tokens, _ = question.encoded(loaded.tokenizer, choice)
-            if most is not None and len(tokens) > most:
-                raise InputError(
-                    f"{path}, question {number}: its {len(tokens):,} tokens are past the model's {most:,} positions "
-                    "(max_position_embeddings)"
-                )
 
 
 def _question(path: Path, number: int, record: dict) -> LikelihoodQuestion:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from . import likelihood, ruler
 from .likelihood import LikelihoodQuestion
 from .questions import TextQuestion
 from .texts import read_text, records
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
 
 
 def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
@@ -22,7 +26,13 @@ def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
     return (likelihood if kinds.get(True) else ruler).read(path)
 
 
-def check_positions(path: Path, questions: list, loaded) -> None:
-    """Raise InputError for a question that does not fit into the model's positions."""
-    kind = likelihood if isinstance(questions[0], LikelihoodQuestion) else ruler
-    kind.check_positions(path, questions, loaded)
+def check_positions(path: Path, questions: list[TextQuestion] | list[LikelihoodQuestion], loaded: LoadedModel) -> None:
+    """Raise InputError for a question that does not fit, its answer included, into the model's positions."""
+    most = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    for number, question in enumerate(questions, 1):
+        tokens = question.tokens(loaded.tokenizer)
+        if most is not None and tokens > most:
+            raise InputError(
+                f"{path}, question {number}: its {tokens:,} tokens, answer included, are past the model's {most:,} "
+                "positions (max_position_embeddings)"
+            )

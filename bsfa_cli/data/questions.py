@@ -77,6 +77,10 @@ class TextQuestion:
     new_tokens: int = 128
     lead: str = ""  # the end of `text` that leads into the answer, where it is known
 
+    def tokens(self, tokenizer) -> int:
+        """Positions that it takes, with an answer."""
+        return len(tokenizer(self.text, verbose=False).input_ids) + self.new_tokens
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -9,16 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
 from ..files import write_whole
 from . import tasks
 from .questions import TextQuestion
 from .texts import check_text, read_text, records
-
-if TYPE_CHECKING:
-    from ..models.load import LoadedModel
 
 # Tokens that RULER lets a model generate, by the beginning of its task names.
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -35,18 +31,6 @@ def read(path: Path) -> list[TextQuestion]:
     if not found:
         raise InputError(f"{path} holds no question")
     return found
-
-
-def check_positions(path: Path, questions: list[TextQuestion], loaded: LoadedModel) -> None:
-    """Raise InputError for a question that does not fit, its answer included, into the model's positions."""
-    most = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    for number, question in enumerate(questions, 1):
-        tokens = len(loaded.tokenizer(question.text, verbose=False).input_ids)
-        if most is not None and tokens + question.new_tokens > most:
-            raise InputError(
-                f"{path}, question {number}: its {tokens:,} tokens and {question.new_tokens} for the answer are past "
-                f"the model's {most:,} positions (max_position_embeddings)"
-            )
 
 
 def write(path: Path, questions: Iterable[TextQuestion]) -> None:
@@ -73,7 +57,7 @@ def _question(path: Path, number: int, record: dict, name: str) -> TextQuestion:
     task = record.get("task", name)
     check_text(path, number, "task", task)
     lead = record.get("answer_prefix", "")
-    if lead:
+    if lead != "":
         check_text(path, number, "answer_prefix", lead)
     text = record["input"] if record["input"].endswith(lead) else record["input"] + lead
     kind = next((kind for kind in NEW_TOKENS if task.startswith(kind)), None)

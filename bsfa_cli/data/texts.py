@@ -112,7 +112,7 @@ def remarks(given: str | None, spec: str, samples: int) -> list[str]:
     """What the user should know about the texts of `spec`, which was `given`, or chosen where that is None."""
     if isinstance(spec, ImageData):
         return ["samples are repeated where they are too few for the length"] if spec.repeat else []
-    found = [f"no --data was given: {stand_in(spec)}"] if given is None and stand_in(spec) else []
+    found = [f"no --data was given, and {stand_in(spec)}"] if given is None and stand_in(spec) else []
     count = len(sources(spec))
     if count > samples:
         found.append(f"--data names {count} sources, and {samples} samples come from the first {samples} of them only")
@@ -129,8 +129,8 @@ def stand_in(spec: str) -> str | None:
             "real ones, and numbers measured on them say little of real ones"
         )
     return (
-        f"{spec} is generated text: thresholds fitted to it, absolute ones and top-k above all, cost accuracy on real "
-        "text, and numbers measured on it say little of that"
+        f"{spec} is generated text; thresholds fitted to it, absolute ones and top-k above all, cost accuracy on real "
+        "text, of which numbers measured on it say little"
     )
 
 

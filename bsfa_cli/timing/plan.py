@@ -34,6 +34,8 @@ class Shape:
     data: str | None = None
 
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise UsageError(f"a shape's name must be text, got {self.name!r}")
         for name in ("heads", "kv_heads", "head_dim", "batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"{name} must be a positive whole number, got {getattr(self, name)!r}")
@@ -74,7 +76,9 @@ class Plan:
             if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in lengths):
                 raise UsageError(f"lengths must be positive whole numbers, got {list(lengths)}")
         if any(not isinstance(rate, (int, float)) or not 0 < rate < 1 for rate in self.skip):
-            raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}")
+            raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}; 0 is always timed")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed must be a whole number from 0 on, below 2^63, got {self.seed!r}")
         for name in self.baselines:
             if name not in BASELINES:
                 raise UsageError(f"baselines must be among {', '.join(BASELINES)}, got {name!r}")
@@ -133,7 +137,8 @@ def load(profile: str) -> Plan:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read profile {profile}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"cannot read profile {profile}: {reason}") from error
     else:
         raise UsageError(f"no profile '{profile}': give a .yaml file or one of {', '.join(available())}")
     try:

@@ -51,8 +51,8 @@ def pack(processor, samples: Iterable[MultimodalSample], length: int, *, repeat:
     if not chosen:
         return None
     raise TooShort(
-        f"{len(chosen)} samples, to the end of the data, have {total:,} tokens and do not reach {length:,}; give more "
-        "data, a shorter --length, or --repeat-data"
+        f"the data end after {len(chosen)} sample(s) of {total:,} tokens together, which do not reach {length:,}; give "
+        "more data, a shorter --length, or --repeat-data"
     )
 
 
@@ -97,7 +97,9 @@ def _cut(
     kept, size = sum(stop <= length for _, stop in encoded.images), length
     pieces = encoded.pieces(texts)
     if kept < len(encoded.placeholders):
-        opening = int(encoded.tensors[TOKENS][0, encoded.images[kept][0] - 1])
+        start = encoded.images[kept][0]
+        follows = kept > 0 and encoded.images[kept - 1][1] == start  # an image at once, as frames may
+        opening = None if follows else int(encoded.tensors[TOKENS][0, start - 1])
         text = "".join(texts)[: encoded.placeholders[kept][0]]
         encoded = encoder.encode(text, pictures([sample for sample, _ in chosen])[:kept], _words(chosen))
         size = min(length, encoded.length)
