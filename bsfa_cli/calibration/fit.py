@@ -117,7 +117,7 @@ def effect_skip(table: Table, rate: float) -> torch.Tensor:
 def kl_skip(table: Table, rate: float) -> torch.Tensor:
     """The same, shared out so that the predictions change least. Raises UsageError for a run without gradients."""
     if table.kl is None:
-        raise UsageError("sharing by KL needs a run of calibrate --gradients, and this one has none")
+        raise UsageError("--kl-skip needs a run of calibrate --gradients, and this one has none")
     return _cheapest(table, rate, table.kl)
 
 
