@@ -87,6 +87,13 @@ def test_what_torchrun_began_and_a_signal_ended_one_process_goes_on_with(finishe
     assert contents(path) == contents(finished) and names(path) == {*RUN_FILES, ".lock"}
 
 
+def test_what_a_lost_process_was_writing_goes(finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")
+    (path / ".sample-2.safetensors.67510604fad6f6dd.part").write_bytes(b"half a sam")
+    Run.open(path).tidy()
+    assert contents(path) == contents(finished) and names(path) == names(finished)
+
+
 @pytest.fixture(scope="module")
 def parts(finished, random_model, tmp_path_factory):
     """The run with its second and fourth samples stored by themselves, and the others missing."""

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from bsfa_cli.models.load import BUNDLED
 
+pytestmark = pytest.mark.xdist_group("tensor-parallel")  # one worker starts the processes that its tests share
+
 LENGTH = 700
 # olmo2 gathers its projections' outputs, so that every process computes all heads; granite-swa has attention sinks.
 MODELS = ("llama", "qwen3", "olmo2", "granite-swa", "bundled")

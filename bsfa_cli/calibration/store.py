@@ -79,8 +79,6 @@ class Run:
         if (path / "run.json").exists():
             run = cls.open(path)
             extended = _extended(path, run.manifest, manifest, hash_of_first)
-            for left_over in path.glob(".*.part"):
-                left_over.unlink(missing_ok=True)
             if extended is None:
                 return run
             manifest = extended
@@ -231,8 +229,10 @@ class Run:
                 self.forget_sample(name)
 
     def tidy(self) -> None:
-        """Remove what only processes at work need."""
+        """Remove what only processes at work need, and what lost ones were writing. Nobody may be at work."""
         (self.path / claims.NAME).unlink(missing_ok=True)
+        for left_over in self.path.glob(".*.part"):
+            left_over.unlink(missing_ok=True)
 
     def _index(self, name: str) -> int:
         return next(i for i, sample in enumerate(self.manifest["samples"]) if sample["id"] == name)
