@@ -139,7 +139,7 @@ def verify(
     if backend not in ("auto", *NAMES):
         raise UsageError(f"--backend must be auto or one of {', '.join(NAMES)}; got {backend!r}")
     if tasks is not None:
-        gates.check_questions(len(pictured.drawn()) if pictured else _count(tasks, lengths, questions))
+        gates.check_questions(len(pictured.drawn) if pictured else _count(tasks, lengths, questions))
     artifact = Thresholds.read(thresholds)
     points = [each.name for each in artifact.points] if point is None else [point]
     artifact.index(points[0])
@@ -151,7 +151,7 @@ def verify(
     from ..verification import FORMAT, KIND
 
     device = resolve_device(device)
-    own = tasks is not None and (pictured is not None or _is_file(tasks))  # questions that have lengths of their own
+    own = pictured is not None or tasks is not None and _is_file(tasks)  # questions that have lengths of their own
     length = length or DEFAULT_LENGTH[device.type]
     sizes = (length,) if lengths is None else _lengths(lengths)
     given = None if pictured else joined(data, image_root, frames, repeat_data)

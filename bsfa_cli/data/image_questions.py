@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, UsageError
@@ -82,8 +83,9 @@ class ImagePlan:
         if self.data.repeat:
             raise UsageError("--repeat-data packs texts; questions are asked once each, so drop it")
         self.data.annotations.check()
-        self.drawn()
+        _ = self.drawn
 
+    @cached_property
     def drawn(self) -> list[MultimodalSample]:
         """The samples to ask about. Raises InputError where there is none with an answer and candidates."""
         from .multimodal.scoring import with_candidates
@@ -102,5 +104,5 @@ class ImagePlan:
     def questions_for(self, processor, most: int | None = None) -> Iterator[ImageQuestion]:
         """`most`: positions that the model has."""
         everything = [sample for sample in self.data.annotations.samples(self.seed + 1) if sample.answer]
-        for sample in self.drawn():
+        for sample in self.drawn:
             yield ImageQuestion(sample, everything, processor, self.length, most)

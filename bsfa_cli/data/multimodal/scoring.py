@@ -96,7 +96,7 @@ def behind(processor, sample: MultimodalSample, others: Sequence[MultimodalSampl
 
     Raises InputError where it is longer by itself.
     """
-    encoder, options = Encoder(processor), candidates(sample)
+    encoder = Encoder(processor)
     alone = ask(processor, sample)
     room = length - len(alone.prompt.tokens) - max(map(len, alone.continuations))
     if room < 0:
@@ -114,7 +114,7 @@ def behind(processor, sample: MultimodalSample, others: Sequence[MultimodalSampl
         before.append(other)
         room -= size
     while before:
-        asked = ask(processor, replace(sample, metadata=sample.metadata | {"options": options}), before)
+        asked = ask(processor, sample, before)
         if len(asked.prompt.tokens) + max(map(len, asked.continuations)) <= length:
             return asked
         before.pop()  # tokens that join, or do not, across samples
