@@ -325,7 +325,14 @@ def vqa(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
-def test_a_benchmarks_own_questions_are_asked(family, checkpoints, calibrated, run, tmp_path, vqa):
+def test_a_benchmarks_own_questions_are_asked(family, checkpoints, calibrated, run, tmp_path, vqa, monkeypatch):
+    drawn, questions_for = [], ImagePlan.questions_for
+
+    def watched(plan, *arguments):
+        drawn.append([sample.id for sample in plan.drawn])
+        return questions_for(plan, *arguments)
+
+    monkeypatch.setattr(ImagePlan, "questions_for", watched)
     artifact, _, _ = artifact_of(calibrated(family)[0])
     artifact.write(tmp_path / "t.safetensors")
     asked = ("verify", checkpoints(family), "--thresholds", tmp_path / "t.safetensors", "--tasks", vqa, "--image-root",
@@ -335,6 +342,9 @@ def test_a_benchmarks_own_questions_are_asked(family, checkpoints, calibrated, r
     assert "3 questions of" in result.err and "by likelihood" in result.err
     found = json.loads(result.out)
     (point,) = found["points"]
+    assert [found["seed"], found["tasks"]["seed"]] == [1, 1]  # another one than calibration's, and the one drawn by
+    ids = [sample.id for sample in ImagePlan(ImageData.of(str(vqa), vqa.parent), 3, 600, 1).drawn]
+    assert drawn[-1] == ids
     assert point["by_task"]["vqa"]["questions"] == 3 and set(point["by_length"]) == {"600"} and point["skip"] > 0.05
     alone = run(*asked)
     assert alone.code == 0, alone.err

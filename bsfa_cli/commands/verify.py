@@ -169,7 +169,9 @@ def verify(
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
-    seed = _held_out_seed(artifact.provenance) if seed is None else seed
+    if seed is None:
+        seed = _held_out_seed(artifact.provenance)
+        pictured = pictured and replace(pictured, seed=seed)
     job = _Job(loaded, artifact, points, gates, negative_control, backend, seed, details, scores)
     if tasks is None:
         found, failures = _texts(job, given, samples, length)
