@@ -69,12 +69,16 @@ def dispatch_lines() -> set[str]:
 
 def main(tool: str, backends) -> int:
     command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, CALLS, *backends]
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout + done.stderr)
-    found = faults(done.stdout, dispatch_lines() if tool == "racecheck" else set())
+    said = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:  # at once: a run that a time limit ends has said how far it came
+            print(line, end="", flush=True)
+            said.append(line)
+    said = "".join(said)
+    found = faults(said, dispatch_lines() if tool == "racecheck" else set())
     for line in found:
         print(f"{tool}: {line}", file=sys.stderr)
-    wrong = done.returncode != 0 or "right" not in done.stdout
+    wrong = process.returncode != 0 or "right" not in said
     print(f"{tool}: {'failed' if found or wrong else 'clean'}", file=sys.stderr)
     return 1 if found or wrong else 0
 
