@@ -19,6 +19,7 @@ from bsfa_cli.timing.entrants import Entrants
 from bsfa_cli.timing.flash_attention import FA3, FA3_FP8, FA4, TokensFirst
 from bsfa_cli.timing.interleave import Timing
 from bsfa_cli.timing.libraries import Library
+from bsfa_cli.timing.prefill import Prefill
 from bsfa_cli.timing.skip_softmax_rule import ROWS, Rule
 
 CPU = torch.device("cpu")
@@ -399,3 +400,26 @@ def test_every_way_to_get_one_is_a_target_or_a_package():
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     assert "make gpu-baselines" in flash_attention.HOW[FA3] and "\ngpu-baselines:" in makefile
     assert "\n/.baselines/\n" in (Path(__file__).parent.parent / ".gitignore").read_text()
+
+
+def test_a_prefill_is_timed_through_the_libraries_too(monkeypatch):
+    function = Function(pair=True)
+    found = {FA3: Library(SimpleNamespace(flash_attn_func=function), "fa3-fwd 0.0.3"), FA4: "not here"}
+    monkeypatch.setattr(Prefill, "_libraries", lambda self: found)
+    prefill = Prefill(None, None, None, CPU, "bfloat16")
+    entry = prefill.time("builtin:mixed", 300, 0, 0.01)
+    (row,) = (row for row in entry["contenders"] if row["name"] == FA3)
+    layers = prefill.model.config.num_hidden_layers
+    assert row["kind"] == "dense" and row["library"] == "fa3-fwd 0.0.3" and row["ms_median"] > 0
+    assert len(function.calls) >= 2 * layers and len(function.calls) % layers == 0
+    assert {"name": FA4, "reason": "not here"} in entry["unavailable"]
+    others = prefill.time("builtin:mixed", 300, 0, 0.01, dense=("math",))
+    assert FA3 not in {row["name"] for row in others["contenders"]}
+
+
+def test_the_libraries_refuse_padding_windows_softcap_and_sinks():
+    handler = flash_attention.Handler(Library(SimpleNamespace(flash_attn_func=None), "x"))
+    q, k, v = tensors()
+    for given in (dict(spans=torch.zeros(1, 4)), dict(spans=None, window=128), dict(spans=None, sinks=torch.zeros(4))):
+        with pytest.raises(ValueError, match="without padding"):
+            handler(q, k, v, scale=1.0, causal=True, **given)

@@ -81,16 +81,16 @@ class DenseAttention:
             )
 
 
-class FlashAttention:
-    """FlashAttention-3 or -4, on the same stopwatch, on views of what the module hands over: nothing is copied."""
+class FlashAttention(flash_attention.Handler):
+    """FlashAttention-3 or -4, on the same stopwatch."""
 
     def __init__(self, library: Library, stopwatch: Stopwatch):
-        self.library, self.stopwatch = library, stopwatch
+        super().__init__(library)
+        self.stopwatch = stopwatch
 
-    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, q, k, v, **options) -> torch.Tensor:
         with self.stopwatch.lap(ATTENTION):
-            laid = (x.transpose(1, 2) for x in (q, k, v))
-            return flash_attention.attention(self.library, *laid, causal=causal, softmax_scale=scale).transpose(1, 2)
+            return super().__call__(q, k, v, **options)
 
 
 class MethodAttention:

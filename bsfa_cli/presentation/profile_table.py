@@ -115,7 +115,7 @@ def show_prefill(entry: dict) -> None:
     for row in entry["contenders"]:
         speedup = "-" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         skip = "-" if row["skip"] is None else f"{row['skip']:.1%}"
-        rows.append((row["name"], f"{row['ms_median']:.2f}", f"{row['ms_p20']:.2f}-{row['ms_p80']:.2f}", speedup, skip))
+        rows.append((named(row), f"{row['ms_median']:.2f}", f"{row['ms_p20']:.2f}-{row['ms_p80']:.2f}", speedup, skip))
     for line in aligned(rows, width() - 2):
         note(f"  {line}")
     for reason, modules in entry["dense_modules"].items():

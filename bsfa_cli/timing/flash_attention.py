@@ -83,6 +83,21 @@ def attention(library: Library, q, k, v, *, causal: bool, **options) -> torch.Te
     return out[0] if isinstance(out, tuple) else out
 
 
+class Handler:
+    """FA3 or FA4 in a module (bsfa_kernels.integrations.transformers.Handler), on views of what it hands over: nothing
+    is copied. Raises ValueError for padding, windows, softcap and sinks.
+    """
+
+    def __init__(self, library: Library):
+        self.library = library
+
+    def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
+        if spans is not None or any(value is not None for value in scoring.values()):
+            raise ValueError("timed on whole prompts without padding, windows, softcap and sinks only")
+        laid = (x.transpose(1, 2) for x in (q, k, v))
+        return attention(self.library, *laid, causal=causal, softmax_scale=scale).transpose(1, 2)
+
+
 class _Call:
     def __init__(self, library: Library, laid: TokensFirst, causal: bool):
         self.source, self.library, self.laid, self.causal = library, library.version, laid, causal

@@ -16,8 +16,10 @@ from ..errors import InputError
 from ..models.prompts import Prompt
 from ..prefill_tiles import Attending
 from ..suites.run import exact_instead
+from . import flash_attention
 from .baselines import CPU_SDPA, MATH_LIMIT, SDPA
 from .interleave import Begin, Contender, first_call, measure, unseen
+from .libraries import Library
 from .plan import EXACT, OURS, with_scores
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Prefill:
         dense: tuple[str, ...] | None = None,
     ) -> dict:  # fmt: skip
         """One prompt of `length` tokens of `data`, or up to an image fewer, timed every way that runs here, or with the
-        dense backends `dense`. `language_only`: images go through the vision tower once, before.
+        dense kernels `dense`. `language_only`: images go through the vision tower once, before.
 
         `skip` is the share of all the model's candidate tiles that was dropped on that very prompt. Milliseconds as in
         `Timing`. Raises InputError for data that cannot be used or holds no prompt that long.
@@ -100,20 +102,22 @@ class Prefill:
             return self._timed(prompt, data, seed, seconds, begin, dense) | {"vision": "left out"}
 
     def _timed(self, prompt: Prompt, data: str, seed: int, seconds: float, begin: Begin, dense) -> dict:
+        from bsfa_kernels.integrations.transformers import attention_modules
+
         @torch.inference_mode()
         def forward():
             return self.model(**prompt.inputs, use_cache=True, logits_to_keep=1).logits
 
         contenders, rows, unavailable = [], [], []
 
-        def enter(name: str, kind: str, call, prepare, skip: float | None = None) -> None:
+        def enter(name: str, kind: str, call, prepare, skip: float | None = None, **more) -> None:
             prepare()
             _, reason = first_call(call, self.device)
             if reason:
                 unavailable.append({"name": name, "reason": reason})
             else:
                 contenders.append(Contender(name, call, prepare, ahead=False))
-                rows.append({"name": name, "kind": kind, "skip": skip})
+                rows.append({"name": name, "kind": kind, "skip": skip} | more)
 
         for name, backend in self._dense(len(prompt)).items():
             if dense is not None and name not in dense:
@@ -124,6 +128,14 @@ class Prefill:
                     return forward()
 
             enter(name, "dense", run, lambda: self._use("sdpa"))
+        for name, library in self._libraries().items():
+            if dense is not None and name not in dense:
+                continue
+            if not isinstance(library, Library):
+                unavailable.append({"name": name, "reason": library})
+                continue
+            handlers = dict.fromkeys(attention_modules(self.model), flash_attention.Handler(library))
+            enter(name, "dense", forward, partial(self._use, "bsfa", handlers), library=library.version)
         enter("bsfa, nothing skipped", "bsfa", forward, lambda: self._use("bsfa"), 0.0)
         if self.handlers is not None:
             skip = self._skip(forward)
@@ -173,6 +185,12 @@ class Prefill:
         named = CPU_SDPA if self.device.type == "cpu" else SDPA
         found = {name: backend for name, backend in named.items() if name != "math" or length <= MATH_LIMIT}
         return {"the backend PyTorch picks": None, **found}
+
+    def _libraries(self) -> dict[str, Library | str]:
+        """FlashAttention's newer versions, or why they are not there."""
+        if self.device.type == "cpu":
+            return {}
+        return {name: flash_attention.find(name) for name in flash_attention.MODULES}
 
     def _use(self, implementation: str, handlers=None) -> None:
         from bsfa_kernels.integrations.transformers import attach
