@@ -19,12 +19,12 @@ def random_model(tmp_path_factory):
     """A folder with a small random model, which takes the place of the bundled one for the tests of a module."""
     import random_llama
 
-    from bsfa_cli.models import load
+    from bsfa_cli.models import bundled
 
     folder = tmp_path_factory.mktemp("random") / "model"
     random_llama.save(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "BUNDLED", folder)
+        patch.setattr(bundled, "MODELS", (bundled.MODELS[0]._replace(folder=folder), *bundled.MODELS[1:]))
         yield folder
 
 
@@ -39,7 +39,7 @@ def timed_once():
 @pytest.fixture
 def no_model(monkeypatch):
     """No weights may be loaded."""
-    from bsfa_cli.models import load
+    from bsfa_cli.models import bundled
 
     def loads(*_, **__):
         raise AssertionError("a model was loaded")

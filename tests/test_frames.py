@@ -12,7 +12,8 @@ from bsfa_cli.data.frame_questions import FramePlan, pixel_values
 from bsfa_cli.data.plans import plan
 from bsfa_cli.data.texts import load_texts
 from bsfa_cli.errors import UsageError
-from bsfa_cli.models.load import BUNDLED, load_model
+from bsfa_cli.models.bundled import BUNDLED
+from bsfa_cli.models.load import load_model
 from bsfa_cli.suites.run import Answer, Examiner, Score
 from bsfa_cli.suites.summary import summarise
 from bsfa_cli.training import frame_curriculum, frame_model, vision

@@ -10,7 +10,7 @@ import transformers
 from bsfa_cli.data import vocabulary
 from bsfa_cli.data.questions import Plan, is_bundled
 from bsfa_cli.errors import InputError, MachineError, UsageError
-from bsfa_cli.models import load, random_weights
+from bsfa_cli.models import bundled, load, random_weights
 from bsfa_cli.models.load import explain_memory, load_model, resolve_device, resolve_dtype
 
 TINY = dict(
@@ -63,7 +63,7 @@ def test_the_bundled_model_is_the_same_every_time_and_says_what_it_is(tmp_path):
     assert first.identity == second.identity
     assert first.identity["id"] == "bsfa/retrieval-llama" and first.identity["head_dim"] == 128
     assert "synthetic retrieval tasks only" in first.label
-    shutil.copytree(load.BUNDLED, tmp_path / "copy")
+    shutil.copytree(bundled.BUNDLED, tmp_path / "copy")
     assert load_model(tmp_path / "copy", device="cpu").identity == {**first.identity, "id": "copy"}
 
 
@@ -71,13 +71,26 @@ def test_the_bundled_tokenizer_is_the_one_that_tasks_are_made_with(tmp_path):
     shipped = load_model(None, device="cpu").tokenizer
     assert is_bundled(shipped)
     vocabulary.build_tokenizer().save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.json").read_bytes() == (load.BUNDLED / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == (bundled.BUNDLED / "tokenizer.json").read_bytes()
     document = Plan(("frequent-words",), (512,), 1).draw("frequent-words", 512, 0).batch.tokens[0]
     assert shipped(shipped.decode(document[1:])).input_ids == document.tolist()
 
 
+def test_the_frames_model_takes_twice_its_positions_by_another_name():
+    once, twice = (load_model(f"bsfa/frames-llava{more}", device="cpu", dtype="bfloat16") for more in ("", "-2x"))
+    assert twice.identity["id"] == "bsfa/frames-llava-2x" and twice.identity["weights"] == once.identity["weights"]
+    assert once.identity["rope"]["rope_type"] == "default"
+    config = twice.model.config.get_text_config()
+    assert config.max_position_embeddings == 131072 and config.rope_parameters["factor"] == 2
+    assert config.rope_parameters["original_max_position_embeddings"] == 65536
+    rotary = twice.model.model.language_model.rotary_emb
+    assert rotary.rope_type == "yarn" and rotary.attention_scaling == pytest.approx(1.0693, abs=1e-4)
+    _, name, _ = load.load_empty("bsfa/frames-llava-2x")
+    assert name == "bsfa/frames-llava-2x"
+
+
 def test_the_bundled_model_fits_the_package():
-    assert sum(file.stat().st_size for file in load.BUNDLED.iterdir()) < 8_000_000
+    assert sum(file.stat().st_size for file in bundled.BUNDLED.iterdir()) < 8_000_000
 
 
 def test_byte_level_tokens():

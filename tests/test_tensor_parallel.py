@@ -16,7 +16,7 @@ from tiny_models import batch, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from bsfa_cli.models.load import BUNDLED
+from bsfa_cli.models.bundled import BUNDLED
 
 pytestmark = pytest.mark.xdist_group("tensor-parallel")  # one worker starts the processes that its tests share
 

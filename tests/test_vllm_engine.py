@@ -17,7 +17,7 @@ import pytest
 import torch
 import vllm_fakes
 
-from bsfa_cli.models.load import BUNDLED
+from bsfa_cli.models.bundled import BUNDLED
 
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 
 from ..errors import InputError, MachineError, UsageError
+from .bundled import set_yarn
 
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 PACKAGES = {"gguf": "0.19.0", "accelerate": "1.15.0"}  # what transformers reads GGUF files with
@@ -101,11 +102,7 @@ def stretch(folder: Path, longer: Path, factor: int) -> None:
     if longer.exists():
         raise UsageError(f"{longer} exists already; choose another, or remove it")
     config = AutoConfig.from_pretrained(folder)
-    positions = config.max_position_embeddings
-    config.rope_parameters = dict(config.rope_parameters) | {
-        "rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": positions,
-    }  # fmt: skip
-    config.max_position_embeddings = factor * positions
+    set_yarn(config, factor, config.max_position_embeddings)
     with tempfile.TemporaryDirectory(dir=longer.parent, prefix=f".{longer.name}.") as place:
         written = Path(place) / longer.name
         shutil.copytree(folder, written, copy_function=_link)

@@ -23,13 +23,10 @@ from bsfa_kernels.integrations.visual_tokens import visual_ids
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError
 from . import gguf
+from .bundled import Bundled, find_bundled
 from .processor import read_processor
 from .random_weights import LABEL_KEY
 
-# Made by `python -m bsfa_cli.training`.
-BUNDLED, BUNDLED_ID = Path(__file__).parent / "retrieval", "bsfa/retrieval-llama"
-# Made by `python -m bsfa_cli.training.vision`.
-FRAMES, FRAMES_ID = Path(__file__).parent / "frames", "bsfa/frames-llava"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*.spm")
 
@@ -84,8 +81,7 @@ def load_model(
     attn_implementation: str | dict[str, str] = "bsfa",
     check_config: Callable[[Any], None] = lambda config: None,
 ) -> LoadedModel:
-    """The model of a directory, GGUF file or Hub id, in eval mode on `device`; None or BUNDLED_ID for the bundled one,
-    FRAMES_ID for the bundled vision-language model.
+    """The model of a directory, GGUF file or Hub id, in eval mode on `device`, or a bundled one (`find_bundled`).
 
     `device` and `dtype` are names for `resolve_device` and `resolve_dtype` or what these return. `check_config` may
     refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
@@ -99,10 +95,10 @@ def load_model(
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
-    bundled = {None: BUNDLED, BUNDLED_ID: BUNDLED, FRAMES_ID: FRAMES}.get(name_or_path)
-    source = _source(os.fspath(bundled or name_or_path))
+    bundled = find_bundled(name_or_path)
+    source = _source(os.fspath(bundled.folder if bundled else name_or_path))
     with quiet():
-        config = _read_config(source)
+        config = _bundled_config(bundled) if bundled else _read_config(source)
         check_config(config)
         tokenizer = _read_tokenizer(source)
         processor, no_processor = _find_processor(source, config)
@@ -112,8 +108,7 @@ def load_model(
                 del model.config.quantization_config  # its weights are plain numbers now, as any checkpoint's
             _check_causal(source, model)
             model = model.to(device).eval()
-    name = {BUNDLED: BUNDLED_ID, FRAMES: FRAMES_ID}.get(bundled) or _name(source)
-    identity = _identity(model, name, getattr(config, "_commit_hash", None))
+    identity = _identity(model, bundled.name if bundled else _name(source), getattr(config, "_commit_hash", None))
     return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None), processor, no_processor)
 
 
@@ -125,15 +120,16 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
 
     # The commands say which modules run dense, from `attention_modules` and `notes`.
     warnings.filterwarnings("ignore", category=DenseFallback)
-    source = _source(os.fspath(name_or_path))
+    bundled = find_bundled(name_or_path)
+    source = _source(os.fspath(bundled.folder if bundled else name_or_path))
     with quiet(), torch.device("meta"):
-        config = _read_config(source)
+        config = _bundled_config(bundled) if bundled else _read_config(source)
         try:
             model = _auto_class(config).from_config(config, attn_implementation="bsfa")
         except Exception as error:
             raise _explain(source, "configuration", error) from error
         _check_causal(source, model)
-    return model, _name(source), getattr(config, "_commit_hash", None)
+    return model, bundled.name if bundled else _name(source), getattr(config, "_commit_hash", None)
 
 
 def check_positions(config, length: int, flag: str) -> None:
@@ -173,6 +169,12 @@ def _pretrained(source: str) -> tuple[str, dict[str, str]]:
         return source, {}
     folder, name = os.path.split(source)
     return folder or ".", {"gguf_file": name}
+
+
+def _bundled_config(bundled: Bundled):
+    config = _read_config(str(bundled.folder))
+    bundled.prepare(config)
+    return config
 
 
 def _read_config(source: str):
