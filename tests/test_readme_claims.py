@@ -262,3 +262,27 @@ def test_what_is_said_of_paged_layers_is_so():
         parts = f"{ms['gather']:.3f} | {ms['output copy']:.3f} | {ms['layer, no gate']:.2f} | {ms['layer']:.2f}"
         beside = f"({cell['skip']:.0%} skipped) | {ms['fa3-fwd 0.0.3, paged']:.2f} |"
         assert f"| {cell['rows']:,} of {cell['keys']:,} | {parts} {beside}" in page
+
+
+def test_what_is_said_of_several_gpus_is_so():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    two, four = (
+        json.loads((RESULTS / "checks" / f"tensor-parallel-{n}.nvidia-h200.json").read_text())["rows"] for n in (2, 4)
+    )
+    names = {"sdpa, cudnn": "sdpa, cuDNN"}
+    ms = {}
+    for one, other in zip(two, four, strict=True):
+        ms[one["name"]] = [one[kind]["ms_median"] for kind in ("one_gpu", "tensor_parallel")]
+        ms[one["name"]].append(other["tensor_parallel"]["ms_median"])
+        skip = "-" if one["skip"] is None else f"{one['skip']:.1%}"
+        values = " | ".join(f"{value:.1f}" for value in ms[one["name"]])
+        assert f"| {names.get(one['name'], one['name'])} | {skip} | {values} |" in page
+        for row in (one, other):
+            assert row["skip"] is None or abs(row["skip"] - row["skip_one_gpu"]) < 1e-4
+            assert 0.013 <= row["error"] < 0.0175 if not row["skip"] else 0.06 <= row["error"] < 0.18
+    gains = [a / b for a, b in zip(ms["sdpa, cudnn"][1:], ms["bsfa, 75%"][1:], strict=True)]
+    assert [round(100 * (1 - 1 / gain)) for gain in gains] == [10, 9]
+    rows = json.loads((RESULTS / "checks" / "calibrate-processes.nvidia-h200.json").read_text())["rows"]
+    assert [row["processes"] for row in rows] == [1, 2, 4] and all(row["same_bytes"] for row in rows)
+    later = [seconds for row in rows for seconds in list(row["seconds"].values())[1:]]
+    assert {round(seconds, 2) for seconds in later} <= {0.22, 0.23} and "takes 0.23 s in each" in page
