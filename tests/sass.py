@@ -199,3 +199,27 @@ def preparation(folder: Path, kernel: str, dtype: torch.dtype, head_dim: int, ca
     return compile_kernel(
         function, signature, constants, capability, folder, aligned, **module.launch_shape(kernel, 128, wide)
     )
+
+
+def drop_costs(
+    folder: Path, kernel: str, dtype: torch.dtype, head_dim: int, capability: int, scoring: str = ""
+) -> MachineCode:
+    """A kernel of dropping_kernel.py as it is launched: causal, tiles of 64x128, `scoring` as in `hopper`."""
+    from bsfa_kernels import dropping_kernel as module
+
+    block_d = module.columns(head_dim, dtype)
+    together, launch = module.launch_shape(dtype, head_dim, 64, capability == 90)
+    of_rows, of_keys = (f"tensordesc<{NAMES[dtype]}[1, 1, {n}, {block_d}]>" for n in (64 * together, 128))
+    signature = RUNTIME | dict(
+        q_desc=of_rows, gradient_desc=of_rows, out_desc=of_rows, k_desc=of_keys, v_desc=of_keys, moved_ptr="*fp32",
+        mass_ptr="*fp32", cell_ptr="*i32", cost_ptr="*i64", first="i32", length="i32", blocks="i32", key_tiles="i32",
+        most="fp32", unit="fp32", entries="i32",
+    )  # fmt: skip
+    constants = dict(HEADS=32, GROUP=4, BLOCK_D=block_d, KEYS=128, CAUSAL=True, WINDOWED="w" in scoring)
+    constants |= dict(CAPPED="c" in scoring, ENTRIES=module.ENTRIES, TILES=module.TILES, TOGETHER=together)
+    function, shares = getattr(module, kernel), kernel == "_shares"
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    constants |= dict(ROWS=64 * together if shares else 64)
+    aligned = [argument for argument in function.arg_names if argument.endswith("_ptr")]
+    launch = launch if shares else dict(num_warps=4)
+    return compile_kernel(function, signature, constants, capability, folder, aligned, **launch)

@@ -195,3 +195,17 @@ def test_a_spill_and_a_serialized_product_would_be_seen():
     inside = ".L_x_1:\n.L_x_2:\n" + text + "@P0 BRA `(.L_x_2) ;\nLDL R1, [R2] ;\n@P1 BRA `(.L_x_1) ;\n"
     assert sass.MachineCode(0, notes, inside).spilled_in_loops == 1
     assert code.instructions == ["HGMMA.64x128x16.F32.BF16", "STL"]
+
+
+def test_costs_of_dropping_stream_both_products_without_spills(tmp_path):
+    code = sass.drop_costs(tmp_path, "_shares", BF16, 128, 90)
+    assert not code.serialized, code.notes
+    assert code.count("HGMMA") >= 32 and code.spilled == 0
+    assert code.shared <= HOPPER_SHARED
+
+
+@pytest.mark.parametrize("capability, spilled", [(80, 32), (90, 0)])
+def test_sums_over_dropped_tiles_are_a_product(capability, spilled, tmp_path):
+    code = sass.drop_costs(tmp_path, "_costs", BF16, 64, capability)
+    assert code.count("HGMMA" if capability == 90 else "HMMA") >= 24 and code.spilled <= spilled
+    assert code.shared <= SMALLEST_SHARED

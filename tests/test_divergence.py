@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from bsfa_kernels import Gate, TileShape, block_sparse_attention
+from bsfa_kernels.dropping import MOST
 from bsfa_kernels.integrations.transformers import SparseAttention, attach, attention_modules
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
 
@@ -46,7 +47,7 @@ def test_a_cost_is_that_of_the_output_which_the_gate_gives(scoring):
                 q, k, v, Gate(**{gate: GRIDS[gate][entry - 1]}), tile=TILE, return_counts=True, **options
             )
             dropped += int((result.candidates - result.kept).sum())
-            cost = ((gradient * (result.out - exact)).sum(-1).square() / 2).clamp(max=divergence.MOST)[0].double()
+            cost = ((gradient * (result.out - exact)).sum(-1).square() / 2).clamp(max=MOST)[0].double()
             expected = torch.zeros(2, PLAN.octaves, dtype=torch.float64).index_add_(1, octaves, cost)
             found = curves.tensors[f"{gate}.kl"][..., entry].double() / FIXED_POINT
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

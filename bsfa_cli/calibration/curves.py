@@ -238,12 +238,20 @@ class ModuleCurves:
             torch.where(candidate, mass_worst.double() * FIXED_POINT, 0.0).ceil_().long(),
         )
         for gate, value in (("gap", gap), ("absolute", maximum)):
-            self._bin(gate, heads, value, candidate, weights, units, active, modality)
+            self._bin(gate, heads, value, gap, candidate, weights, units, active, modality)
         self._rank(heads, maximum, gap, candidate, active, counted)
 
-    def _bin(self, gate: str, heads: slice, value, candidate, weights, units, active, modality) -> None:
+    def cells(self, gate: str, value: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+        """int32: the cell of every tile's `value` on the grid of `gate`; tiles that no gate drops, by their `gap`, are
+        in the last one.
+        """
+        return torch.bucketize(
+            torch.where(gap.isfinite(), value, torch.inf), self.grids[gate], right=True, out_int32=True
+        )
+
+    def _bin(self, gate: str, heads: slice, value, gap, candidate, weights, units, active, modality) -> None:
         grid = self.grids[gate]
-        cell = torch.bucketize(torch.where(candidate, value, torch.inf), grid, right=True)  # [H, Q, K]
+        cell = self.cells(gate, value, gap).long()  # [H, Q, K]
         *sums, worst = (
             torch.zeros(*value.shape[:2], len(grid) + 1, dtype=torch.int64, device=value.device).scatter_add_(
                 2, cell, w

@@ -10,7 +10,8 @@ model's own prediction. Draws are independent and their scores have mean 0, so t
 with the change: Fisher's information along d. One draw a sample is a noisy estimate of a row; what is kept is the sum
 over the rows of a query head in an octave of the position, and over samples, for every threshold of a gate's grid.
 
-What this leaves out: that the changes of several rows, heads and layers may add up or cancel.
+`bsfa_kernels.drop_costs` computes these, on a GPU by streaming keys and values as attention does. What this leaves out:
+that the changes of several rows, heads and layers may add up or cancel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from bsfa_kernels import TileStatistics, block_sparse_attention, tile_statistics
+from bsfa_kernels import block_sparse_attention, drop_costs, tile_statistics
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import attach
 from torch.utils.checkpoint import checkpoint
@@ -31,10 +32,7 @@ from ..errors import InputError
 from ..metrics.logits import LOGITS_PER_CHUNK, Head
 from ..models.prompts import Prompt
 from ..suites.run import dense_handlers
-from .curves import FIXED_POINT, GRIDS, ModuleCurves
-
-SCORES_AT_ONCE = 1 << 25
-MOST = 1.0  # nats that a row counts at most: the second order says nothing of larger changes, and sums stay in int64
+from .curves import FIXED_POINT, ModuleCurves
 
 
 class Watched(torch.autograd.Function):
@@ -62,83 +60,37 @@ class Probe:
     def __init__(self, curves: ModuleCurves):
         self.curves = curves
         self.blind = False  # whether it attended without a gradient: its tiles would seem to cost nothing
+        self.finite: list[torch.Tensor] = []  # whether each gradient was
 
     def __call__(
-        self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring
+        self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, groups=None, **scoring
     ) -> torch.Tensor:  # fmt: skip
-        """As `Collector.__call__`."""
+        """As `Collector.__call__`. Raises InputError for rows that stand in groups."""
         if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
             raise ValueError(f"calibration takes one whole sequence at a time, got {list(q.shape)}, {list(k.shape)}")
+        if groups is not None:
+            raise InputError("--gradients does not know images whose tokens see one another both ways: leave it out")
         out = dense.attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring)
-        look = partial(self._look, dict(scale=scale, causal=causal, spans=spans), scoring)
+        look = partial(self._look, dict(scale=scale, causal=causal), spans, scoring)
         self.blind = self.blind or not out.requires_grad
         return Watched.apply(out, q, k, v, look) if out.requires_grad else out
 
     @torch.no_grad()
-    def _look(self, options: dict, scoring: dict, gradient, out, q, k, v) -> None:
-        options = options | {key: value for key, value in scoring.items() if key != "sinks"}
-        tile = self.curves.plan.tile
+    def _look(self, options: dict, spans: torch.Tensor | None, scoring: dict, gradient, out, q, k, v) -> None:
+        self.finite.append(gradient.isfinite().all())
+        curves, tile = self.curves, self.curves.plan.tile
+        options = options | {key: value for key, value in scoring.items() if key != "sinks"} | dict(tile=tile)
         lse = block_sparse_attention(
-            q, k, v, return_lse=True, sinks=scoring.get("sinks"), tile=tile, **options
+            q, k, v, spans=spans, return_lse=True, sinks=scoring.get("sinks"), **options
         ).lse  # fmt: skip
-        query_tiles = -(-q.shape[2] // tile.rows)
-        statistics = TileStatistics(*(x[:, :, :query_tiles] for x in tile_statistics(q, k, lse, tile=tile, **options)))
-        group = q.shape[1] // k.shape[1]
-        for head in range(q.shape[1]):
-            one = (x[0, head].float() for x in (gradient, out, q))
-            shared = (x[0, head // group].float() for x in (k, v))
-            _add(self.curves, head, statistics, lse[0, head], *one, *shared, options)
-
-
-def _add(curves: ModuleCurves, head: int, statistics: TileStatistics, lse, gradient, out, q, k, v, options) -> None:
-    """Add one head's costs: gradient, out, q [T, D], k, v [T, D], lse [T], all float32."""
-    tile, length = curves.plan.tile, len(q)
-    candidate = statistics.gap[0, head].isfinite()
-    cells = {
-        gate: torch.bucketize(torch.where(candidate, value[0, head], torch.inf), curves.grids[gate], right=True)
-        for gate, value in (("gap", statistics.gap), ("absolute", statistics.maximum))
-    }
-    rows = max(1, SCORES_AT_ONCE // (length * tile.rows)) * tile.rows
-    for start in range(0, length, rows):
-        chunk = slice(start, min(start + rows, length))
-        end = chunk.stop if options["causal"] else length
-        p = _weights(q[chunk], k[:end], lse[chunk], start, options)  # [rows, end]
-        g = gradient[chunk]
-        moved = p * ((g * out[chunk]).sum(-1, keepdim=True) - g @ v[:end].T)
-        moved, mass = (_by_tile(x, tile.keys).double() for x in (moved, p))  # [rows, key tiles]
-        query_tile = torch.arange(chunk.start, chunk.stop, device=q.device) // tile.rows
-        for gate, cell in cells.items():
-            at, entries = cell[query_tile, : mass.shape[1]], len(GRIDS[gate]) + 1
-            moved_below, mass_below = (_below(x, at, entries) for x in (moved, mass))
-            change = moved_below / (1 - mass_below).clamp(min=1e-6)
-            cost = ((change.square() / 2).clamp(max=MOST) * FIXED_POINT).round_().long()
-            octaves = curves.octaves[query_tile]
-            curves.tensors[f"{gate}.kl"][head].index_add_(0, octaves, cost)
-
-
-def _weights(q, k, lse, start: int, options: dict) -> torch.Tensor:
-    """float32 [rows, keys]: softmax weights of the rows from `start` on."""
-    scores = options["scale"] * (q @ k.T)
-    if options.get("softcap") is not None:
-        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    weights = (scores - lse[:, None]).exp()
-    if options["causal"]:
-        weights = weights.tril_(start)
-    if options.get("window") is not None:
-        weights = weights.triu_(start - options["window"] + 1)
-    return weights
-
-
-def _by_tile(x: torch.Tensor, keys: int) -> torch.Tensor:
-    """Sums of x [rows, T] over every `keys` columns."""
-    tiles = -(-x.shape[1] // keys)
-    return torch.nn.functional.pad(x, (0, tiles * keys - x.shape[1])).unflatten(1, (tiles, keys)).sum(-1)
-
-
-def _below(x: torch.Tensor, cell: torch.Tensor, entries: int) -> torch.Tensor:
-    """[rows, entries]: at entry i the sum of x [rows, key tiles] over the tiles whose cell is below i."""
-    sums = x.new_zeros(len(x), entries).scatter_add_(1, cell, x)
-    return torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1].cumsum(1)], 1)
+        query_tiles = -(-q.shape[2] // tile.rows)  # with spans the statistics may have one more, an empty one
+        statistics = tile_statistics(q, k, lse, spans=spans, **options)
+        maximum, gap = (x[:, :, :query_tiles] for x in (statistics.maximum, statistics.gap))
+        cells = [curves.cells("gap", gap, gap), curves.cells("absolute", maximum, gap)]
+        entries = [curves.tensors[f"{gate}.kl"].shape[2] for gate in ("gap", "absolute")]
+        costs = drop_costs(q, k, v, out, gradient, lse, cells, entries, unit=FIXED_POINT, **options)
+        for gate, cost in zip(("gap", "absolute"), costs, strict=True):
+            curves.tensors[f"{gate}.kl"].index_add_(1, curves.octaves[:query_tiles], cost[0])
 
 
 def backward(model, sample: Sample, curves: Mapping[str, ModuleCurves], head: Head) -> None:
@@ -161,6 +113,8 @@ def backward(model, sample: Sample, curves: Mapping[str, ModuleCurves], head: He
         if not bool(gradient.isfinite().all()):
             raise InputError(f"the gradient is not finite on sample {sample.id}; try --dtype float32 or bfloat16")
         hidden.backward(gradient)
+        if not all(bool(each) for probe in probes.values() for each in probe.finite):
+            raise InputError(f"a gradient is not finite on sample {sample.id}; try --dtype float32 or bfloat16")
 
 
 def _score(head: Head, hidden: torch.Tensor, name: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape
+from bsfa_kernels.dropping import SCORES_AT_ONCE
 from bsfa_kernels.integrations.transformers import AttentionModule, attach, attention_modules
 from bsfa_kernels.integrations.visual_tokens import VisualTokens
 from bsfa_kernels.modality import MODALITIES
@@ -19,7 +20,7 @@ from .. import environment
 from ..console import console, duration, note, progress
 from ..data.texts import Sample, data_hash, is_generated
 from ..errors import InputError, MachineError, UsageError
-from ..metrics.logits import Head
+from ..metrics.logits import LOGITS_PER_CHUNK, Head
 from ..models.load import LoadedModel, explain_memory
 from ..models.prompts import Prompt
 from ..options import parse_layers
@@ -154,7 +155,7 @@ def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan)
         # What comes into every layer is kept, and one layer at a time is computed again.
         kept = config.num_hidden_layers * config.hidden_size + 2 * width
         found["backward pass"] = plan.longest * kept * next(loaded.model.parameters()).element_size()
-        found["backward pass"] += 24 * divergence.SCORES_AT_ONCE
+        found["backward pass"] += 24 * max(SCORES_AT_ONCE, min(LOGITS_PER_CHUNK, plan.longest * config.vocab_size))
     return found
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .api import Attention, TileStatistics, block_sparse_attention, explain, tile_statistics
     from .backends import BackendUnavailable
     from .blocks import BlockLists
+    from .dropping import drop_costs
     from .gates import Gate
     from .request import make_spans
     from .tiles import TileShape
@@ -25,13 +26,14 @@ __all__ = [
     "TileShape",
     "TileStatistics",
     "block_sparse_attention",
+    "drop_costs",
     "explain",
     "make_spans",
     "tile_statistics",
 ]
 _PLACES = {
     "BackendUnavailable": ".backends", "BlockLists": ".blocks", "Gate": ".gates", "make_spans": ".request",
-    "TileShape": ".tiles",
+    "TileShape": ".tiles", "drop_costs": ".dropping",
 }  # fmt: skip
 
 
