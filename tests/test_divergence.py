@@ -15,6 +15,7 @@ from bsfa_cli.calibration import divergence, fit, run
 from bsfa_cli.calibration.curves import FIXED_POINT, GRIDS, ModuleCurves, Plan, octave
 from bsfa_cli.data.texts import Sample
 from bsfa_cli.errors import InputError
+from bsfa_cli.experiments import gradients as experiment
 from bsfa_cli.metrics.logits import Head, Predictions
 from bsfa_cli.models.load import load_model
 from bsfa_cli.suites.run import dense_handlers
@@ -123,6 +124,58 @@ def test_a_module_that_no_gradient_reaches_is_refused(loaded):
     with pytest.raises(InputError, match="no gradient reaches model.layers.0.self_attn: leave out --gradients"):
         divergence.backward(loaded.model, Sample("text", tuple(range(256)), ""), curves, blind)
     assert not curves[path].tensors["gap.kl"].any()
+
+
+def test_a_gradient_that_overflows_inside_the_model_is_refused(loaded):
+    def overflow(_, __, out):
+        out.register_hook(lambda gradient: gradient * torch.inf)
+        return out
+
+    path, module = next(iter(attention_modules(loaded.model).items()))
+    curves = {path: ModuleCurves(Plan(TILE, 256, (2,), gradients=True), module.query_heads, "cpu")}
+    with torch.no_grad():
+        head = Head(loaded.model)
+    hook = loaded.model.get_submodule(path.rpartition(".")[0]).register_forward_hook(overflow)
+    try:
+        with pytest.raises(InputError, match="a gradient is not finite on sample text; try --dtype"):
+            divergence.backward(loaded.model, Sample("text", tuple(range(256)), ""), curves, head)
+    finally:
+        hook.remove()
+
+
+def test_rows_that_see_one_another_both_ways_are_refused():
+    q = torch.zeros(1, 2, 64, 16)
+    with pytest.raises(InputError, match="--gradients does not know images whose tokens see one another"):
+        divergence.Probe(ModuleCurves(PLAN, 2, "cpu"))(q, q, q, scale=1, causal=True, spans=None, groups=object())
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_specification_finds(random_model):
+    """Sums of bfloat16's products in float32 on either side, in another order."""
+    loaded, length = load_model(random_model, device="cuda", dtype="bfloat16"), 4000
+    plan, modules = Plan(TileShape(), length, (2,), gradients=True), attention_modules(loaded.model)
+    with torch.no_grad():
+        head = Head(loaded.model)
+    found = []
+    for backend in ("triton", "torch"):
+        curves = {path: ModuleCurves(plan, module.query_heads, "cuda") for path, module in modules.items()}
+        sample = Sample("text", tuple(i * 37 % 251 for i in range(length)), "")
+        divergence.backward(loaded.model, sample, curves, head, backend)
+        found.append(torch.cat([each.tensors["absolute.kl"].flatten(0, 1) for each in curves.values()]).double())
+    assert found[1].sum() > 0
+    assert (found[0] - found[1]).abs().sum() < 1e-3 * found[1].sum()
+
+
+def test_the_experiment_times_both_passes(random_model, tmp_path, monkeypatch):
+    out = tmp_path / "g.json"
+    given = ("--model", random_model, "--length", 320, "--samples", 1, "--device", "cpu", "--against-torch")
+    given += ("--out", out)
+    monkeypatch.setattr("sys.argv", ["gradients", *map(str, given)])
+    assert experiment.main() == 0
+    result = json.loads(out.read_text())
+    seconds = result["median_seconds"]
+    assert set(seconds) == {"backward", "forward", "torch"} and min(seconds.values()) > 0
+    assert result["samples"][0]["difference"] == {"absolute": 0.0, "gap": 0.0}  # on a CPU both are the specification
 
 
 @pytest.fixture(scope="module")

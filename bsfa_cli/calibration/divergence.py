@@ -52,13 +52,13 @@ class Watched(torch.autograd.Function):
 
 class Probe:
     """A handler for `bsfa_kernels.integrations.transformers.attach`: differentiable dense attention, whose backward
-    pass adds to the `kl` of `curves`.
+    pass adds to the `kl` of `curves`. `backend` is that of `drop_costs`.
     """
 
     knows_scoring = True
 
-    def __init__(self, curves: ModuleCurves):
-        self.curves = curves
+    def __init__(self, curves: ModuleCurves, backend: str = "auto"):
+        self.curves, self._backend = curves, backend
         self.blind = False  # whether it attended without a gradient: its tiles would seem to cost nothing
         self.finite: list[torch.Tensor] = []  # whether each gradient was
 
@@ -88,18 +88,23 @@ class Probe:
         maximum, gap = (x[:, :, :query_tiles] for x in (statistics.maximum, statistics.gap))
         cells = [curves.cells("gap", gap, gap), curves.cells("absolute", maximum, gap)]
         entries = [curves.tensors[f"{gate}.kl"].shape[2] for gate in ("gap", "absolute")]
-        costs = drop_costs(q, k, v, out, gradient, lse, cells, entries, unit=FIXED_POINT, **options)
+        costs = drop_costs(
+            q, k, v, out, gradient, lse, cells, entries, unit=FIXED_POINT, backend=self._backend, **options
+        )  # fmt: skip
         for gate, cost in zip(("gap", "absolute"), costs, strict=True):
             curves.tensors[f"{gate}.kl"].index_add_(1, curves.octaves[:query_tiles], cost[0])
 
 
-def backward(model, sample: Sample, curves: Mapping[str, ModuleCurves], head: Head) -> None:
-    """One forward and backward pass over `sample`, layers recomputed on the way back, adding to `curves`.
+def backward(
+    model, sample: Sample, curves: Mapping[str, ModuleCurves], head: Head, backend: str = "auto"
+) -> None:  # fmt: skip
+    """One forward and backward pass over `sample`, layers recomputed on the way back, adding to `curves`. `backend` is
+    that of `bsfa_kernels.drop_costs`.
 
     Raises InputError where a gradient is not finite, or reaches a module not at all.
     """
     prompt = Prompt.of(sample, model)
-    probes = {path: Probe(module) for path, module in curves.items()}
+    probes = {path: Probe(module, backend) for path, module in curves.items()}
     blocks = dict.fromkeys(path.rpartition(".")[0] for path in curves)
     with torch.enable_grad(), attach(model, dense_handlers(model) | probes), _prepared(model, blocks):
         for tensor in prompt.inputs.values():

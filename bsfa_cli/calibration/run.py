@@ -156,6 +156,9 @@ def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan)
         kept = config.num_hidden_layers * config.hidden_size + 2 * width
         found["backward pass"] = plan.longest * kept * next(loaded.model.parameters()).element_size()
         found["backward pass"] += 24 * max(SCORES_AT_ONCE, min(LOGITS_PER_CHUNK, plan.longest * config.vocab_size))
+        # Without a library's kernel all weights of one module are kept, and twice in float32 what they came from.
+        widest = max((module.query_heads for module in modules.values() if not module.plain), default=0)
+        found["backward pass"] += 5 * widest * plan.longest**2
     return found
 
 
@@ -252,7 +255,7 @@ def _together(run: Run, loaded, samples: list[Sample], modules, group: Group) ->
                 divergence.backward(loaded.model, sample, curves, head)
 
     def warm_up(curves: dict[str, ModuleCurves]) -> None:
-        _warm_up(loaded.model, samples[0], run.plan, curves, device)
+        _warm_up(loaded.model, samples[0], run.plan, curves, device, head)
 
     return together.collect(run, group, samples, modules, device, run_one, warm_up)
 
@@ -263,8 +266,8 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
     finished = {*done["fit"], *done["heldout"]}
     seconds: dict[str, float] = {}
     if len(finished) < len(samples):
-        _warm_up(loaded.model, samples[0], run.plan, curves["fit"], device)
         head = _head(loaded.model, run.plan)
+        _warm_up(loaded.model, samples[0], run.plan, curves["fit"], device, head)
     bar = progress()
     with bar:
         task = bar.add_task("calibrating", total=len(samples), completed=len(finished))
@@ -307,15 +310,24 @@ def _head(model, plan: Plan) -> Head | None:
     return Head(model) if plan.gradients else None
 
 
-def _warm_up(model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves], device: torch.device) -> None:
+def _warm_up(
+    model, sample: Sample, plan: Plan, curves: dict[str, ModuleCurves], device: torch.device, head: Head | None
+) -> None:  # fmt: skip
     """Compile the GPU's kernels on a few tiles of a sample, so that no sample's seconds hold it."""
     if device.type == "cuda":
         path, module = next((path, module) for path, module in curves.items())
-        visual = Prompt.of(sample, model).visual
-        words = [token for i, token in enumerate(sample.tokens) if visual is None or not visual[i]]
-        tokens = (words * 4 * max(plan.tile.rows, plan.tile.keys))[: 4 * max(plan.tile.rows, plan.tile.keys)]
-        text = replace(sample, tokens=tuple(tokens), extra=None)
-        forward(model, text, {path: ModuleCurves(plan, module.heads, device)}, device)
+        text, unused = short_text(model, sample, plan.tile), {path: ModuleCurves(plan, module.heads, device)}
+        forward(model, text, unused, device)
+        if head is not None:
+            divergence.backward(model, text, unused, head)
+
+
+def short_text(model, sample: Sample, tile: TileShape) -> Sample:
+    """A few tiles of the words of `sample`."""
+    visual = Prompt.of(sample, model).visual
+    words = [token for i, token in enumerate(sample.tokens) if visual is None or not visual[i]]
+    length = 4 * max(tile.rows, tile.keys)
+    return replace(sample, tokens=tuple((words * length)[:length]), extra=None)
 
 
 @torch.inference_mode()

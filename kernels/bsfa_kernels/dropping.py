@@ -60,17 +60,14 @@ def drop_costs(
     Raises ValueError for shapes that do not fit together, BackendUnavailable when `backend`, "triton" or "torch",
     cannot serve them.
     """
-    if (
-        q.dim() != 4
-        or min(q.shape) < 1
-        or out.shape != q.shape
-        or gradient.shape != q.shape
-        or lse.shape != q.shape[:3]
-    ):
+    alike = q.dim() == k.dim() == 4 and min(q.shape) > 0 and q.shape == out.shape == gradient.shape
+    if not alike or lse.shape != q.shape[:3]:
         shapes = [list(x.shape) for x in (q, out, gradient, lse)]
         raise ValueError(f"q, out and gradient must be alike [B, Hq, T, D] and lse [B, Hq, T], got {shapes}")
     if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], *q.shape[2:]):
         raise ValueError(f"k and v must be alike and as long as q {list(q.shape)}, got {list(k.shape)} {list(v.shape)}")
+    if any(x.dtype != q.dtype for x in (k, v, out, gradient)):
+        raise ValueError(f"all must be {q.dtype}, got {[str(x.dtype) for x in (k, v, out, gradient)]}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})")
     if window is not None and not causal:

@@ -32,6 +32,7 @@ class AttentionModule:
     scoring: str | None = None  # its window, softcap or attention sinks, in words: other methods do not know them
     device: torch.device | str = "cpu"  # of its weights
     tower: bool = False  # in a vision or audio tower, called per image or clip, not in the language model
+    plain: bool = True  # neither softcap nor attention sinks, which PyTorch's own attention lacks
 
 
 def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
@@ -122,6 +123,7 @@ def describe(path: str, module: nn.Module) -> AttentionModule:
         path, getattr(module, "layer_idx", None), query_heads, kv_heads, head_dim, float(scale),
         bool(getattr(module, "is_causal", True)), _dense_reason(module), _scoring(module),
         next((weight.device for weight in module.parameters()), "cpu"),
+        plain=not _first(module, "attn_logit_softcapping") and getattr(module, "sinks", None) is None,
     )  # fmt: skip
 
 
