@@ -17,6 +17,7 @@ that the changes of several rows, heads and layers may add up or cancel.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -106,7 +107,8 @@ def backward(
     prompt = Prompt.of(sample, model)
     probes = {path: Probe(module, backend) for path, module in curves.items()}
     blocks = dict.fromkeys(path.rpartition(".")[0] for path in curves)
-    with torch.enable_grad(), attach(model, dense_handlers(model) | probes), _prepared(model, blocks):
+    handlers = dense_handlers(model) | probes
+    with torch.enable_grad(), attach(model, handlers), _prepared(model, blocks), _reproducible():
         for tensor in prompt.inputs.values():
             if tensor.is_floating_point():
                 tensor.requires_grad_()  # from pixels on too
@@ -134,6 +136,24 @@ def _score(head: Head, hidden: torch.Tensor, name: str) -> torch.Tensor:
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         (gradient[start : start + chunk],) = torch.autograd.grad(log_p.gather(1, drawn).sum(), part)
     return gradient
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """PyTorch's backward passes sum in the same order each time, as those of attention on a GPU otherwise do not, so
+    that a run ends in the same bytes however it came there. What has no such order runs as ever.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and takes time
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 @contextmanager

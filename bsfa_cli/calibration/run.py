@@ -32,6 +32,7 @@ from .store import ROLES, SCHEMA, Run
 
 HELD_OUT_EVERY = 4
 TOWER = "it belongs to a vision tower (bsfa calibrate --include-vision)"
+PROGRAMS = 160  # of attention's backward pass that run at once: the multiprocessors of the largest GPUs
 # The k of the top-k recipe that a run collects, and the share of a row's tiles that the largest may be. Those between
 # two of them come from both.
 RANKS, LARGEST_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128), 3 / 4
@@ -152,14 +153,20 @@ def memory(loaded: LoadedModel, modules: dict[str, AttentionModule], plan: Plan)
         "files on disk": len(ROLES) * heads * plan.bytes_per_head(),
     }
     if plan.gradients:
-        # What comes into every layer is kept, and one layer at a time is computed again.
-        kept = config.num_hidden_layers * config.hidden_size + 2 * width
-        found["backward pass"] = plan.longest * kept * next(loaded.model.parameters()).element_size()
-        found["backward pass"] += 24 * max(SCORES_AT_ONCE, min(LOGITS_PER_CHUNK, plan.longest * config.vocab_size))
-        # Without a library's kernel all weights of one module are kept, and twice in float32 what they came from.
-        widest = max((module.query_heads for module in modules.values() if not module.plain), default=0)
-        found["backward pass"] += 5 * widest * plan.longest**2
+        found["backward pass"] = _backward_bytes(loaded, list(modules.values()), plan, width)
     return found
+
+
+def _backward_bytes(loaded: LoadedModel, modules: list[AttentionModule], plan: Plan, width: int) -> int:
+    """What comes into every layer is kept, and one layer at a time, of `width` numbers a token, is computed again."""
+    config, size = loaded.model.config.get_text_config(), next(loaded.model.parameters()).element_size()
+    layers = plan.longest * (config.num_hidden_layers * config.hidden_size + 2 * width) * size
+    logits = 24 * max(SCORES_AT_ONCE, min(LOGITS_PER_CHUNK, plan.longest * config.vocab_size))
+    # To add up in the same order each time, attention keeps every program's part of Q's gradient.
+    parts = 4 * plan.longest * max((PROGRAMS + module.query_heads) * module.head_dim for module in modules)
+    # Where no library has a kernel, all weights are kept.
+    explicit = 5 * plan.longest**2 * max(0 if module.plain else module.query_heads for module in modules)
+    return layers + logits + parts + explicit
 
 
 def check_memory(needs: dict[str, int], device: torch.device, processes: int = 1) -> None:
