@@ -123,7 +123,7 @@ def test_a_module_that_no_gradient_reaches_is_refused(loaded):
     with torch.no_grad():
         head = Head(loaded.model)
         blind = type("Blind", (), {"hidden": lambda _, tokens: torch.no_grad()(head.hidden)(tokens)})()
-    with pytest.raises(InputError, match="no gradient reaches model.layers.0.self_attn: leave out --gradients"):
+    with pytest.raises(InputError, match="no gradient reaches model.layers.0.self_attn; give --no-gradients"):
         divergence.backward(loaded.model, Sample("text", tuple(range(256)), ""), curves, blind)
     assert not curves[path].tensors["gap.kl"].any()
 
@@ -147,7 +147,7 @@ def test_a_gradient_that_overflows_inside_the_model_is_refused(loaded):
 
 def test_rows_that_see_one_another_both_ways_are_refused():
     q = torch.zeros(1, 2, 64, 16)
-    with pytest.raises(InputError, match="--gradients does not know images whose tokens see one another"):
+    with pytest.raises(InputError, match="gradients do not know images whose tokens see one another"):
         divergence.Probe(ModuleCurves(PLAN, 2, "cpu"))(q, q, q, scale=1, causal=True, spans=None, groups=object())
 
 
@@ -214,7 +214,8 @@ def test_from_calibrate_to_export(random_model, run, one_sentence, tmp_path):
     arguments = ("calibrate", random_model, "--data", "builtin:mixed", "--samples", 2, "--length", 512)
     arguments += ("--device", "cpu")
     assert run(*arguments, "-o", tmp_path / "run", "--gradients").code == 0
-    one_sentence(run(*arguments, "-o", tmp_path / "run"), 2, "another run", "gradients")
+    one_sentence(run(*arguments, "-o", tmp_path / "run", "--no-gradients"), 2, "another run", "gradients")
+    assert run(*arguments, "-o", tmp_path / "run").code == 0  # goes on as it began
     out = tmp_path / "t.safetensors"
     result = run(
         "export", tmp_path / "run", "-o", out, "--kl-skip", 0.2, "--target-skip", 0.2, "--mass-skip", 0.2, "--json"

@@ -70,7 +70,7 @@ class Probe:
         if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
             raise ValueError(f"calibration takes one whole sequence at a time, got {list(q.shape)}, {list(k.shape)}")
         if groups is not None:
-            raise InputError("--gradients does not know images whose tokens see one another both ways: leave it out")
+            raise InputError("gradients do not know images whose tokens see one another both ways; give --no-gradients")
         out = dense.attention(q, k, v, scale=scale, causal=causal, spans=spans, **scoring)
         look = partial(self._look, dict(scale=scale, causal=causal), spans, scoring)
         self.blind = self.blind or not out.requires_grad
@@ -115,13 +115,13 @@ def backward(
         hidden = head.hidden(prompt)
         blind = [path for path, probe in probes.items() if probe.blind]
         if blind or not hidden.requires_grad:
-            raise InputError(f"no gradient reaches {', '.join(blind[:3]) or 'the embeddings'}: leave out --gradients")
+            raise InputError(f"no gradient reaches {', '.join(blind[:3]) or 'the embeddings'}; give --no-gradients")
         gradient = _score(head, hidden.detach(), sample.id)
         if not bool(gradient.isfinite().all()):
-            raise InputError(f"the gradient is not finite on sample {sample.id}; try --dtype float32 or bfloat16")
+            raise InputError(f"a gradient is not finite on sample {sample.id}; try --dtype bfloat16, or --no-gradients")
         hidden.backward(gradient)
         if not all(bool(each) for probe in probes.values() for each in probe.finite):
-            raise InputError(f"a gradient is not finite on sample {sample.id}; try --dtype float32 or bfloat16")
+            raise InputError(f"a gradient is not finite on sample {sample.id}; try --dtype bfloat16, or --no-gradients")
 
 
 def _score(head: Head, hidden: torch.Tensor, name: str) -> torch.Tensor:

@@ -256,7 +256,7 @@ def _together(run: Run, loaded, samples: list[Sample], modules, group: Group) ->
     head = _head(loaded.model, run.plan)
 
     def run_one(sample: Sample, curves: dict[str, ModuleCurves]) -> None:
-        with explain_memory("--length"):
+        with explain_memory(_smaller(head)):
             forward(loaded.model, sample, curves, device)
             if head is not None:
                 divergence.backward(loaded.model, sample, curves, head)
@@ -286,7 +286,7 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
                 stored = run.load_sample(sample.id)  # by one of several processes, before an earlier one was done
                 started = time.perf_counter()
                 if stored is None:
-                    with explain_memory("--length"):
+                    with explain_memory(_smaller(head)):
                         forward(loaded.model, sample, curves[role], device)
                         if head is not None:
                             divergence.backward(loaded.model, sample, curves[role], head)
@@ -315,6 +315,11 @@ def _collect(loaded, samples, run: Run, curves, done, device) -> dict[str, float
 def _head(model, plan: Plan) -> Head | None:
     """What gradients begin at; None for a run without them."""
     return Head(model) if plan.gradients else None
+
+
+def _smaller(head: Head | None) -> str:
+    """What to lower where memory runs out."""
+    return "--length" if head is None else "--length, or begin another run with --no-gradients"
 
 
 def _warm_up(

@@ -58,13 +58,14 @@ def calibrate(
         ),
     ] = "exact",
     gradients: Annotated[
-        bool,
+        bool | None,
         Option(
-            "--gradients",
+            "--gradients/--no-gradients",
             help="Also run a backward pass over every sample, by which `export` shares skipping out so that "
-            "predictions change least; takes several times as long.",
+            "predictions change least; takes several times as long. On a GPU it is the default, where model and data "
+            "allow it.",
         ),
-    ] = False,
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     processes: Annotated[
@@ -159,8 +160,10 @@ def calibrate(
         place.type,
         str(loaded.model.dtype).split(".")[-1],
         scores,
-        gradients,
+        bool(gradients),
     )
+    if gradients is None and first:  # the others do what the first begins
+        options = _with_gradients(loaded, texts, modules, options, None if dry_run else output)
     plan = run.plan_of(texts, options)
     idle = [k for k in ranks if k >= plan.most_ranked]
     if idle:
@@ -188,6 +191,21 @@ def calibrate(
     note(f"written: {output} ({len(texts)} samples); next: bsfa export {output} -o thresholds.safetensors")
     if json and first:
         print_json(summary)
+
+
+def _with_gradients(loaded, texts, modules, options, output: Path | None):
+    """`options`, with gradients where they are the default; says so, or what speaks against them."""
+    from dataclasses import replace
+
+    from ..calibration.by_default import takes_gradients
+    from ..console import note
+
+    wanted, reason = takes_gradients(loaded, texts, modules, options, output)
+    if wanted:
+        note("with gradients, by which export shares skipping out; --no-gradients takes less time")
+    elif reason:
+        note(f"without gradients, so export shares skipping out by dropped mass: {reason}")
+    return replace(options, gradients=wanted)
 
 
 def _spawn(processes: int, output: Path, json: bool) -> None:

@@ -31,7 +31,7 @@ def export(
     target_skip: Annotated[
         list[float] | None,
         Option(
-            help="Skip this share of tiles, where it costs least: as --kl-skip for a run with --gradients, else as "
+            help="Skip this share of tiles, where it costs least: as --kl-skip for a run with gradients, else as "
             "--mass-skip. Repeatable."
         ),
     ] = None,
@@ -43,7 +43,7 @@ def export(
     ] = None,
     kl_skip: Annotated[
         list[float] | None,
-        Option(help="Skip this share where predictions change least; needs calibrate --gradients. Repeatable."),
+        Option(help="Skip this share where predictions change least; needs a run with gradients. Repeatable."),
     ] = None,
     one_threshold: Annotated[
         list[float] | None,

@@ -252,7 +252,7 @@ def calibrate(options: argparse.Namespace) -> int:
             run = Path(folder) / f"run-{processes}"
             command = [sys.executable, "-m", "bsfa_cli", "calibrate", str(model), "-o", str(run), "--json",
                        "--samples", str(options.samples), "--length", str(options.length), "--data", "builtin:mixed",
-                       "--processes", str(processes)]  # fmt: skip
+                       "--processes", str(processes), "--no-gradients"]  # fmt: skip
             started = time.perf_counter()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             wall = time.perf_counter() - started
