@@ -25,7 +25,7 @@ RUNTIME = dict(
     k_scale_ptr="*fp32", q_shift_ptr="*fp32", scale="fp32", softcap="fp32",
     window="i32", q_offset="i32",
     q_rows="i32", k_rows="i32", tiles="i32", k_scales="i32",
-    absolute_tiles="i32", gap_tiles="i32", room="i32",
+    absolute_tiles="i32", gap_tiles="i32", room="i32", out_batch="i32", out_head="i32", out_row="i32",
 )  # fmt: skip
 
 

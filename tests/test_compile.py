@@ -74,6 +74,9 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path
     assert code.count("HGMMA") >= 36
     assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
     assert code.spilled <= HOPPER_SPILLS[variant[1]]
+    # The output by 16 bytes, whatever its strides; narrow stores are of lse and counts, 4 a consumer.
+    wide = code.count("STG.E.128")
+    assert wide >= 12 and code.count("STG") <= wide + 12
     assert len(code.product_loops) == (2 if variant[1] > 128 else 3)
     # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); not causal, one value is read.
     in_loops = HOPPER_SPILLED_IN_LOOPS.get(variant[1], 0 if variant[2] else 2)

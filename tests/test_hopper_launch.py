@@ -82,6 +82,28 @@ def test_one_kernel_serves_every_length_and_threshold(gpu):
             assert descriptor.layout == gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
 
 
+def test_the_output_is_written_by_its_strides(gpu):
+    q = torch.randn(1, 4, 200, 64, dtype=torch.bfloat16)
+    names = hopper.forward.arg_names
+    tokens = torch.zeros(300, 6, 64, dtype=torch.bfloat16)
+    out = tokens[20:220, :4].transpose(0, 1)[None]
+    for place in (None, out):
+        block_sparse_attention(q, q, q, backend="hopper", out=place)
+        given = dict(zip(names, gpu.launched[-1][2], strict=False))
+        row = (4 if place is None else 6) * 64
+        assert [given[name] * 8 for name in ("out_head", "out_row")] == [64, row]
+        assert place is None or given["out_ptr"].data_ptr() == place.data_ptr()
+    assert gpu.loaded == ["forward"]  # other strides, the same kernel
+
+
+def test_an_output_that_wide_stores_do_not_reach_is_copied(gpu):
+    q = torch.randn(1, 4, 200, 64, dtype=torch.bfloat16)
+    out = torch.zeros(200 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 4, 200, 64)
+    block_sparse_attention(q, q, q, backend="hopper", out=out)
+    given = dict(zip(hopper.forward.arg_names, gpu.launched[-1][2], strict=False))
+    assert given["out_ptr"].data_ptr() % 16 == 0 and given["out_row"] * 8 == 64
+
+
 def test_block_lists_are_scheduled_first(gpu):
     call(1000, 16, head_dim=64, mask=torch.rand(2, 8, 16, 8) < 0.5)
     (first, streams, _), (second, grid, arguments) = gpu.launched

@@ -8,7 +8,7 @@ import pytest
 import torch
 import whole_tiles
 from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper
-from kernel_cases import Case, check, check_statistics
+from kernel_cases import PLACES, Case, check, check_place, check_statistics
 from whole_tiles import Prompt
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +66,16 @@ def test_triton(case):
 @pytest.mark.parametrize("case", cases("hopper", 240))
 def test_hopper(case):
     check(case, "hopper", "cuda")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
+@pytest.mark.parametrize("padded", (False, True))
+def test_the_output_goes_to_any_place(padded, head_dim, backend, place):
+    dtype, lists = torch.bfloat16, "ordered" if padded and head_dim == 128 else ""
+    case = Case(2, 4, 2, 300, 333, head_dim, q_offset=0 if padded else 33, padded=padded, dtype=dtype, blocks=lists)
+    check_place(case, backend, place, "cuda")
 
 
 @pytest.mark.parametrize("blocks", ("ordered", "shuffled"))

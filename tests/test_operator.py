@@ -80,7 +80,14 @@ ATTENTION = {
 
 @pytest.mark.parametrize("arguments", ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_a_sound_operator(arguments):
-    torch.library.opcheck(torch.ops.bsfa.attention, arguments())
+    torch.library.opcheck(torch.ops.bsfa.attend, arguments())
+
+
+@pytest.mark.parametrize("name", ["both-gates", "spans-with-lengths", "block-lists", "int8"])
+def test_attention_into_a_given_place_is_a_sound_operator(name):
+    arguments = ATTENTION[name]()
+    out = torch.full((2, 60, 4, 16), torch.nan)[:, 10:50].transpose(1, 2)
+    torch.library.opcheck(torch.ops.bsfa.attend_into, (out, *arguments))
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -128,6 +135,28 @@ def test_a_compiled_function_equals_eager(compiler):
         got, expected = compiled(*arguments), layer(*arguments)
         torch.testing.assert_close(got, expected)
     assert expected[2] < expected[3]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_function_writes_where_it_is_told(compiler):
+    def layer(q, k, v, gap, tokens):
+        out = tokens[5:45].transpose(0, 1)[None]
+        block_sparse_attention(q * 1.5, k, v, Gate(gap=gap), tile=TILE, out=out)
+        return tokens[:, 1] + 1
+
+    q, k, v = tensors(batch=1)
+    got, expected = (torch.zeros(50, 4, 16) for _ in range(2))
+    returned = torch.compile(layer, fullgraph=True, backend=compiler)(q, k, v, thresholds(1.0), got)
+    torch.testing.assert_close(returned, layer(q, k, v, thresholds(1.0), expected))
+    torch.testing.assert_close(got, expected)
+    assert got[5:45].ne(0).all() and not got[:5].any() and not got[45:].any()
+
+
+def test_the_output_lies_as_the_next_layer_reads_it():
+    for backend in ("torch", "reference"):
+        for scores in ("exact", "int8"):
+            out = block_sparse_attention(*tensors(), tile=TILE, scores=scores, backend=backend).out
+            assert out.shape == (2, 4, 40, 16) and out.transpose(1, 2).is_contiguous()
 
 
 Q, K, V = tensors()

@@ -66,6 +66,19 @@ def test_the_output_may_be_where_the_queries_are():
     assert torch.equal(block_sparse_attention(q, k, v, out=q).out, expected)
 
 
+def test_two_elements_in_one_place_are_refused():
+    with pytest.raises(ValueError, match="out has more than one element in one place: shape \\[1, 4, 70, 16\\]"):
+        block_sparse_attention(*tensors(), out=torch.empty(1, 1, 70, 16).expand(1, 4, 70, 16))
+
+
+def test_gradients_through_a_given_place_are_refused():
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="out= does not support gradients"):
+        block_sparse_attention(q.requires_grad_(), k, v, out=torch.empty(1, 4, 70, 16))
+    with torch.no_grad():
+        block_sparse_attention(q, k, v, out=torch.empty(1, 4, 70, 16))
+
+
 @pytest.mark.parametrize(
     "out", [torch.empty(1, 4, 71, 16), torch.empty(1, 4, 70, 16, dtype=torch.float16)], ids=["rows", "dtype"]
 )

@@ -4,12 +4,13 @@
     result = block_sparse_attention(q, k, v, Gate(gap=-4.0), causal=True, return_counts=True)
     result.out, result.kept.sum() / result.candidates.sum()
 
-Semantics: reference.py. Registered with torch.library as bsfa::attention and bsfa::tile_statistics, so torch.compile
-and fake tensors see through both.
+Semantics: reference.py. Registered with torch.library as bsfa::attend, bsfa::attend_into and
+bsfa::tile_statistics, so torch.compile and fake tensors see through them.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,10 @@ def block_sparse_attention(
     are not visited). `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: attention sinks, one more logit a
     head in the softmax, of value 0. `scores`: "exact", or "int8", from Q and K rounded to 8 bits, so no longer BSFA's
     exact scores (quantise.py says how, and what of it depends on the call). `backend`: "auto" takes the fastest that
-    can serve the call, a name demands that one. `out` [B, Hq, Tq, D], dtype of q, any strides: the output is copied
-    there when it is done (no backend writes into it yet), and is the one that is returned.
+    can serve the call, a name demands that one. `out` [B, Hq, Tq, D], dtype of q: where the output goes, such as a view
+    of an engine's [tokens, Hq, D]. Kernels write there by its strides; where it shares memory with q, k or v, or
+    16-byte stores do not reach its rows, the output is copied there. Without it the output lies in memory as
+    [B, Tq, Hq, D].
 
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
@@ -92,21 +95,21 @@ def block_sparse_attention(
     gate = gate.expanded(q.shape[1], q.device)
     _check_gate(q, gate)
     _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores)
-    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
-        raise ValueError(
-            f"out must be {q.dtype} {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
-        )
+    if out is not None:
+        _check_out(out, q, k, v)
     if blocks is not None:
         _check_blocks(blocks, q, q_offset, spans, tile)
     indices, counts = (None, None) if blocks is None else (blocks.indices, blocks.counts)
-    result, lse, kept, candidates = torch.ops.bsfa.attention(
+    call = (
         q, k, v, gate.absolute, gate.gap, spans, indices, counts, _sinks(sinks), q_offset, _scale(q, scale), window,
         softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, scores, backend,
     )  # fmt: skip
-    if out is not None:
-        result = out.copy_(result)
+    if out is None:
+        out, lse, kept, candidates = torch.ops.bsfa.attend(*call)
+    else:
+        lse, kept, candidates = torch.ops.bsfa.attend_into(out, *call)
     return Attention(
-        result, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
+        out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
     )
 
 
@@ -206,6 +209,17 @@ def _check(q, k, v, scale, q_offset, spans):
             )
 
 
+def _check_out(out, q, k, v):
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(
+            f"out must be {q.dtype} {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out has more than one element in one place: shape {list(out.shape)}, strides {out.stride()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
+        raise ValueError("out= does not support gradients: call it under torch.no_grad(), or leave it out")
+
+
 def _check_gate(q, gate):
     for name, thresholds in (("absolute", gate.absolute), ("gap", gate.gap)):
         if thresholds is None:
@@ -250,53 +264,73 @@ def _check_blocks(blocks, q, q_offset, spans, tile):
         )
 
 
-@torch.library.custom_op("bsfa::attention", mutates_args=())
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    absolute: torch.Tensor | None,
-    gap: torch.Tensor | None,
-    spans: torch.Tensor | None,
-    block_indices: torch.Tensor | None,
-    block_counts: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    q_offset: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool,
-    tile_rows: int,
-    tile_keys: int,
-    keep_sink: bool,
-    want_lse: bool,
-    want_counts: bool,
-    scores: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    request = Request(
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? absolute, Tensor? gap, Tensor? spans, Tensor? block_indices, "
+    "Tensor? block_counts, Tensor? sinks, SymInt q_offset, float scale, SymInt? window, float? softcap, bool causal, "
+    "SymInt tile_rows, SymInt tile_keys, bool keep_sink, bool want_lse, bool want_counts, str scores, str backend"
+)
+
+
+@torch.library.custom_op("bsfa::attend", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _attend(*call):
+    """(out, lse, kept, candidates); what is not wanted is empty."""
+    return _run(*_request(*call))
+
+
+@_attend.register_fake
+def _(*call):
+    request, _ = _request(*call)
+    return request.new_output(), *_fake_rest(request)
+
+
+@torch.library.custom_op(
+    "bsfa::attend_into", mutates_args=("out",), schema=f"(Tensor(a!) out, {_CALL}) -> (Tensor, Tensor, Tensor)"
+)
+def _attend_into(out, *call):
+    """The same with the output's place given."""
+    request, backend = _request(*call)
+    storages = {x.untyped_storage().data_ptr() for x in (request.q, request.k, request.v)}
+    if out.stride(-1) == 1 and out.untyped_storage().data_ptr() not in storages:
+        _, *rest = _run(replace(request, out=out), backend)
+    else:
+        result, *rest = _run(request, backend)
+        out.copy_(result)
+    return tuple(rest)
+
+
+@_attend_into.register_fake
+def _(out, *call):
+    return _fake_rest(_request(*call)[0])
+
+
+def _request(
+    q, k, v, absolute, gap, spans, block_indices, block_counts, sinks, q_offset, scale, window, softcap, causal,
+    tile_rows, tile_keys, keep_sink, want_lse, want_counts, scores, backend,
+) -> tuple[Request, str]:  # fmt: skip
+    """An operator's arguments, in the order of _CALL, as (request, backend that is demanded)."""
+    blocks = None if block_indices is None else BlockLists(block_indices, block_counts)
+    return Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
-        want_lse, want_counts, None if block_indices is None else BlockLists(block_indices, block_counts), window,
-        softcap, sinks, scores,
-    )  # fmt: skip
+        want_lse, want_counts, blocks, window, softcap, sinks, scores,
+    ), backend  # fmt: skip
+
+
+def _run(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
     _, module, _ = backends.choose(request, backend)
     out, lse, kept, candidates = module.attention(request)
-    if not want_lse:
-        lse = q.new_empty(0, dtype=torch.float32)
-    if not want_counts:
-        kept, candidates = (q.new_empty(0, dtype=torch.int32) for _ in range(2))
+    if not request.want_lse:
+        lse = request.q.new_empty(0, dtype=torch.float32)
+    if not request.want_counts:
+        kept, candidates = (request.q.new_empty(0, dtype=torch.int32) for _ in range(2))
     return out, lse, kept, candidates
 
 
-@_attention.register_fake
-def _(q, k, v, absolute, gap, spans, block_indices, block_counts, sinks, q_offset, scale, window, softcap, causal,
-      tile_rows, tile_keys, keep_sink, want_lse, want_counts, scores, backend):  # fmt: skip
-    request = Request(
-        q, k, v, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, want_lse, want_counts
-    )
-    lse = q.new_empty(q.shape[:3] if want_lse else (0,), dtype=torch.float32)
-    tiles = (*q.shape[:2], request.query_tiles) if want_counts else (0,)
-    return q.new_empty(q.shape), lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
+def _fake_rest(request: Request) -> tuple[torch.Tensor, ...]:
+    """(lse, kept, candidates) without values."""
+    q = request.q
+    lse = q.new_empty(q.shape[:3] if request.want_lse else (0,), dtype=torch.float32)
+    tiles = (*q.shape[:2], request.query_tiles) if request.want_counts else (0,)
+    return lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
 
 
 @torch.library.custom_op("bsfa::tile_statistics", mutates_args=())

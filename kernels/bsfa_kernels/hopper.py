@@ -22,7 +22,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_kernel import forward
+from .hopper_kernel import CHUNK, forward
 from .hopper_stream import KEYS, ROWS, Variant
 from .int8 import prepare
 from .launch import aligned, device_guard
@@ -94,6 +94,7 @@ def attention(request: Request):
     batch, heads, rows = q.shape[:3]
     gate = request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
+    written = aligned(out)
     with device_guard(q):
         count = sections(q, v)
         entries = lengths = order = None
@@ -108,12 +109,14 @@ def attention(request: Request):
         optional = (gate.absolute, gate.gap, request.spans, entries, lengths, order, request.sinks, *scales)
         forward[(variant.section, triton.cdiv(request.query_tiles, shape.consumers), count)](
             *(descriptor(x, n.value, shape.columns) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
-            out, lse, kept, candidates, *(lse if x is None else x for x in optional),
+            written, lse, kept, candidates, *(lse if x is None else x for x in optional),
             request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, k.shape[2],
             request.query_tiles,
             *(0 if x is None else x.shape[-1] for x in (gate.absolute, gate.gap, scales[2], entries)),
-            variant, num_warps=4, maxnreg=shape.registers,
+            *(stride // CHUNK.value for stride in written.stride()[:3]), variant, num_warps=4, maxnreg=shape.registers,
         )  # fmt: skip
+    if written.data_ptr() != out.data_ptr():
+        out.copy_(written)
     return out, lse, kept, candidates
 
 

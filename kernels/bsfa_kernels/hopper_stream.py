@@ -63,7 +63,7 @@ class Variant:
 class Call(NamedTuple):
     """Pointers and numbers of a launch."""
 
-    out: object  # [B, Hq, Tq, D]
+    out: object  # [B, Hq, Tq, D], by its strides
     lse: object  # float32 [B, Hq, Tq]
     kept: object  # int32 [B, Hq, query tiles]
     candidates: object
@@ -81,6 +81,9 @@ class Call(NamedTuple):
     absolute_tiles: object
     gap_tiles: object
     k_scales: object
+    out_batch: object  # strides of the output, in chunks of 8 elements
+    out_head: object
+    out_row: object
 
 
 class Span(NamedTuple):

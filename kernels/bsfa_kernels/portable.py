@@ -81,7 +81,7 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
             out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths,
             request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0, request.window or 0,
-            request.q_offset, q_rows, k.shape[2], tiles, 0 if k_scale is None else k_scale.shape[2],
+            request.q_offset, q_rows, k.shape[2], tiles, 0 if k_scale is None else k_scale.shape[2], *out.stride()[:3],
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
@@ -268,7 +268,8 @@ def visit_candidate(
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
     entries_ptr, lengths_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
-    scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, absolute_tiles, gap_tiles, room,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, out_batch, out_head, out_row, absolute_tiles,
+    gap_tiles, room,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -357,6 +358,8 @@ def _forward(
     row_in_plane = plane * q_rows + rows
     columns = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (columns < D)[None, :]
-    tl.store(out_ptr + row_in_plane[:, None] * D + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptr += b.to(tl.int64) * out_batch + head.to(tl.int64) * out_head
+    address = out_ptr + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
+    tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + row_in_plane, (running_max + tl.log2(row_sum)) / LOG2E, mask=valid)
     tl.store(kept_ptr + plane * tiles + t, tl.where(whole, kept, 0))

@@ -18,7 +18,8 @@ UNBOUNDED = 2**31 - 1
 @dataclass(frozen=True)
 class Request:
     """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
-    `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py.
+    `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py; `out` like q, with a contiguous last axis, where the
+    caller has a place for the output.
     """
 
     q: torch.Tensor
@@ -38,6 +39,7 @@ class Request:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     scores: str = "exact"
+    out: torch.Tensor | None = None
 
     @property
     def scoring(self) -> Scoring:
@@ -56,17 +58,24 @@ class Request:
         """Whether the call sees what is the same for a whole row of scores: softmax and the gap gate do not."""
         return self.want_lse or self.gate.absolute is not None or self.softcap is not None or self.sinks is not None
 
+    def new_output(self) -> torch.Tensor:
+        """An output [B, Hq, Tq, D] that lies in memory as [B, Tq, Hq, D]: the layer behind an attention reads it so."""
+        batch, heads, rows, _ = self.q.shape
+        return self.v.new_empty(batch, rows, heads, self.v.shape[3]).transpose(1, 2)
+
     def new_outputs(self):
-        """(out, lse, kept, candidates) for a kernel to fill. With spans some rows and tiles are padding that no
-        program writes: they are zero from the start, and their lse is -inf.
+        """(out, lse, kept, candidates) for a kernel to fill, `out` where the caller wants it. With spans some rows and
+        tiles are padding that no program writes: they are zero from the start, and their lse is -inf.
         """
         batch, heads, rows, _ = self.q.shape
+        out = self.new_output() if self.out is None else self.out
         new = self.q.new_empty if self.spans is None else self.q.new_zeros
         lse = self.q.new_empty((batch, heads, rows), dtype=torch.float32)
         if self.spans is not None:
+            out.zero_()
             lse.fill_(-torch.inf)
         kept, candidates = (new((batch, heads, self.query_tiles), dtype=torch.int32) for _ in range(2))
-        return new(self.q.shape), lse, kept, candidates
+        return out, lse, kept, candidates
 
     def host_spans(self) -> list[Span]:
         """The spans as Python numbers. Waits for the device when they live on one."""

@@ -98,9 +98,9 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
     ):
         if attn_metadata is None and self.dense_reason is None:
             # vLLM measures its peak memory in this call: let it see the longest sequence's keys and values side by
-            # side, and an output to copy from.
+            # side.
             shape = (2, self.num_kv_heads, self.longest, self.head_size)
-            held = torch.empty(shape, dtype=output.dtype, device=output.device), torch.empty_like(output)
+            held = torch.empty(shape, dtype=output.dtype, device=output.device)
             del held
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
