@@ -85,6 +85,14 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path
     assert triton_barriers(code) <= RESERVED
 
 
+@pytest.mark.parametrize("head_dim, gate, spans", [(128, "g", True), (128, "a", False), (64, "g", True)])
+def test_hopper_on_pages_costs_no_registers(head_dim, gate, spans, tmp_path):
+    code = sass.hopper(tmp_path, BF16, head_dim, True, gate, spans, paged=True)
+    assert not code.serialized, code.notes
+    assert code.spilled <= HOPPER_SPILLS[head_dim] and code.spilled_in_loops == 0
+    assert triton_barriers(code) <= RESERVED
+
+
 def triton_barriers(code) -> set[int]:
     """Hardware barriers in the machine code by number, but for the kernel's own."""
     own = range(hopper_pipeline.RETURNED.value, 16)
@@ -129,7 +137,7 @@ def test_what_windows_softcap_and_sinks_spill_is_known(scoring, dtype, head_dim,
 )  # fmt: skip
 def test_a_section_is_as_many_equal_parts_of_the_heads_as_fit(heads, keys, head_dim, expected):
     k = torch.empty(3, heads, keys, head_dim, dtype=BF16, device="meta")
-    assert hopper.section_kv_heads(k) == expected
+    assert hopper.section_kv_heads(k, keys) == expected
     each = 2 * keys * head_dim * 2
     assert expected == 1 or expected * each <= hopper.SECTION_BYTES
 

@@ -104,6 +104,20 @@ def test_an_output_that_wide_stores_do_not_reach_is_copied(gpu):
     assert given["out_ptr"].data_ptr() % 16 == 0 and given["out_row"] * 8 == 64
 
 
+def test_pages_are_described_as_they_lie(gpu):
+    q = torch.randn(2, 4, 200, 64, dtype=torch.bfloat16)
+    cache = torch.randn(2, 9, 128, 2, 64, dtype=torch.bfloat16)
+    table = torch.tensor([[7, 3, 1], [4, 4, 0]], dtype=torch.int32)
+    k, v = (x.transpose(1, 2) for x in cache)
+    block_sparse_attention(q, k, v, backend="hopper", block_table=table[:, :2], q_offset=56)
+    given = dict(zip(hopper.forward.arg_names, gpu.launched[-1][2], strict=False))
+    for name, x in (("k_desc", k), ("v_desc", v)):
+        assert given[name].base.data_ptr() == x.data_ptr() and list(given[name].strides) == list(x.stride())
+        assert given[name].block_shape == [1, 1, 128, 64] and list(given[name].shape) == [9, 2, 128, 64]
+    assert given["table_ptr"].data_ptr() == table.data_ptr() and given["table_row"] == 3
+    assert given["k_rows"] == 256 and gpu.launched[-1][1] == (4, 2, 2)
+
+
 def test_block_lists_are_scheduled_first(gpu):
     call(1000, 16, head_dim=64, mask=torch.rand(2, 8, 16, 8) < 0.5)
     (first, streams, _), (second, grid, arguments) = gpu.launched

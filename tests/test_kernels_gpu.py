@@ -4,11 +4,13 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import paged_attention_cases
 import pytest
 import torch
 import whole_tiles
 from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper
 from kernel_cases import PLACES, Case, check, check_place, check_statistics
+from paged_attention_cases import Paged
 from whole_tiles import Prompt
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +70,19 @@ def test_hopper(case):
     check(case, "hopper", "cuda")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page", (128, 64, 256))
+@pytest.mark.parametrize("layout", ("tokens first", "heads first", "halves", "odd base"))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("rows, keys", [((700,), (1900,)), ((300, 64, 129), (300, 1000, 600))], ids=("one", "several"))
+@pytest.mark.parametrize("gate", ("", "gap", "gap absolute"))
+def test_pages_give_the_bits_of_gathered_keys(gate, rows, keys, head_dim, layout, page, backend):
+    shape = dict(heads=4, kv_heads=2, head_dim=head_dim, tile=TILES[0], page=page, layout=layout, gate=gate)
+    for more in (dict(dtype=torch.float16), dict(causal=False), dict(window=333)):
+        case = Paged(rows, keys, **{**shape, "dtype": torch.bfloat16, **more})
+        paged_attention_cases.check(case, backend, "cuda")
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
@@ -101,7 +116,7 @@ def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, b
     calls = []
     for fits in (kv_heads, 6):
         monkeypatch.setattr(hopper, "SECTION_BYTES", fits * 2 * 777 * 128 * 2)
-        assert hopper.section_kv_heads(k) == fits
+        assert hopper.section_kv_heads(k, 777) == fits
         check(case, "hopper", "cuda")
         calls.append(block_sparse_attention(q, k, v, gate, blocks=case.block_lists("cuda"), return_lse=True))
     assert torch.equal(calls[0].out, calls[1].out) and torch.equal(calls[0].lse, calls[1].lse)

@@ -37,14 +37,19 @@ def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
 def operator_arguments(
     q, k, v, absolute=None, gap=None, spans=None, blocks=None, sinks=None, q_offset=0, scale=0.25, window=None,
     softcap=None, causal=True, sink=True, lse=True, counts=True, scores="exact",
-    backend="auto",
+    backend="auto", table=None,
 ):  # fmt: skip
     lists = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     tile = (TILE.rows, TILE.keys)
     return (
         q, k, v, absolute, gap, spans, *lists, sinks, q_offset, scale, window, softcap, causal, *tile, sink, lse,
-        counts, scores, backend,
+        counts, scores, backend, table,
     )  # fmt: skip
+
+
+def pages(*sequences) -> dict:
+    """Keyword arguments: pages of 16 positions, those of each sequence by number."""
+    return dict(table=torch.tensor(sequences, dtype=torch.int32))
 
 
 def lists(tiles=3, batch=2, heads=4) -> BlockLists:
@@ -69,6 +74,9 @@ ATTENTION = {
     "block-lists": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), blocks=lists()),
     "block-lists-spans": lambda: operator_arguments(
         *tensors(), spans=make_spans(2), blocks=lists(4), causal=False, backend="reference"
+    ),
+    "pages": lambda: operator_arguments(
+        tensors()[0], *tensors(keys=16, batch=7)[1:], gap=thresholds(-1.0), **pages([3, 0, 6], [1, 2, 5])
     ),
     "int8": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), lse=False, scores="int8"),
     "int8-spans": lambda: operator_arguments(*tensors(), spans=make_spans(2), sinks=torch.zeros(4), scores="int8"),
@@ -161,7 +169,26 @@ def test_the_output_lies_as_the_next_layer_reads_it():
 
 Q, K, V = tensors()
 LONG = tensors(keys=48)[1]
+TABLE = torch.zeros(2, 3, dtype=torch.int32)
 REFUSED = [
+    (dict(block_table=TABLE[0]), r"block_table must be \[2, pages\], got \[3\]"),
+    (dict(block_table=TABLE[:1]), r"block_table must be \[2, pages\], got \[1, 3\]"),
+    (
+        dict(block_table=TABLE.long()),
+        r"block_table must be int32 on cpu, contiguous along its last axis, got torch.int64 on cpu, strides \[3, 1\]",
+    ),
+    (
+        dict(block_table=TABLE, k=K[..., :8], v=V[..., :8]),
+        r"q \[2, 4, 40, 16\] and pages \[2, 2, 40, 8\] must agree in head dim",
+    ),
+    (
+        dict(block_table=TABLE, spans=make_spans(2, k_offset=-3)),
+        r"pages begin at position 0: with block_table the k_offset of spans must be 0",
+    ),
+    (
+        dict(block_table=TABLE[:, :1], window=5, q_offset=1),
+        r"with a window queries may not pass the keys: they end at position 41, the keys at 40",
+    ),
     (dict(q=Q[0]), r"q must have 4 axes \[batch, heads, length, head dim\], got shape \[4, 40, 16\]"),
     (dict(k=K.half()), r"k is torch.float16 on cpu, but q is torch.float32 on cpu"),
     (dict(v=V.to("meta")), r"v is torch.float32 on meta, but q is torch.float32 on cpu"),

@@ -1,8 +1,9 @@
 """python -m bsfa_cli.experiments.paged --out FILE.json
 
-What a prefill costs out of a paged cache, as a serving engine's layer runs it: keys and values gathered, attention at a
-skip rate, the output copied to its place; each alone, all three, and FlashAttention-3 on the same pages. Random data:
-timing only. A gate of one value for all heads is set to skip what was asked for.
+What a prefill costs out of a paged cache, as a serving engine's layer runs it, with the output written in its place:
+keys and values gathered and attended to ("layer"), both alone, attention that reads pages where they are ("paged"), and
+FlashAttention-3 on the same pages. Random data: timing only. A gate of one value for all heads is set to skip what was
+asked for. Ends with an error where pages and gathered keys do not give the same bits.
 """
 
 from __future__ import annotations
@@ -65,18 +66,24 @@ def cell(rows: int, keys: int, shape: tuple[int, int, int], rate: float, device:
     out = tokens.transpose(0, 1)[None]
     attend = partial(block_sparse_attention, q, k, v, q_offset=keys - rows)
     gate, skip = gap_that_skips(attend, rate)
-    gate, done = gate.expanded(heads, device), attend().out
+    gate = gate.expanded(heads, device)
 
     def layer(gate: Gate) -> torch.Tensor:
         return block_sparse_attention(q, *gather(), gate, q_offset=keys - rows, out=out).out
 
+    def paged(gate: Gate) -> torch.Tensor:
+        return block_sparse_attention(q, *halves, gate, q_offset=keys - rows, out=out, block_table=table[None]).out
+
+    if not torch.equal(layer(gate).clone(), paged(gate)):
+        raise RuntimeError(f"{rows} queries of {keys} keys: pages do not give the bits of gathered keys")
     plans = {
         "gather": lambda: gather()[0],
-        "output copy": lambda: out.copy_(done),
         "attention, no gate": lambda: attend().out,
         "attention": lambda: attend(gate).out,
         "layer, no gate": lambda: layer(Gate()),
         "layer": lambda: layer(gate),
+        "paged, no gate": lambda: paged(Gate()),
+        "paged": lambda: paged(gate),
     }
     library, unavailable = flash_attention.find(flash_attention.FA3), []
     if isinstance(library, str):

@@ -65,6 +65,7 @@ def block_sparse_attention(
     return_counts: bool = False,
     backend: str = "auto",
     out: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> Attention:
     """Exact scores, softmax and PV only for the tiles that `gate` keeps (BSFA, arXiv 2512.07011).
 
@@ -86,15 +87,21 @@ def block_sparse_attention(
     16-byte stores do not reach its rows, the output is copied there. Without it the output lies in memory as
     [B, Tq, Hq, D].
 
+    `block_table` int32 [B, n]: k and v are pages [pages, Hkv, page, D] of a cache, and position p of sequence b is row
+    p % page of page block_table[b, p // page]; every entry must be a page of the cache, and the k_offset of `spans` 0.
+    Kernels read pages where they are if a page is a key tile (`tile.keys`), scores are exact, there are no `blocks`,
+    and base and strides are multiples of 16 bytes; else K and V are gathered first.
+
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
 
     Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
     """
-    _check(q, k, v, scale, q_offset, spans)
+    _check(q, k, v, scale, q_offset, spans, block_table)
     gate = gate.expanded(q.shape[1], q.device)
     _check_gate(q, gate)
-    _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores)
+    keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
+    _check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scores)
     if out is not None:
         _check_out(out, q, k, v)
     if blocks is not None:
@@ -102,7 +109,7 @@ def block_sparse_attention(
     indices, counts = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     call = (
         q, k, v, gate.absolute, gate.gap, spans, indices, counts, _sinks(sinks), q_offset, _scale(q, scale), window,
-        softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, scores, backend,
+        softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, scores, backend, block_table,
     )  # fmt: skip
     if out is None:
         out, lse, kept, candidates = torch.ops.bsfa.attend(*call)
@@ -136,7 +143,7 @@ def tile_statistics(
     count by way of `lse`.
     """
     _check(q, k, k, scale, q_offset, spans)
-    _check_scoring(q, k, causal, q_offset, spans, window, softcap, None, scores)
+    _check_scoring(q, k.shape[2], causal, q_offset, spans, window, softcap, None, scores)
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
     return TileStatistics(
@@ -167,7 +174,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
         options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
         options.get("blocks"), options.get("window"), options.get("softcap"), options.get("sinks"),
-        options.get("scores", "exact"),
+        options.get("scores", "exact"), block_table=options.get("block_table"),
     )  # fmt: skip
     name, _, passed_over = backends.choose(request)
     return name, passed_over
@@ -177,7 +184,7 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _check(q, k, v, scale, q_offset, spans):
+def _check(q, k, v, scale, q_offset, spans, block_table=None):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
@@ -189,7 +196,11 @@ def _check(q, k, v, scale, q_offset, spans):
         raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if block_table is not None:
+        _check_table(q, block_table, spans)
+        if q.shape[3] != k.shape[3]:
+            raise ValueError(f"q {list(q.shape)} and pages {list(k.shape)} must agree in head dim")
+    elif q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch size and head dim")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})")
@@ -207,6 +218,16 @@ def _check(q, k, v, scale, q_offset, spans):
                 f"spans must be int32 [{q.shape[0]}, 4] on {q.device}, "
                 f"got {spans.dtype} {list(spans.shape)} on {spans.device}"
             )
+
+
+def _check_table(q, block_table, spans):
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0] or block_table.shape[1] < 1:
+        raise ValueError(f"block_table must be [{q.shape[0]}, pages], got {list(block_table.shape)}")
+    if block_table.dtype != torch.int32 or block_table.device != q.device or block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table must be int32 on {q.device}, contiguous along its last axis, got {block_table.dtype} on "
+            f"{block_table.device}, strides {list(block_table.stride())}"
+        )
 
 
 def _check_out(out, q, k, v):
@@ -230,7 +251,7 @@ def _check_gate(q, gate):
             raise ValueError(f"gate '{name}' is on {thresholds.device}, but q is on {q.device}")
 
 
-def _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores):
+def _check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scores):
     if scores not in SCORES:
         raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
     if window is not None:
@@ -238,10 +259,10 @@ def _check_scoring(q, k, causal, q_offset, spans, window, softcap, sinks, scores
             raise ValueError(f"window must be a positive number of keys, got {window!r}")
         if not causal:
             raise ValueError("window needs causal=True: a query sees its last keys")
-        if spans is None and q_offset + q.shape[2] > k.shape[2]:
+        if spans is None and q_offset + q.shape[2] > keys:
             raise ValueError(
                 f"with a window queries may not pass the keys: they end at position {q_offset + q.shape[2]}, the keys "
-                f"at {k.shape[2]}"
+                f"at {keys}"
             )
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
@@ -267,7 +288,8 @@ def _check_blocks(blocks, q, q_offset, spans, tile):
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? absolute, Tensor? gap, Tensor? spans, Tensor? block_indices, "
     "Tensor? block_counts, Tensor? sinks, SymInt q_offset, float scale, SymInt? window, float? softcap, bool causal, "
-    "SymInt tile_rows, SymInt tile_keys, bool keep_sink, bool want_lse, bool want_counts, str scores, str backend"
+    "SymInt tile_rows, SymInt tile_keys, bool keep_sink, bool want_lse, bool want_counts, str scores, str backend, "
+    "Tensor? block_table"
 )
 
 
@@ -305,18 +327,25 @@ def _(out, *call):
 
 def _request(
     q, k, v, absolute, gap, spans, block_indices, block_counts, sinks, q_offset, scale, window, softcap, causal,
-    tile_rows, tile_keys, keep_sink, want_lse, want_counts, scores, backend,
+    tile_rows, tile_keys, keep_sink, want_lse, want_counts, scores, backend, block_table,
 ) -> tuple[Request, str]:  # fmt: skip
     """An operator's arguments, in the order of _CALL, as (request, backend that is demanded)."""
     blocks = None if block_indices is None else BlockLists(block_indices, block_counts)
     return Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
-        want_lse, want_counts, blocks, window, softcap, sinks, scores,
+        want_lse, want_counts, blocks, window, softcap, sinks, scores, None, block_table,
     ), backend  # fmt: skip
 
 
 def _run(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
     _, module, _ = backends.choose(request, backend)
+    if request.block_table is not None:
+        # On a GPU it would have to be waited for.
+        if request.spans is not None and not request.spans.is_cuda and request.spans[:, 1].any():
+            raise ValueError("pages begin at position 0: with block_table the k_offset of spans must be 0")
+        reads_pages = getattr(module, "reads_pages", None)
+        if reads_pages is None or not reads_pages(request):
+            request = request.gathered()
     out, lse, kept, candidates = module.attention(request)
     if not request.want_lse:
         lse = request.q.new_empty(0, dtype=torch.float32)

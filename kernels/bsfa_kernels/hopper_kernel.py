@@ -389,18 +389,19 @@ def store_output(acc, inverse, staging, call, first_chunk, first_column, first_v
 
 @gluon.jit(
     do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "k_scales", "room",
-                       "window", "out_batch", "out_head", "out_row"]
+                       "window", "out_batch", "out_head", "out_row", "table_row"]
 )  # fmt: skip
 def forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, order_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
+    entries_ptr, lengths_ptr, order_ptr, table_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
     scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, k_scales, room,
-    out_batch, out_head, out_row, VARIANT: gl.constexpr,
+    table_row, out_batch, out_head, out_row, VARIANT: gl.constexpr,
 ):  # fmt: skip
     declare_vote(tiles)
     place, span, stream = find_work(
-        spans_ptr, entries_ptr, lengths_ptr, order_ptr, window, q_offset, q_rows, k_rows, room, VARIANT
-    )
+        spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, window, q_offset, q_rows, k_rows, room, table_row,
+        VARIANT,
+    )  # fmt: skip
     buffers = allocate_buffers(q_desc, k_desc, v_desc, VARIANT)
     call = Call(
         out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr,

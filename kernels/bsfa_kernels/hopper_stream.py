@@ -53,6 +53,7 @@ class Variant:
     sinks: bool
     int8: bool  # Q and K
     shifted: bool  # int8 scores lack a number that is the same for a whole row, and it is seen
+    paged: bool  # K and V are pages of a cache, each a key tile
 
     @property
     def width(self) -> int:
@@ -99,6 +100,7 @@ class Stream(NamedTuple):
     """Key tiles that a program's consumers share."""
 
     entries: object  # int32, where there are block lists
+    pages: object  # int32 [key tiles], where K and V are paged
     length: object
     diagonals: object  # not causal: tiles in front that some consumer has its diagonal in
     sink: object  # 1 where it has a place of its own
@@ -191,8 +193,9 @@ def find_positions(query_tile, alive, call, span, stream, VARIANT: gl.constexpr)
 
 @gluon.jit
 def find_work(
-    spans_ptr, entries_ptr, lengths_ptr, order_ptr, window, q_offset, q_rows, k_rows, room, VARIANT: gl.constexpr
-):
+    spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, window, q_offset, q_rows, k_rows, room, table_row,
+    VARIANT: gl.constexpr,
+):  # fmt: skip
     """(Place, Span, Stream) of this program."""
     CONSUMERS: gl.constexpr = VARIANT.consumers
     # Of every section, longest first.
@@ -244,4 +247,7 @@ def find_work(
     elif VARIANT.lists:
         in_stream = gl.load(lengths_ptr + stream_row)
     place = Place(batch, head, head // VARIANT.group, plane, tile, first)
-    return place, span, Stream(entries_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)
+    pages_ptr = table_ptr
+    if VARIANT.paged:
+        pages_ptr += batch.to(gl.int64) * table_row
+    return place, span, Stream(entries_ptr, pages_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)

@@ -63,6 +63,10 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
+def reads_pages(request: Request) -> bool:
+    return request.pages_are_tiles
+
+
 def attention(request: Request):
     q, k, q_scale, k_scale, q_shift = operands(request)
     v = aligned(request.v)
@@ -79,11 +83,13 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
-            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths,
+            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths, request.block_table,
             request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0, request.window or 0,
-            request.q_offset, q_rows, k.shape[2], tiles, 0 if k_scale is None else k_scale.shape[2], *out.stride()[:3],
+            request.q_offset, q_rows, request.k_rows, tiles, 0 if k_scale is None else k_scale.shape[2],
+            *out.stride()[:3],
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
+            0 if request.block_table is None else request.block_table.stride(0),
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
             CAPPED=request.softcap is not None, **launch_shape(v.dtype, head_dim, rows),
@@ -151,11 +157,20 @@ def scale_of_first_tile(k_scale_ptr, kv_plane, k_scales, k_offset, KEYS: tl.cons
 
 
 @triton.jit
+def find_tile(table_ptr, b, j, k_offset, KEYS: tl.constexpr):
+    """Where key tile j of sequence b begins in K and V: (sequence or page, row)."""
+    if table_ptr is None:
+        return b, j * KEYS - k_offset
+    else:
+        return tl.load(table_ptr + j), 0
+
+
+@triton.jit
 def tile_scores(
-    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
+    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, row, j, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
 ):
     """Scores of key tile j before `scale`, in float32. Those of int8 are the only ones with a q_scale."""
-    k = k_desc.load([b, kv_head, j * KEYS - k_offset, 0]).reshape([KEYS, BLOCK_D])
+    k = k_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
     if q_scale is None:
         return tl.dot(q, k.T, input_precision=FLOAT32_DOT)
     else:
@@ -213,14 +228,14 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
 
 @triton.jit
 def visit_candidate(
-    q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale,
-    softcap, window, absolute, gap, running_max, row_sum, acc, kept,
+    q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length, q_position, valid,
+    scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
-    row = j * KEYS - k_offset
-    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
+    b, row = find_tile(table_ptr, b, j, k_offset, KEYS)
+    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, row, j, BLOCK_D, KEYS)
     if WINDOWED:  # the left edge
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, True)
     elif not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
@@ -262,14 +277,15 @@ def visit_candidate(
         "absolute_tiles",
         "gap_tiles",
         "room",
+        "table_row",
         "window",
     ]
 )
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
+    entries_ptr, lengths_ptr, table_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
     scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, out_batch, out_head, out_row, absolute_tiles,
-    gap_tiles, room,
+    gap_tiles, room, table_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -296,6 +312,9 @@ def _forward(
         k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
     if q_shift_ptr is not None:
         q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
+    if table_ptr is not None:
+        table_ptr += b.to(tl.int64) * table_row
+    PADDED: tl.constexpr = (spans_ptr is not None) or (table_ptr is not None)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -307,9 +326,9 @@ def _forward(
     diagonals = end_diagonal - first_diagonal
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
-        row = j * KEYS - k_offset
-        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
-        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, spans_ptr is not None)
+        own, row = find_tile(table_ptr, b, j, k_offset, KEYS)
+        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, own, kv_head, row, j, BLOCK_D, KEYS)
+        v = tile_values(v_desc, own, kv_head, row, j, length, BLOCK_D, KEYS, PADDED)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:
             s = cap_scores(s, scale, softcap)
@@ -329,9 +348,9 @@ def _forward(
         for i in tl.range(0, candidates):
             j = candidate(i, end_tiles, first_diagonal, end_diagonal)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid,
-                scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
-                spans_ptr is not None, WINDOWED, CAPPED,
+                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length,
+                q_position, valid, scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D,
+                KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
             )  # fmt: skip
     else:
         entries_ptr += (plane * tiles + t) * room
@@ -342,9 +361,9 @@ def _forward(
             # Read one ahead, so that no product waits for its own index.
             following = tl.load(entries_ptr + i + 1, mask=i + 1 < count, other=0)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid,
-                scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
-                spans_ptr is not None, WINDOWED, CAPPED,
+                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length,
+                q_position, valid, scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D,
+                KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
             )  # fmt: skip
 
     if sinks_ptr is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .blocks import BlockLists
 from .gates import Gate
+from .pages import gather_pages
 from .reference import Scoring, Span
 from .tiles import TileShape, query_tile_count
 
@@ -19,7 +20,7 @@ UNBOUNDED = 2**31 - 1
 class Request:
     """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
     `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py; `out` like q, with a contiguous last axis, where the
-    caller has a place for the output.
+    caller has a place for the output. With `block_table` int32 [B, n], k and v are pages [pages, Hkv, page, D].
     """
 
     q: torch.Tensor
@@ -40,6 +41,7 @@ class Request:
     sinks: torch.Tensor | None = None
     scores: str = "exact"
     out: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
 
     @property
     def scoring(self) -> Scoring:
@@ -50,8 +52,32 @@ class Request:
         return query_tiles(self.q.shape[2], self.q_offset, self.spans is not None, self.tile)
 
     @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def k_rows(self) -> int:
+        """Keys of the longest sequence, or more. Of pages, none that all queries of a causal call stand before."""
+        if self.block_table is None:
+            return self.k.shape[2]
+        rows = self.block_table.shape[1] * self.k.shape[2]
+        return min(rows, self.q_offset + self.q.shape[2]) if self.causal and self.spans is None else rows
+
+    @property
     def key_tiles(self) -> int:
-        return -(-self.k.shape[2] // self.tile.keys)
+        return -(-self.k_rows // self.tile.keys)
+
+    @property
+    def pages_are_tiles(self) -> bool:
+        """Whether a kernel can read K and V where they are: a page is a key tile, and tensor descriptors reach it."""
+        plain = self.scores == "exact" and self.blocks is None and self.k.shape[2] == self.tile.keys
+        return plain and all(reached_by_descriptors(x) for x in (self.k, self.v))
+
+    def gathered(self) -> Request:
+        """The same call with K and V [B, Hkv, k_rows, D] out of their pages."""
+        pairs = [gather_pages(self.k, self.v, row, self.k_rows) for row in self.block_table]
+        k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*pairs, strict=True))
+        return replace(self, k=k, v=v, block_table=None)
 
     @property
     def shifted(self) -> bool:
@@ -79,10 +105,16 @@ class Request:
 
     def host_spans(self) -> list[Span]:
         """The spans as Python numbers. Waits for the device when they live on one."""
-        keys = self.k.shape[2]
+        keys = self.k_rows
         if self.spans is None:
             return [Span(self.q_offset, 0, keys, UNBOUNDED)] * self.q.shape[0]
         return [Span(q0, k0, min(n, k0 + keys), nq) for q0, k0, n, nq in self.spans.tolist()]
+
+
+def reached_by_descriptors(x: torch.Tensor) -> bool:
+    """Whether base and strides keep the 16-byte rule of tensor descriptors."""
+    strides = [n for n, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    return not (x.data_ptr() % 16 or any(n * x.element_size() % 16 for n in strides))
 
 
 def query_tiles(q_rows: int, q_offset: int, spans: bool, tile: TileShape) -> int:

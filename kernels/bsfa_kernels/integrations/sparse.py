@@ -165,7 +165,8 @@ class SparseAttention:
         return_lse: bool = False, **options,
     ) -> Attention:  # fmt: skip
         """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
-        positions = max(q.shape[2], k.shape[2])
+        table = options.get("block_table")
+        positions = max(q.shape[2] + options.get("q_offset", 0), k.shape[2] if table is None else 0)
         options |= dict(scale=scale, causal=causal, return_lse=return_lse)
         if self._modal is None:
             return self.run(q, k, v, self.gate(positions, q.device), spans=spans, groups=groups, **options)
@@ -175,7 +176,11 @@ class SparseAttention:
             gate = self.modal_gate(i, batch, q.shape[2], positions, spans, q.device)
             own = slice(i, i + 1)
             where = dict(spans=None if spans is None else spans[own], groups=None if groups is None else groups.of(i))
-            parts.append(self.run(q[own], k[own], v[own], gate, **where, **options))
+            keys = (k[own], v[own])
+            if table is not None:  # pages are no sequence's own
+                keys = (k, v)
+                where |= dict(block_table=table[own])
+            parts.append(self.run(q[own], *keys, gate, **options | where))
         if batch == 1:
             return parts[0]
         return Attention(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from ...pages import join_pages
-from .layer import SparseLayer, SplittingBuilder
+from .layer import Keys, SparseLayer, SplittingBuilder
 from .options import Options
 from .setup import prepare
 
@@ -66,7 +66,7 @@ class SparseCPULayer(SparseLayer, CPUAttentionBackendImpl):
         order = packing(layer.isa, page, self.head_size, kv_cache.dtype)
         pages = kv_cache[block_table[: -(-length // page)].long()].view(-1, self.num_kv_heads, 2, page * self.head_size)
         halves = (pages[:, :, i][..., order[i]].unflatten(-1, (page, self.head_size)) for i in range(2))
-        return tuple(join_pages(half, length)[None].to(output.dtype) for half in halves)
+        return Keys(*(join_pages(half, length)[None].to(output.dtype) for half in halves))
 
 
 @cache

@@ -30,6 +30,16 @@ class Split(NamedTuple):
     reason: str | None = None
 
 
+class Keys(NamedTuple):
+    """Keys and values of a sequence, in the output's dtype: k and v [1, Hkv, keys, D] or, with `block_table` int32
+    [1, n], pages [pages, Hkv, page, D].
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    block_table: torch.Tensor | None = None
+
+
 class Serving(NamedTuple):
     """One layer's part in serving: its module's handler (None: `reason` says why there is none) and who counts."""
 
@@ -84,8 +94,8 @@ class SparseLayer:
             )
         for prefill in split.batch.prefills:
             rows = slice(prefill.start, prefill.start + prefill.rows)
-            k, v = self.read_pages(layer, kv_cache, attn_metadata.block_table[prefill.request], prefill.keys, output)
-            self.attend(self.dequantised(layer, query[rows], output), k, v, prefill.q_offset, output[rows])
+            keys = self.read_pages(layer, kv_cache, attn_metadata.block_table[prefill.request], prefill.keys, output)
+            self.attend(self.dequantised(layer, query[rows], output), keys, prefill.q_offset, output[rows])
         if split.others is not None:
             rows, metadata = split.others
             part = output[rows]
@@ -102,17 +112,20 @@ class SparseLayer:
         step = plan(Call(q, q, q, True, True, False, None, None, False), self.serving.handler)
         return None if step.route is Route.GATED else step.reason
 
-    def attend(self, q, k, v, q_offset: int, out: torch.Tensor) -> None:
-        """q and out [rows, Hq, D], k and v [1, Hkv, keys, D]."""
+    def attend(self, q, keys: Keys, q_offset: int, out: torch.Tensor) -> None:
+        """q and out [rows, Hq, D]."""
         q, out = (x.transpose(0, 1)[None] for x in (q, out))
-        self.serving.handler(q, k, v, scale=self.scale, causal=True, spans=None, q_offset=q_offset, out=out)
+        paged = {} if keys.block_table is None else dict(block_table=keys.block_table)
+        self.serving.handler(
+            q, keys.k, keys.v, scale=self.scale, causal=True, spans=None, q_offset=q_offset, out=out, **paged
+        )
 
     def dequantised(self, layer, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The queries in the output's dtype."""
         return query
 
-    def read_pages(self, layer, kv_cache, block_table: torch.Tensor, length: int, output: torch.Tensor):
-        """(k, v) [1, Hkv, length, D] of one sequence, in the output's dtype."""
+    def read_pages(self, layer, kv_cache, block_table: torch.Tensor, length: int, output: torch.Tensor) -> Keys:
+        """The first `length` keys and values of one sequence."""
         raise NotImplementedError
 
 
