@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans
+from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans, pack
 
 
 @dataclass(frozen=True)
@@ -88,4 +88,38 @@ def check(case: Paged, backend: str, device: str = "cpu", beyond: float = 1e3) -
     for name, got, wanted in zip(found._fields, found, expected, strict=True):
         assert torch.equal(got, wanted), name
     assert found.out.isfinite().all()
+    return 1 - found.kept.sum().item() / max(found.candidates.sum().item(), 1)
+
+
+def check_packed(case: Paged, backend: str, device: str = "cpu", beyond: float = 1e3) -> float:
+    """Sequences in one call against a call for each, among rows that are none's. Returns the share of candidates
+    dropped.
+    """
+    k, v, table = case.cache(device, beyond)
+    q, gate, between = case.queries(device), case.gates(device), 3
+    starts = [between + sum(case.rows[:i]) + between * i for i in range(len(case.rows))]
+    tokens = starts[-1] + case.rows[-1] + between
+    place = (tokens, case.heads, case.head_dim)
+    queries, out = (torch.full(place, torch.nan, dtype=case.dtype, device=device) for _ in range(2))
+    for row, start, count in zip(q, starts, case.rows, strict=True):
+        queries[start : start + count] = row[:, :count].transpose(0, 1)
+    options = dict(causal=case.causal, tile=case.tile, window=case.window, backend=backend)
+    options |= dict(return_lse=True, return_counts=True)
+    packed = pack(starts, case.rows, case.keys, device)
+    q, view = (x.transpose(0, 1)[None] for x in (queries, out))
+    found = block_sparse_attention(q, k, v, gate, block_table=table, packed=packed, out=view, **options)
+    assert found.out is view
+    for i, (start, count, keys) in enumerate(zip(starts, case.rows, case.keys, strict=True)):
+        own = slice(start, start + count)
+        pages = table[i : i + 1, : -(-keys // case.page)]
+        expected = block_sparse_attention(
+            q[:, :, own], k, v, gate, block_table=pages, q_offset=keys - count, **options
+        )  # fmt: skip
+        assert torch.equal(view[:, :, own], expected.out) and expected.out.isfinite().all()
+        assert torch.equal(found.lse[:, :, own], expected.lse)
+        tiles = expected.kept.shape[2]
+        for got, wanted in ((found.kept, expected.kept), (found.candidates, expected.candidates)):
+            assert torch.equal(got[i, :, :tiles], wanted[0]) and not got[i, :, tiles:].any()
+        out[own] = torch.nan
+    assert out.isnan().all(), "rows of no sequence were overwritten"
     return 1 - found.kept.sum().item() / max(found.candidates.sum().item(), 1)

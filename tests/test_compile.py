@@ -87,7 +87,7 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path
 
 @pytest.mark.parametrize("head_dim, gate, spans", [(128, "g", True), (128, "a", False), (64, "g", True)])
 def test_hopper_on_pages_costs_no_registers(head_dim, gate, spans, tmp_path):
-    code = sass.hopper(tmp_path, BF16, head_dim, True, gate, spans, paged=True)
+    code = sass.hopper(tmp_path, BF16, head_dim, True, gate, spans, paged=True, packed=spans)
     assert not code.serialized, code.notes
     assert code.spilled <= HOPPER_SPILLS[head_dim] and code.spilled_in_loops == 0
     assert triton_barriers(code) <= RESERVED

@@ -83,6 +83,17 @@ def test_pages_give_the_bits_of_gathered_keys(gate, rows, keys, head_dim, layout
         paged_attention_cases.check(case, backend, "cuda")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page", (128, 64))
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
+@pytest.mark.parametrize("gate", ("", "gap", "gap absolute"))
+def test_packed_sequences_are_each_as_alone(gate, head_dim, page, backend):
+    rows, keys = (700, 64, 1, 129, 385), (700, 1000, 77, 600, 2000)
+    shape = dict(heads=4, kv_heads=2, head_dim=head_dim, tile=TILES[0], page=page, gate=gate)
+    for more in ({}, dict(window=333), dict(layout="halves")):
+        paged_attention_cases.check_packed(Paged(rows, keys, dtype=torch.bfloat16, **shape, **more), backend, "cuda")
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_dim", (64, 128, 192, 256))

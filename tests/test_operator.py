@@ -15,6 +15,7 @@ from bsfa_kernels import (
     block_sparse_attention,
     explain,
     make_spans,
+    pack,
     portable,
     tile_statistics,
 )
@@ -37,13 +38,13 @@ def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
 def operator_arguments(
     q, k, v, absolute=None, gap=None, spans=None, blocks=None, sinks=None, q_offset=0, scale=0.25, window=None,
     softcap=None, causal=True, sink=True, lse=True, counts=True, scores="exact",
-    backend="auto", table=None,
+    backend="auto", table=None, packed=None,
 ):  # fmt: skip
     lists = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     tile = (TILE.rows, TILE.keys)
     return (
         q, k, v, absolute, gap, spans, *lists, sinks, q_offset, scale, window, softcap, causal, *tile, sink, lse,
-        counts, scores, backend, table,
+        counts, scores, backend, table, *((None, 0) if packed is None else (packed.table, packed.rows)),
     )  # fmt: skip
 
 
@@ -54,6 +55,14 @@ def pages(*sequences) -> dict:
 
 def lists(tiles=3, batch=2, heads=4) -> BlockLists:
     return BlockLists.from_mask(torch.ones(batch, heads, tiles, 3, dtype=torch.bool).tril(-1))
+
+
+def packed_arguments(**options):
+    """Two sequences, of 30 queries and of 12."""
+    packed = pack([5, 40], [30, 12], [48, 20])
+    q, (_, k, v) = tensors(batch=1, rows=60)[0], tensors(keys=16, batch=7)
+    table = pages([3, 0, 6], [1, 2, 5])
+    return operator_arguments(q, k, v, packed=packed, spans=packed.spans, **table, **options)
 
 
 ATTENTION = {
@@ -78,6 +87,7 @@ ATTENTION = {
     "pages": lambda: operator_arguments(
         tensors()[0], *tensors(keys=16, batch=7)[1:], gap=thresholds(-1.0), **pages([3, 0, 6], [1, 2, 5])
     ),
+    "packed": lambda: packed_arguments(gap=thresholds(-1.0)),
     "int8": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), lse=False, scores="int8"),
     "int8-spans": lambda: operator_arguments(*tensors(), spans=make_spans(2), sinks=torch.zeros(4), scores="int8"),
     "half-strided": lambda: operator_arguments(
@@ -91,10 +101,11 @@ def test_attention_is_a_sound_operator(arguments):
     torch.library.opcheck(torch.ops.bsfa.attend, arguments())
 
 
-@pytest.mark.parametrize("name", ["both-gates", "spans-with-lengths", "block-lists", "int8"])
+@pytest.mark.parametrize("name", ["both-gates", "spans-with-lengths", "block-lists", "int8", "packed"])
 def test_attention_into_a_given_place_is_a_sound_operator(name):
     arguments = ATTENTION[name]()
-    out = torch.full((2, 60, 4, 16), torch.nan)[:, 10:50].transpose(1, 2)
+    batch, _, rows, _ = arguments[0].shape
+    out = torch.full((batch, rows + 20, 4, 16), torch.nan)[:, 10 : rows + 10].transpose(1, 2)
     torch.library.opcheck(torch.ops.bsfa.attend_into, (out, *arguments))
 
 
@@ -170,6 +181,7 @@ def test_the_output_lies_as_the_next_layer_reads_it():
 Q, K, V = tensors()
 LONG = tensors(keys=48)[1]
 TABLE = torch.zeros(2, 3, dtype=torch.int32)
+PACKED = pack([5, 40], [30, 12], [48, 20])
 REFUSED = [
     (dict(block_table=TABLE[0]), r"block_table must be \[2, pages\], got \[3\]"),
     (dict(block_table=TABLE[:1]), r"block_table must be \[2, pages\], got \[1, 3\]"),
@@ -184,6 +196,19 @@ REFUSED = [
     (
         dict(block_table=TABLE, spans=make_spans(2, k_offset=-3)),
         r"pages begin at position 0: with block_table the k_offset of spans must be 0",
+    ),
+    (
+        dict(packed=PACKED, q_offset=1, block_table=TABLE),
+        r"packed sequences say where they stand: give neither q_offset nor spans",
+    ),
+    (dict(packed=PACKED), r"packed sequences need a block_table and take no block lists"),
+    (
+        dict(packed=PACKED, block_table=TABLE),
+        r"packed sequences end at row 52 of q \[1, heads, tokens, head dim\], got q \[2, 4, 40, 16\]",
+    ),
+    (
+        dict(packed=PACKED, q=torch.zeros(1, 4, 52, 16), block_table=TABLE[:1]),
+        r"block_table must be \[2, pages\], got \[1, 3\]",
     ),
     (
         dict(block_table=TABLE[:, :1], window=5, q_offset=1),
@@ -235,6 +260,21 @@ REFUSED = [
 def test_a_bad_argument_is_named_with_its_value_and_what_was_expected(arguments, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         block_sparse_attention(**dict(q=Q, k=K, v=V) | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (([], [], []), "there is no sequence to pack"),
+        (([0], [0], [4]), "a sequence of 0 queries and 4 keys cannot be packed"),
+        (([0], [5], [4]), "a sequence of 5 queries and 4 keys cannot be packed"),
+        (([9, 0], [3, 10], [3, 10]), "a sequence begins at row 9, before row 10, where the one before it ends"),
+        (([-1], [3], [3]), "a sequence begins at row -1, before row 0, where the one before it ends"),
+    ],
+)
+def test_sequences_that_cannot_be_packed_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        pack(*arguments)
 
 
 def test_bad_tiles_and_lse_are_refused():

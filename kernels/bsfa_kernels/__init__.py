@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .backends import BackendUnavailable
     from .blocks import BlockLists
     from .gates import Gate
+    from .packed import Packed, pack
     from .request import make_spans
     from .tiles import TileShape
 
@@ -22,16 +23,18 @@ __all__ = [
     "BackendUnavailable",
     "BlockLists",
     "Gate",
+    "Packed",
     "TileShape",
     "TileStatistics",
     "block_sparse_attention",
     "explain",
     "make_spans",
+    "pack",
     "tile_statistics",
 ]
 _PLACES = {
     "BackendUnavailable": ".backends", "BlockLists": ".blocks", "Gate": ".gates", "make_spans": ".request",
-    "TileShape": ".tiles",
+    "Packed": ".packed", "TileShape": ".tiles", "pack": ".packed",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 from . import backends
 from .blocks import BlockLists
 from .gates import Gate
+from .packed import Packed
 from .request import SCORES, Request, query_tiles
 from .tiles import TileShape
 
@@ -66,6 +67,7 @@ def block_sparse_attention(
     backend: str = "auto",
     out: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    packed: Packed | None = None,
 ) -> Attention:
     """Exact scores, softmax and PV only for the tiles that `gate` keeps (BSFA, arXiv 2512.07011).
 
@@ -92,12 +94,21 @@ def block_sparse_attention(
     Kernels read pages where they are if a page is a key tile (`tile.keys`), scores are exact, there are no `blocks`,
     and base and strides are multiples of 16 bytes; else K and V are gathered first.
 
+    `packed` (see `pack`): several sequences in one launch, each as a call of its own would serve it. q and `out` are
+    [1, Hq, tokens, D], rows of no sequence are left alone in `out`, zero without it; `block_table` has a row for each
+    sequence, and so have the counts. Where pages cannot be read in place, sequences are served one by one, which waits
+    for the device.
+
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
 
     Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
     """
-    _check(q, k, v, scale, q_offset, spans, block_table)
+    sequences, packed_rows = None, 0
+    if packed is not None:
+        _check_packed(packed, q, q_offset, spans, blocks, block_table)
+        sequences, packed_rows, spans = packed.table, packed.rows, packed.spans
+    _check(q, k, v, scale, q_offset, spans, block_table, q.shape[0] if packed is None else len(sequences))
     gate = gate.expanded(q.shape[1], q.device)
     _check_gate(q, gate)
     keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
@@ -110,6 +121,7 @@ def block_sparse_attention(
     call = (
         q, k, v, gate.absolute, gate.gap, spans, indices, counts, _sinks(sinks), q_offset, _scale(q, scale), window,
         softcap, causal, tile.rows, tile.keys, keep_sink, return_lse, return_counts, scores, backend, block_table,
+        sequences, packed_rows,
     )  # fmt: skip
     if out is None:
         out, lse, kept, candidates = torch.ops.bsfa.attend(*call)
@@ -184,7 +196,8 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _check(q, k, v, scale, q_offset, spans, block_table=None):
+def _check(q, k, v, scale, q_offset, spans, block_table=None, batch=None):
+    batch = q.shape[0] if batch is None and q.dim() else batch
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
@@ -197,7 +210,7 @@ def _check(q, k, v, scale, q_offset, spans, block_table=None):
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
     if block_table is not None:
-        _check_table(q, block_table, spans)
+        _check_table(q, block_table, batch)
         if q.shape[3] != k.shape[3]:
             raise ValueError(f"q {list(q.shape)} and pages {list(k.shape)} must agree in head dim")
     elif q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -213,16 +226,29 @@ def _check(q, k, v, scale, q_offset, spans, block_table=None):
     if spans is not None:
         if q_offset:
             raise ValueError("give either q_offset or spans, not both")
-        if spans.shape != (q.shape[0], 4) or spans.dtype != torch.int32 or spans.device != q.device:
+        if spans.shape != (batch, 4) or spans.dtype != torch.int32 or spans.device != q.device:
             raise ValueError(
-                f"spans must be int32 [{q.shape[0]}, 4] on {q.device}, "
+                f"spans must be int32 [{batch}, 4] on {q.device}, "
                 f"got {spans.dtype} {list(spans.shape)} on {spans.device}"
             )
 
 
-def _check_table(q, block_table, spans):
-    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0] or block_table.shape[1] < 1:
-        raise ValueError(f"block_table must be [{q.shape[0]}, pages], got {list(block_table.shape)}")
+def _check_packed(packed, q, q_offset, spans, blocks, block_table):
+    if q_offset or spans is not None:
+        raise ValueError("packed sequences say where they stand: give neither q_offset nor spans")
+    if block_table is None or blocks is not None:
+        raise ValueError("packed sequences need a block_table and take no block lists")
+    if q.dim() != 4 or q.shape[0] != 1 or packed.end > q.shape[2]:
+        raise ValueError(
+            f"packed sequences end at row {packed.end} of q [1, heads, tokens, head dim], got q {list(q.shape)}"
+        )
+    if packed.table.device != q.device:
+        raise ValueError(f"packed sequences are on {packed.table.device}, but q is on {q.device}")
+
+
+def _check_table(q, block_table, batch):
+    if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.shape[1] < 1:
+        raise ValueError(f"block_table must be [{batch}, pages], got {list(block_table.shape)}")
     if block_table.dtype != torch.int32 or block_table.device != q.device or block_table.stride(1) != 1:
         raise ValueError(
             f"block_table must be int32 on {q.device}, contiguous along its last axis, got {block_table.dtype} on "
@@ -289,7 +315,7 @@ _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor? absolute, Tensor? gap, Tensor? spans, Tensor? block_indices, "
     "Tensor? block_counts, Tensor? sinks, SymInt q_offset, float scale, SymInt? window, float? softcap, bool causal, "
     "SymInt tile_rows, SymInt tile_keys, bool keep_sink, bool want_lse, bool want_counts, str scores, str backend, "
-    "Tensor? block_table"
+    "Tensor? block_table, Tensor? packed, SymInt packed_rows"
 )
 
 
@@ -328,12 +354,14 @@ def _(out, *call):
 def _request(
     q, k, v, absolute, gap, spans, block_indices, block_counts, sinks, q_offset, scale, window, softcap, causal,
     tile_rows, tile_keys, keep_sink, want_lse, want_counts, scores, backend, block_table,
+    packed, packed_rows,
 ) -> tuple[Request, str]:  # fmt: skip
     """An operator's arguments, in the order of _CALL, as (request, backend that is demanded)."""
     blocks = None if block_indices is None else BlockLists(block_indices, block_counts)
     return Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
         want_lse, want_counts, blocks, window, softcap, sinks, scores, None, block_table,
+        packed, packed_rows,
     ), backend  # fmt: skip
 
 
@@ -345,6 +373,8 @@ def _run(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
             raise ValueError("pages begin at position 0: with block_table the k_offset of spans must be 0")
         reads_pages = getattr(module, "reads_pages", None)
         if reads_pages is None or not reads_pages(request):
+            if request.packed is not None:
+                return _run_one_by_one(request, backend)
             request = request.gathered()
     out, lse, kept, candidates = module.attention(request)
     if not request.want_lse:
@@ -354,11 +384,29 @@ def _run(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
     return out, lse, kept, candidates
 
 
+def _run_one_by_one(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
+    """Packed sequences, each in a call of its own."""
+    out, lse, kept, candidates = request.new_outputs()
+    for i, (rows, own) in enumerate(replace(request, out=out).one_by_one()):
+        _, own_lse, *counts = _run(own, backend)
+        if request.want_lse:
+            lse[:, :, rows] = own_lse
+        for total, count in zip((kept, candidates), counts, strict=True):
+            if request.want_counts:
+                total[i, :, : count.shape[2]] = count[0]
+    empty = request.q.new_empty
+    if not request.want_lse:
+        lse = empty(0, dtype=torch.float32)
+    if not request.want_counts:
+        kept, candidates = (empty(0, dtype=torch.int32) for _ in range(2))
+    return out, lse, kept, candidates
+
+
 def _fake_rest(request: Request) -> tuple[torch.Tensor, ...]:
     """(lse, kept, candidates) without values."""
     q = request.q
     lse = q.new_empty(q.shape[:3] if request.want_lse else (0,), dtype=torch.float32)
-    tiles = (*q.shape[:2], request.query_tiles) if request.want_counts else (0,)
+    tiles = (request.batch, q.shape[1], request.query_tiles) if request.want_counts else (0,)
     return lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
 
 

@@ -95,7 +95,7 @@ def attention(request: Request):
         q, k, scales = rounded.q8, rounded.k8, (rounded.q_scale, rounded.q_shift, rounded.k_scale)
     else:
         q, k, scales = aligned(request.q), aligned(request.k), (None, None, None)
-    batch, heads, rows = q.shape[:3]
+    batch, (heads, rows), table = request.batch, q.shape[1:3], request.block_table
     gate = request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
     written = aligned(out)
@@ -108,10 +108,12 @@ def attention(request: Request):
         variant = variant_of(
             shape, batch * heads // count, heads, heads // k.shape[1], v.shape[3], request.causal, request.keep_sink,
             *(x is not None for x in (gate.absolute, gate.gap, request.spans, entries, request.window)),
-            *(x is not None for x in (request.softcap, request.sinks, scales[0], scales[1], request.block_table)),
+            *(x is not None for x in (request.softcap, request.sinks, scales[0], scales[1], table, request.packed)),
         )  # fmt: skip
-        table = request.block_table
-        optional = (gate.absolute, gate.gap, request.spans, entries, lengths, order, table, request.sinks, *scales)
+        optional = (
+            gate.absolute, gate.gap, request.spans, entries, lengths, order, table, request.packed, request.sinks,
+            *scales,
+        )  # fmt: skip
         forward[(variant.section, triton.cdiv(request.query_tiles, shape.consumers), count)](
             *(descriptor(x, n.value, shape.columns) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
             written, lse, kept, candidates, *(lse if x is None else x for x in optional),

@@ -235,14 +235,14 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
     SLABS: gl.constexpr = VARIANT.slabs
     rows: gl.constexpr = gl.SliceLayout(1, partial_layout())
     query_tile = place.first + WG
-    alive = query_tile * ROWS < gl.minimum(span.q_length, span.q_first + call.q_rows)
+    alive = query_tile * ROWS < gl.minimum(span.q_length, span.q_first + span.q_rows)
     # Rows of this tile that are no padding.
     first_valid = span.q_first - query_tile * ROWS
-    end_valid = gl.minimum(call.q_rows + span.q_first, span.q_length) - query_tile * ROWS
+    end_valid = gl.minimum(span.q_rows + span.q_first, span.q_length) - query_tile * ROWS
     row_index = gl.arange(0, ROWS, layout=rows)
     valid = (row_index >= first_valid) & (row_index < end_valid)
     at = find_positions(query_tile, alive, call, span, stream, VARIANT)
-    whole = held_whole(query_tile, span, call.q_rows)
+    whole = held_whole(query_tile, span, span.q_rows)
     absolute = -float("inf")
     gap = -float("inf")
     if VARIANT.absolute:
@@ -341,7 +341,11 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             maximum = new_max
         # Computed here, since what is kept alive is a register in the loop.
         row_in_head = query_tile * ROWS - span.q_first
-        first_row = place.plane.to(gl.int64) * call.q_rows + row_in_head
+        plane = place.plane
+        if VARIANT.packed:
+            row_in_head += gl.load(call.packed + place.plane // VARIANT.heads * 2)
+            plane = place.head
+        first_row = plane.to(gl.int64) * call.q_rows + row_in_head
         first_chunk = place.batch.to(gl.int64) * call.out_batch + place.head.to(gl.int64) * call.out_head
         first_chunk += row_in_head.to(gl.int64) * call.out_row
         for c in gl.static_range(SLABS):
@@ -393,20 +397,20 @@ def store_output(acc, inverse, staging, call, first_chunk, first_column, first_v
 )  # fmt: skip
 def forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, order_ptr, table_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
+    entries_ptr, lengths_ptr, order_ptr, table_ptr, packed_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
     scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, k_scales, room,
     table_row, out_batch, out_head, out_row, VARIANT: gl.constexpr,
 ):  # fmt: skip
     declare_vote(tiles)
     place, span, stream = find_work(
-        spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, window, q_offset, q_rows, k_rows, room, table_row,
-        VARIANT,
+        spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, packed_ptr, window, q_offset, q_rows, k_rows, room,
+        table_row, VARIANT,
     )  # fmt: skip
     buffers = allocate_buffers(q_desc, k_desc, v_desc, VARIANT)
     call = Call(
-        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr,
-        k_scale_ptr, scale, softcap, window, q_rows, tiles, absolute_tiles, gap_tiles, k_scales, out_batch, out_head,
-        out_row,
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, packed_ptr, sinks_ptr, q_scale_ptr,
+        q_shift_ptr, k_scale_ptr, scale, softcap, window, q_rows, tiles, absolute_tiles, gap_tiles, k_scales,
+        out_batch, out_head, out_row,
     )  # fmt: skip
     # Registers of the workers; the first consumer has what they leave.
     if VARIANT.consumers == 3:

@@ -104,7 +104,7 @@ def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.c
         mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             for c in gl.static_range(SLABS):
-                row = place.first * ROWS - span.q_first + w * ROWS
+                row = place.row + place.first * ROWS - span.q_first + w * ROWS
                 at = [place.batch, place.head, row, c * VARIANT.columns]
                 tma_load(q_desc, at, buffers.q_full, buffers.q.index(w * VARIANT.slabs + c))
     if VARIANT.lists:

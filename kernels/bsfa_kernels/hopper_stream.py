@@ -54,6 +54,7 @@ class Variant:
     int8: bool  # Q and K
     shifted: bool  # int8 scores lack a number that is the same for a whole row, and it is seen
     paged: bool  # K and V are pages of a cache, each a key tile
+    packed: bool  # queries of several sequences side by side
 
     @property
     def width(self) -> int:
@@ -70,6 +71,7 @@ class Call(NamedTuple):
     candidates: object
     absolute: object  # float32 [Hq, absolute_tiles]
     gap: object
+    packed: object  # int32 [sequences, 2]: first row of its queries and their number
     sinks: object  # float32 [Hq]
     q_scale: object  # float32 [B, Hq, Tq]
     q_shift: object
@@ -77,7 +79,7 @@ class Call(NamedTuple):
     scale: object
     softcap: object
     window: object
-    q_rows: object
+    q_rows: object  # of the tensor
     tiles: object
     absolute_tiles: object
     gap_tiles: object
@@ -94,6 +96,7 @@ class Span(NamedTuple):
     k_offset: object
     length: object
     q_length: object
+    q_rows: object  # of the sequence
 
 
 class Stream(NamedTuple):
@@ -111,12 +114,13 @@ class Stream(NamedTuple):
 class Place(NamedTuple):
     """A program's place in the call."""
 
-    batch: object
+    batch: object  # of Q
     head: object
     kv_head: object
     plane: object  # sequence and head in one
     tile: object  # in the call's arrays of query tiles
     first: object  # the same query tile, counted from the sequence's position 0
+    row: object  # of Q that the sequence begins with
 
 
 class Positions(NamedTuple):
@@ -193,8 +197,8 @@ def find_positions(query_tile, alive, call, span, stream, VARIANT: gl.constexpr)
 
 @gluon.jit
 def find_work(
-    spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, window, q_offset, q_rows, k_rows, room, table_row,
-    VARIANT: gl.constexpr,
+    spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, packed_ptr, window, q_offset, q_rows, k_rows, room,
+    table_row, VARIANT: gl.constexpr,
 ):  # fmt: skip
     """(Place, Span, Stream) of this program."""
     CONSUMERS: gl.constexpr = VARIANT.consumers
@@ -224,7 +228,11 @@ def find_work(
         k_offset = gl.to_tensor(0)
         length = k_rows
         q_length = gl.to_tensor(UNBOUNDED_POSITION)
-    span = Span(q_first, k_offset, length, q_length)
+    row = gl.to_tensor(0)
+    if VARIANT.packed:
+        row = gl.load(packed_ptr + batch * 2)
+        q_rows = gl.load(packed_ptr + batch * 2 + 1)
+    span = Span(q_first, k_offset, length, q_length, q_rows)
     first = gl.maximum(q_first, 0) // ROWS + tile
     end_row = gl.minimum(q_length, q_first + q_rows)
     last = (length - 1) // KEYS
@@ -246,8 +254,10 @@ def find_work(
         in_stream = gl.to_tensor(0)
     elif VARIANT.lists:
         in_stream = gl.load(lengths_ptr + stream_row)
-    place = Place(batch, head, head // VARIANT.group, plane, tile, first)
     pages_ptr = table_ptr
     if VARIANT.paged:
         pages_ptr += batch.to(gl.int64) * table_row
+    if VARIANT.packed:
+        batch = batch * 0
+    place = Place(batch, head, head // VARIANT.group, plane, tile, first, row)
     return place, span, Stream(entries_ptr, pages_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)

@@ -70,7 +70,7 @@ def reads_pages(request: Request) -> bool:
 def attention(request: Request):
     q, k, q_scale, k_scale, q_shift = operands(request)
     v = aligned(request.v)
-    batch, heads, q_rows, head_dim = request.q.shape
+    batch, (heads, q_rows, head_dim) = request.batch, request.q.shape[1:]
     tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
     block_d = columns(head_dim, q.dtype)
@@ -84,9 +84,9 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
             out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths, request.block_table,
-            request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0, request.window or 0,
-            request.q_offset, q_rows, request.k_rows, tiles, 0 if k_scale is None else k_scale.shape[2],
-            *out.stride()[:3],
+            request.packed, request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0,
+            request.window or 0, request.q_offset, q_rows, request.k_rows, tiles,
+            0 if k_scale is None else k_scale.shape[2], *out.stride()[:3],
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
             0 if request.block_table is None else request.block_table.stride(0),
@@ -283,7 +283,7 @@ def visit_candidate(
 )
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, table_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
+    entries_ptr, lengths_ptr, table_ptr, packed_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
     scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, out_batch, out_head, out_row, absolute_tiles,
     gap_tiles, room, table_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -295,8 +295,11 @@ def _forward(
     kv_head = head // GROUP
     t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
     q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
+    sequence_rows = q_rows
+    if packed_ptr is not None:
+        sequence_rows = tl.load(packed_ptr + b * 2 + 1)
     query_tile, first_row, rows, q_position, valid, inhabited, whole = query_rows(
-        t, q_first, length, q_length, q_rows, ROWS
+        t, q_first, length, q_length, sequence_rows, ROWS
     )
     if not inhabited:
         return
@@ -304,8 +307,14 @@ def _forward(
     unit = scale
     if CAPPED:
         unit = 1.0
-    q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     plane = tl.program_id(0).to(tl.int64)
+    q_plane, q_batch = plane, b
+    if packed_ptr is not None:
+        q_plane, q_batch = head.to(tl.int64), 0
+        own = tl.load(packed_ptr + b * 2)
+        first_row += own
+        rows += own
+    q = q_desc.load([q_batch, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     q_scale, q_shift = None, None  # not from functions: in Triton 3.6 none of those can return None
     if q_scale_ptr is not None:
         q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
@@ -326,9 +335,9 @@ def _forward(
     diagonals = end_diagonal - first_diagonal
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
-        own, row = find_tile(table_ptr, b, j, k_offset, KEYS)
-        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, own, kv_head, row, j, BLOCK_D, KEYS)
-        v = tile_values(v_desc, own, kv_head, row, j, length, BLOCK_D, KEYS, PADDED)
+        page, row = find_tile(table_ptr, b, j, k_offset, KEYS)
+        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, row, j, BLOCK_D, KEYS)
+        v = tile_values(v_desc, page, kv_head, row, j, length, BLOCK_D, KEYS, PADDED)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:
             s = cap_scores(s, scale, softcap)
@@ -374,10 +383,12 @@ def _forward(
         acc = acc * alpha[:, None]
         running_max = new_max
     acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-    row_in_plane = plane * q_rows + rows
+    row_in_plane = q_plane * q_rows + rows
     columns = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (columns < D)[None, :]
-    out_ptr += b.to(tl.int64) * out_batch + head.to(tl.int64) * out_head
+    if packed_ptr is None:
+        out_ptr += b.to(tl.int64) * out_batch
+    out_ptr += head.to(tl.int64) * out_head
     address = out_ptr + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
     tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + row_in_plane, (running_max + tl.log2(row_sum)) / LOG2E, mask=valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,8 @@ UNBOUNDED = 2**31 - 1
 class Request:
     """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
     `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py; `out` like q, with a contiguous last axis, where the
-    caller has a place for the output. With `block_table` int32 [B, n], k and v are pages [pages, Hkv, page, D].
+    caller has a place for the output. With `block_table` int32 [B, n], k and v are pages [pages, Hkv, page, D]. With
+    `packed` int32 [B, 2] (first row, rows), q is [1, Hq, tokens, D] and no sequence has more than `packed_rows` of it.
     """
 
     q: torch.Tensor
@@ -42,6 +44,8 @@ class Request:
     scores: str = "exact"
     out: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
+    packed_rows: int = 0
 
     @property
     def scoring(self) -> Scoring:
@@ -49,11 +53,13 @@ class Request:
 
     @property
     def query_tiles(self) -> int:
-        return query_tiles(self.q.shape[2], self.q_offset, self.spans is not None, self.tile)
+        rows = self.q.shape[2] if self.packed is None else self.packed_rows
+        return query_tiles(rows, self.q_offset, self.spans is not None, self.tile)
 
     @property
     def batch(self) -> int:
-        return self.q.shape[0]
+        """Sequences."""
+        return self.q.shape[0] if self.packed is None else self.packed.shape[0]
 
     @property
     def k_rows(self) -> int:
@@ -91,17 +97,29 @@ class Request:
 
     def new_outputs(self):
         """(out, lse, kept, candidates) for a kernel to fill, `out` where the caller wants it. With spans some rows and
-        tiles are padding that no program writes: they are zero from the start, and their lse is -inf.
+        tiles are padding that no program writes: they are zero from the start, and their lse is -inf. Of packed
+        sequences the rows in none stay what they are in a given `out`.
         """
-        batch, heads, rows, _ = self.q.shape
         out = self.new_output() if self.out is None else self.out
         new = self.q.new_empty if self.spans is None else self.q.new_zeros
-        lse = self.q.new_empty((batch, heads, rows), dtype=torch.float32)
+        lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
         if self.spans is not None:
-            out.zero_()
+            if self.out is None or self.packed is None:
+                out.zero_()
             lse.fill_(-torch.inf)
-        kept, candidates = (new((batch, heads, self.query_tiles), dtype=torch.int32) for _ in range(2))
+        shape = (self.batch, self.q.shape[1], self.query_tiles)
+        kept, candidates = (new(shape, dtype=torch.int32) for _ in range(2))
         return out, lse, kept, candidates
+
+    def one_by_one(self) -> Iterator[tuple[slice, Request]]:
+        """(rows of q, the call) of each packed sequence. Waits for the device."""
+        for i, (first, rows) in enumerate(self.packed.tolist()):
+            own, rows = slice(i, i + 1), slice(first, first + rows)
+            out = None if self.out is None else self.out[:, :, rows]
+            yield rows, replace(
+                self, q=self.q[:, :, rows], out=out, spans=self.spans[own], block_table=self.block_table[own],
+                packed=None, packed_rows=0,
+            )  # fmt: skip
 
     def host_spans(self) -> list[Span]:
         """The spans as Python numbers. Waits for the device when they live on one."""

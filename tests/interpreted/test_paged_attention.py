@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bsfa_kernels import TileShape, portable
-from paged_attention_cases import Paged, check
+from paged_attention_cases import Paged, check, check_packed
 
 CASES = [
     Paged((70,), (150,)),
@@ -41,3 +41,21 @@ def test_pages_are_read_where_they_are(case, gathered):
 def test_other_pages_are_gathered(case, gathered):
     check(case, "triton")
     assert gathered == [False]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Paged((40, 7, 70), (70, 100, 160), heads=4, kv_heads=2),
+        Paged((5, 60), (5, 150), gate="absolute", layout="halves", window=90, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_packed_sequences_are_each_as_alone(case, gathered):
+    skipped = check_packed(case, "triton", beyond=float("nan"))
+    assert gathered == [True] * (1 + len(case.rows)) and 0.1 < skipped < 1
+
+
+def test_packed_sequences_on_other_pages_are_served_one_by_one(gathered):
+    check_packed(Paged((20, 3), (20, 40), page=16), "triton")
+    assert gathered[:3] == [False] * 3

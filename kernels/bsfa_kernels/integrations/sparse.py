@@ -165,10 +165,13 @@ class SparseAttention:
         return_lse: bool = False, **options,
     ) -> Attention:  # fmt: skip
         """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
-        table = options.get("block_table")
-        positions = max(q.shape[2] + options.get("q_offset", 0), k.shape[2] if table is None else 0)
+        table, packed = options.get("block_table"), options.get("packed")
+        if packed is not None:
+            positions = packed.keys
+        else:
+            positions = max(q.shape[2] + options.get("q_offset", 0), k.shape[2] if table is None else 0)
         options |= dict(scale=scale, causal=causal, return_lse=return_lse)
-        if self._modal is None:
+        if self._modal is None or packed is not None:  # packed tokens are known by position alone
             return self.run(q, k, v, self.gate(positions, q.device), spans=spans, groups=groups, **options)
         # A gate is one for all sequences of a call, and each has images of its own.
         batch, parts = q.shape[0], []

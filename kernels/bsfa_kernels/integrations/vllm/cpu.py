@@ -64,7 +64,9 @@ class SparseCPULayer(SparseLayer, CPUAttentionBackendImpl):
     def read_pages(self, layer, kv_cache, block_table, length, output):
         page = kv_cache.shape[2]
         order = packing(layer.isa, page, self.head_size, kv_cache.dtype)
-        pages = kv_cache[block_table[: -(-length // page)].long()].view(-1, self.num_kv_heads, 2, page * self.head_size)
+        pages = kv_cache[block_table[0, : -(-length // page)].long()].view(
+            -1, self.num_kv_heads, 2, page * self.head_size
+        )
         halves = (pages[:, :, i][..., order[i]].unflatten(-1, (page, self.head_size)) for i in range(2))
         return Keys(*(join_pages(half, length)[None].to(output.dtype) for half in halves))
 

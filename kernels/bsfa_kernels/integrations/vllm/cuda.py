@@ -113,15 +113,19 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
             return HEAD_SCALES
         return super().reason_against(layer, query, output)
 
+    def reads_in_place(self, kv_cache, output):
+        tile = self.serving.handler.thresholds.tile
+        return kv_cache.dtype == output.dtype and kv_cache.shape[2] == tile.keys
+
     def read_pages(self, layer, kv_cache, block_table, length, output):
         if self.kv_cache_dtype.startswith("fp8"):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
             scales = dict(zip(("key_scale", "value_scale"), _scales(layer)[1:], strict=True))
-            return Keys(*gather_pages(*self._halves(kv_cache), block_table, length, dtype=output.dtype, **scales))
+            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype, **scales))
         if kv_cache.dtype != output.dtype:
-            return Keys(*gather_pages(*self._halves(kv_cache), block_table, length, dtype=output.dtype))
+            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype))
         pages = -(-length // kv_cache.shape[2])
-        return Keys(*self._halves(kv_cache), block_table[None, :pages])
+        return Keys(*self._halves(kv_cache), block_table[:, :pages])
 
     def dequantised(self, layer, query, output):
         if query.dtype.itemsize > 1:
