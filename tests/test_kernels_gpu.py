@@ -70,28 +70,46 @@ def test_hopper(case):
     check(case, "hopper", "cuda")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page", (128, 64, 256))
-@pytest.mark.parametrize("layout", ("tokens first", "heads first", "halves", "odd base"))
-@pytest.mark.parametrize("head_dim", (64, 128, 256))
-@pytest.mark.parametrize("rows, keys", [((700,), (1900,)), ((300, 64, 129), (300, 1000, 600))], ids=("one", "several"))
-@pytest.mark.parametrize("gate", ("", "gap", "gap absolute"))
-def test_pages_give_the_bits_of_gathered_keys(gate, rows, keys, head_dim, layout, page, backend):
-    shape = dict(heads=4, kv_heads=2, head_dim=head_dim, tile=TILES[0], page=page, layout=layout, gate=gate)
-    for more in (dict(dtype=torch.float16), dict(causal=False), dict(window=333)):
-        case = Paged(rows, keys, **{**shape, "dtype": torch.bfloat16, **more})
-        paged_attention_cases.check(case, backend, "cuda")
+def paged(rows, keys, head_dim=128, dtype=torch.bfloat16, page=128, **options) -> Paged:
+    shape = dict(heads=4, kv_heads=2, head_dim=head_dim, tile=TILES[0], page=page, dtype=dtype)
+    return Paged(rows, keys, **shape, **options)
+
+
+ONE, SEVERAL = ((700,), (1900,)), ((300, 64, 129), (300, 1000, 600))
+PAGES = [
+    paged(*ONE),
+    paged(*SEVERAL, layout="halves"),
+    paged(*ONE, 64, layout="heads first", gate="gap absolute"),
+    paged(*SEVERAL, 96, torch.float16, gate="absolute"),
+    paged(*ONE, 256, layout="halves"),
+    paged(*ONE, gate="", causal=False),
+    paged(*SEVERAL, 64, window=333),
+    paged(*ONE, page=64),
+    paged(*SEVERAL, page=256),
+    paged(*ONE, layout="odd base"),
+]
+PACKED = ((700, 64, 1, 129, 385), (700, 1000, 77, 600, 2000))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page", (128, 64))
-@pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
-@pytest.mark.parametrize("gate", ("", "gap", "gap absolute"))
-def test_packed_sequences_are_each_as_alone(gate, head_dim, page, backend):
-    rows, keys = (700, 64, 1, 129, 385), (700, 1000, 77, 600, 2000)
-    shape = dict(heads=4, kv_heads=2, head_dim=head_dim, tile=TILES[0], page=page, gate=gate)
-    for more in ({}, dict(window=333), dict(layout="halves")):
-        paged_attention_cases.check_packed(Paged(rows, keys, dtype=torch.bfloat16, **shape, **more), backend, "cuda")
+@pytest.mark.parametrize("case", PAGES, ids=str)
+def test_pages_give_the_bits_of_gathered_keys(case, backend):
+    paged_attention_cases.check(case, backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        paged(*PACKED),
+        paged(*PACKED, 64, gate="gap absolute", layout="halves"),
+        paged(*PACKED, 256, gate="", window=333),
+        paged(*PACKED, page=64),
+    ],
+    ids=str,
+)
+def test_packed_sequences_are_each_as_alone(case, backend):
+    paged_attention_cases.check_packed(case, backend, "cuda")
 
 
 @pytest.mark.parametrize("place", PLACES)

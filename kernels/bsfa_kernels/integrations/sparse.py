@@ -174,7 +174,7 @@ class SparseAttention:
         if self._modal is None or packed is not None:  # packed tokens are known by position alone
             return self.run(q, k, v, self.gate(positions, q.device), spans=spans, groups=groups, **options)
         # A gate is one for all sequences of a call, and each has images of its own.
-        batch, parts = q.shape[0], []
+        batch, parts, out = q.shape[0], [], options.get("out")
         for i in range(batch):
             gate = self.modal_gate(i, batch, q.shape[2], positions, spans, q.device)
             own = slice(i, i + 1)
@@ -183,10 +183,13 @@ class SparseAttention:
             if table is not None:  # pages are no sequence's own
                 keys = (k, v)
                 where |= dict(block_table=table[own])
+            if out is not None:
+                where |= dict(out=out[own])
             parts.append(self.run(q[own], *keys, gate, **options | where))
         if batch == 1:
             return parts[0]
-        return Attention(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
+        found = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        return Attention(*found) if out is None else Attention(*found)._replace(out=out)
 
     def run(
         self, q, k, v, gate: Gate, *, scale: float, groups: Groups | None = None, return_lse: bool = False, **options
