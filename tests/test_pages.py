@@ -3,7 +3,7 @@
 import paged_cases
 import pytest
 import torch
-from bsfa_kernels import Gate, block_sparse_attention
+from bsfa_kernels import Gate, block_sparse_attention, pack
 from bsfa_kernels.pages import gather_pages
 
 
@@ -77,6 +77,19 @@ def test_gradients_through_a_given_place_are_refused():
         block_sparse_attention(q.requires_grad_(), k, v, out=torch.empty(1, 4, 70, 16))
     with torch.no_grad():
         block_sparse_attention(q, k, v, out=torch.empty(1, 4, 70, 16))
+
+
+def test_packed_sequences_written_over_their_queries_leave_the_rest_alone():
+    q, k, v = tensors()
+    k, v = (x.view(1, 2, 5, 14, 16)[0].transpose(0, 1) for x in (k, v))
+    where = dict(
+        block_table=torch.tensor([[0, 2], [4, 3]], dtype=torch.int32), packed=pack([3, 30], [20, 25], [28, 25])
+    )
+    expected, was = block_sparse_attention(q, k, v, **where).out, q.clone()
+    inside = expected.abs().amax((0, 1, 3)) > 0
+    assert inside.nonzero()[:, 0].tolist() == [*range(3, 23), *range(30, 55)]
+    block_sparse_attention(q, k, v, out=q, **where)
+    assert torch.equal(q, torch.where(inside[:, None], expected, was))
 
 
 @pytest.mark.parametrize(
