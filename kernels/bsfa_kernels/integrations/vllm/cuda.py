@@ -125,7 +125,7 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
         if kv_cache.dtype != output.dtype:
             return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype))
         pages = -(-length // kv_cache.shape[2])
-        return Keys(*self._halves(kv_cache), block_table[:, :pages])
+        return Keys(*self._halves(kv_cache), block_table[:, :pages].to(torch.int32))
 
     def dequantised(self, layer, query, output):
         if query.dtype.itemsize > 1:
