@@ -158,19 +158,19 @@ def scale_of_first_tile(k_scale_ptr, kv_plane, k_scales, k_offset, KEYS: tl.cons
 
 @triton.jit
 def find_tile(table_ptr, b, j, k_offset, KEYS: tl.constexpr):
-    """Where key tile j of sequence b begins in K and V: (sequence or page, row)."""
+    """Where key tile j of sequence b lies in K and V: (sequence or page, position of the first row there)."""
     if table_ptr is None:
-        return b, j * KEYS - k_offset
+        return b, k_offset
     else:
-        return tl.load(table_ptr + j), 0
+        return tl.load(table_ptr + j), j * KEYS
 
 
 @triton.jit
 def tile_scores(
-    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, row, j, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
+    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
 ):
     """Scores of key tile j before `scale`, in float32. Those of int8 are the only ones with a q_scale."""
-    k = k_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+    k = k_desc.load([b, kv_head, j * KEYS - k_offset, 0]).reshape([KEYS, BLOCK_D])
     if q_scale is None:
         return tl.dot(q, k.T, input_precision=FLOAT32_DOT)
     else:
@@ -234,8 +234,9 @@ def visit_candidate(
     CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
-    b, row = find_tile(table_ptr, b, j, k_offset, KEYS)
-    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, row, j, BLOCK_D, KEYS)
+    b, k_offset = find_tile(table_ptr, b, j, k_offset, KEYS)
+    row = j * KEYS - k_offset
+    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
     if WINDOWED:  # the left edge
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, True)
     elif not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
@@ -335,9 +336,9 @@ def _forward(
     diagonals = end_diagonal - first_diagonal
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
-        page, row = find_tile(table_ptr, b, j, k_offset, KEYS)
-        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, row, j, BLOCK_D, KEYS)
-        v = tile_values(v_desc, page, kv_head, row, j, length, BLOCK_D, KEYS, PADDED)
+        page, offset = find_tile(table_ptr, b, j, k_offset, KEYS)
+        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, j, offset, BLOCK_D, KEYS)
+        v = tile_values(v_desc, page, kv_head, j * KEYS - offset, j, length, BLOCK_D, KEYS, PADDED)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:
             s = cap_scores(s, scale, softcap)
