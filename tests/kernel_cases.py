@@ -222,6 +222,7 @@ def check_place(case: Case, backend: str, place: str, device: str = "cpu") -> No
     options = case.options(device) | attention_sinks(case, device) | dict(backend=backend)
     gate = Gate(gap=-0.5) if case.gate else Gate()
     expected = block_sparse_attention(q, k, v, gate, blocks=case.block_lists(device), return_lse=True, **options)
+    assert expected.out.transpose(1, 2).is_contiguous()
     order, front, more = PLACES[place]
     shape = [q.shape[axis] for axis in order]
     shape[-1] += more
