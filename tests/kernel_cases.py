@@ -203,6 +203,39 @@ def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: 
     return type(result)(*(x.cpu() for x in result))
 
 
+# How an output [B, H, T, D] lies in a buffer: (axes in memory order, elements in front, elements that each row has
+# besides). Where a base or stride breaks the 16-byte rule, kernels that demand it go by way of a copy.
+PLACES = {
+    "tokens": ((0, 2, 1, 3), 0, 0),
+    "tokens-of-wider-rows": ((0, 2, 1, 3), 16, 24),
+    "heads-of-wider-rows": ((0, 1, 2, 3), 8, 8),
+    "batch-inside": ((2, 0, 1, 3), 0, 0),
+    "base-off-by-one": ((0, 2, 1, 3), 1, 0),
+    "odd-rows": ((0, 1, 2, 3), 0, 1),
+    "columns-apart": ((0, 2, 3, 1), 0, 0),
+}
+
+
+def check_place(case: Case, backend: str, place: str, device: str = "cpu") -> None:
+    """`out=` at a place of PLACES, among NaN: the very output, nothing around it touched."""
+    q, k, v = case.inputs(device)
+    options = case.options(device) | attention_sinks(case, device) | dict(backend=backend)
+    gate = Gate(gap=-0.5) if case.gate else Gate()
+    expected = block_sparse_attention(q, k, v, gate, blocks=case.block_lists(device), return_lse=True, **options)
+    assert expected.out.transpose(1, 2).is_contiguous()
+    order, front, more = PLACES[place]
+    shape = [q.shape[axis] for axis in order]
+    shape[-1] += more
+    buffer = torch.full((front + math.prod(shape),), SENTINEL, dtype=q.dtype, device=device)
+    rows = buffer[front:].view(shape)[..., : shape[-1] - more]
+    out = rows.permute([order.index(axis) for axis in range(4)])
+    found = block_sparse_attention(q, k, v, gate, blocks=case.block_lists(device), return_lse=True, out=out, **options)
+    assert found.out is out and torch.equal(found.lse, expected.lse)
+    assert out.isfinite().all() and torch.equal(out, expected.out)
+    rows.fill_(SENTINEL)
+    assert buffer.isnan().all(), "something else was overwritten"
+
+
 def rounded_attention(case: Case, q, k, v, gate: Gate, seed: int = 0, scores: str = "exact") -> torch.Tensor:
     """The error model: float64 throughout, but weights exp(score - row maximum) and output rounded to the case's dtype,
     as every kernel must round them to feed them to matrix units and to store them.

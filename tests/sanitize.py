@@ -24,7 +24,10 @@ def calls(backends) -> None:
 
     import torch
     from bsfa_kernels.backends import ATTENTION
-    from kernel_cases import Case, check, check_statistics
+    from bsfa_kernels.tiles import TileShape
+    from kernel_cases import Case, check, check_place, check_statistics
+    from paged_attention_cases import Paged, check_packed
+    from paged_attention_cases import check as check_pages
 
     bf16, fp16 = torch.bfloat16, torch.float16
     cases = (
@@ -33,7 +36,12 @@ def calls(backends) -> None:
         Case(3, 2, 1, 320, 585, 128, gate="gap", padded=True, dtype=bf16),
         Case(1, 2, 2, 383, 500, 96, causal=False, gate="absolute", keep_sink=False, dtype=bf16),
     )
+    shape = dict(heads=4, kv_heads=2, head_dim=128, tile=TileShape(), page=128, dtype=bf16)
+    one, several = Paged((300,), (650,), **shape), Paged((200, 1, 70), (200, 300, 400), **shape)
     for backend in backends:
+        check_place(cases[1], backend, "tokens-of-wider-rows", "cuda")
+        print(f"{backend} pages: right, {check_pages(one, backend, 'cuda'):.0%} skipped", flush=True)
+        print(f"{backend} packed: right, {check_packed(several, backend, 'cuda'):.0%} skipped", flush=True)
         module = importlib.import_module(f"bsfa_kernels.{ATTENTION[backend]}")
         for case, blocks, scores in product(cases, ("", "shuffled"), getattr(module, "SCORES", ("exact",))):
             case = replace(case, blocks=blocks)

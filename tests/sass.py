@@ -21,11 +21,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
 RUNTIME = dict(
     lse_ptr="*fp32", kept_ptr="*i32", candidates_ptr="*i32", absolute_ptr="*fp32", gap_ptr="*fp32", spans_ptr="*i32",
-    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", sinks_ptr="*fp32", q_scale_ptr="*fp32",
-    k_scale_ptr="*fp32", q_shift_ptr="*fp32", scale="fp32", softcap="fp32",
+    entries_ptr="*i32", lengths_ptr="*i32", order_ptr="*i64", table_ptr="*i32", packed_ptr="*i32",
+    table_row="i32",
+    sinks_ptr="*fp32", q_scale_ptr="*fp32", k_scale_ptr="*fp32", q_shift_ptr="*fp32", scale="fp32", softcap="fp32",
     window="i32", q_offset="i32",
     q_rows="i32", k_rows="i32", tiles="i32", k_scales="i32",
-    absolute_tiles="i32", gap_tiles="i32", room="i32",
+    absolute_tiles="i32", gap_tiles="i32", room="i32", out_batch="i32", out_head="i32", out_row="i32",
 )  # fmt: skip
 
 
@@ -105,6 +106,8 @@ def hopper(
     lists: bool = False,
     scoring: str = "",
     int8: bool = False,
+    paged: bool = False,
+    packed: bool = False,
 ) -> MachineCode:
     """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither, and
     `scoring` a w (window), a c (softcap), an s (attention sinks).
@@ -115,7 +118,8 @@ def hopper(
         SimpleNamespace(scores="int8" if int8 else "exact", v=torch.empty(1, 1, 1, head_dim, device="meta"))
     )
     kinds = (causal, True, "a" in gate, "g" in gate, spans, lists, *(x in scoring for x in "wcs"), int8)
-    variant = hopper.variant_of(shape, 8, 32, 4, head_dim, *kinds, int8 and ("a" in gate or "s" in scoring))
+    shifted = int8 and ("a" in gate or "s" in scoring)
+    variant = hopper.variant_of(shape, 8, 32, 4, head_dim, *kinds, shifted, paged, packed)
 
     def descriptor(rows, element):
         layout = hopper.tile_layout(rows.value, shape.columns, element)
@@ -154,8 +158,9 @@ def portable(
     )
     signature = RUNTIME | dict(q_desc=q, k_desc=k, v_desc=v, out_ptr=f"*{name}")
     constants = dict(
-        absolute_ptr=None, spans_ptr=None, HEADS=32, GROUP=4, D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
-        CAUSAL=True, KEEP_SINK=True, WINDOWED="w" in scoring, CAPPED="c" in scoring,
+        absolute_ptr=None, spans_ptr=None, table_ptr=None, packed_ptr=None, HEADS=32, GROUP=4, D=head_dim,
+        BLOCK_D=block_d, ROWS=rows, KEYS=keys, CAUSAL=True, KEEP_SINK=True, WINDOWED="w" in scoring,
+        CAPPED="c" in scoring,
     )  # fmt: skip
     if "s" not in scoring:
         constants |= dict(sinks_ptr=None)

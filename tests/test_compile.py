@@ -74,11 +74,22 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path
     assert code.count("HGMMA") >= 36
     assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
     assert code.spilled <= HOPPER_SPILLS[variant[1]]
+    # The output by 16 bytes, whatever its strides; narrow stores are of lse and counts, 4 a consumer.
+    wide = code.count("STG.E.128")
+    assert wide >= 12 and code.count("STG") <= wide + 12
     assert len(code.product_loops) == (2 if variant[1] > 128 else 3)
     # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); not causal, one value is read.
     in_loops = HOPPER_SPILLED_IN_LOOPS.get(variant[1], 0 if variant[2] else 2)
     assert code.spilled_in_loops <= in_loops
     assert code.shared <= HOPPER_SHARED
+    assert triton_barriers(code) <= RESERVED
+
+
+@pytest.mark.parametrize("head_dim, gate, spans", [(128, "g", True), (128, "a", False), (64, "g", True)])
+def test_hopper_on_pages_costs_no_registers(head_dim, gate, spans, tmp_path):
+    code = sass.hopper(tmp_path, BF16, head_dim, True, gate, spans, paged=True, packed=spans)
+    assert not code.serialized, code.notes
+    assert code.spilled <= HOPPER_SPILLS[head_dim] and code.spilled_in_loops == 0
     assert triton_barriers(code) <= RESERVED
 
 
@@ -126,7 +137,7 @@ def test_what_windows_softcap_and_sinks_spill_is_known(scoring, dtype, head_dim,
 )  # fmt: skip
 def test_a_section_is_as_many_equal_parts_of_the_heads_as_fit(heads, keys, head_dim, expected):
     k = torch.empty(3, heads, keys, head_dim, dtype=BF16, device="meta")
-    assert hopper.section_kv_heads(k) == expected
+    assert hopper.section_kv_heads(k, keys) == expected
     each = 2 * keys * head_dim * 2
     assert expected == 1 or expected * each <= hopper.SECTION_BYTES
 

@@ -82,6 +82,42 @@ def test_one_kernel_serves_every_length_and_threshold(gpu):
             assert descriptor.layout == gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
 
 
+def test_the_output_is_written_by_its_strides(gpu):
+    q = torch.randn(1, 4, 200, 64, dtype=torch.bfloat16)
+    names = hopper.forward.arg_names
+    tokens = torch.zeros(300, 6, 64, dtype=torch.bfloat16)
+    out = tokens[20:220, :4].transpose(0, 1)[None]
+    for place in (None, out):
+        block_sparse_attention(q, q, q, backend="hopper", out=place)
+        given = dict(zip(names, gpu.launched[-1][2], strict=False))
+        row = (4 if place is None else 6) * 64
+        assert [given[name] * 8 for name in ("out_head", "out_row")] == [64, row]
+        assert place is None or given["out_ptr"].data_ptr() == place.data_ptr()
+    assert gpu.loaded == ["forward"]  # other strides, the same kernel
+
+
+def test_an_output_that_wide_stores_do_not_reach_is_copied(gpu):
+    q = torch.randn(1, 4, 200, 64, dtype=torch.bfloat16)
+    out = torch.zeros(200 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 4, 200, 64)
+    block_sparse_attention(q, q, q, backend="hopper", out=out)
+    given = dict(zip(hopper.forward.arg_names, gpu.launched[-1][2], strict=False))
+    assert given["out_ptr"].data_ptr() % 16 == 0 and given["out_row"] * 8 == 64
+
+
+def test_pages_are_described_as_they_lie(gpu):
+    q = torch.randn(2, 4, 200, 64, dtype=torch.bfloat16)
+    cache = torch.randn(2, 9, 128, 2, 64, dtype=torch.bfloat16)
+    table = torch.tensor([[7, 3, 1], [4, 4, 0]], dtype=torch.int32)
+    k, v = (x.transpose(1, 2) for x in cache)
+    block_sparse_attention(q, k, v, backend="hopper", block_table=table[:, :2], q_offset=56)
+    given = dict(zip(hopper.forward.arg_names, gpu.launched[-1][2], strict=False))
+    for name, x in (("k_desc", k), ("v_desc", v)):
+        assert given[name].base.data_ptr() == x.data_ptr() and list(given[name].strides) == list(x.stride())
+        assert given[name].block_shape == [1, 1, 128, 64] and list(given[name].shape) == [9, 2, 128, 64]
+    assert given["table_ptr"].data_ptr() == table.data_ptr() and given["table_row"] == 3
+    assert given["k_rows"] == 256 and gpu.launched[-1][1] == (4, 2, 2)
+
+
 def test_block_lists_are_scheduled_first(gpu):
     call(1000, 16, head_dim=64, mask=torch.rand(2, 8, 16, 8) < 0.5)
     (first, streams, _), (second, grid, arguments) = gpu.launched

@@ -181,4 +181,7 @@ def test_some_heads_stay_exact(exact_heads):
         for got, wanted in zip(result, modes[scores], strict=True):
             torch.testing.assert_close(got[:, head], wanted[:, head], rtol=1e-5, atol=1e-5)
     bare = mixed.attention(q, k, v, gate, exact_heads, tile=TILE)
+    place = torch.full((*q.shape[:2], q.shape[2] + 1, q.shape[3]), torch.nan)[:, :, 1:]
+    assert mixed.attention(q, k, v, gate, exact_heads, tile=TILE, out=place).out is place
+    assert torch.equal(place, bare.out)
     assert bare.lse is None and torch.equal(bare.out.isfinite(), result.out.isfinite())

@@ -4,11 +4,13 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import paged_attention_cases
 import pytest
 import torch
 import whole_tiles
 from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper
-from kernel_cases import Case, check, check_statistics
+from kernel_cases import PLACES, Case, check, check_place, check_statistics
+from paged_attention_cases import Paged
 from whole_tiles import Prompt
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +70,58 @@ def test_hopper(case):
     check(case, "hopper", "cuda")
 
 
+def paged(rows, keys, head_dim=128, dtype=torch.bfloat16, page=128, **options) -> Paged:
+    shape = dict(heads=4, kv_heads=2, head_dim=head_dim, tile=TILES[0], page=page, dtype=dtype)
+    return Paged(rows, keys, **shape, **options)
+
+
+ONE, SEVERAL = ((700,), (1900,)), ((300, 64, 129), (300, 1000, 600))
+PAGES = [
+    paged(*ONE),
+    paged(*SEVERAL, layout="halves"),
+    paged(*ONE, 64, layout="heads first", gate="gap absolute"),
+    paged(*SEVERAL, 96, torch.float16, gate="absolute"),
+    paged(*ONE, 256, layout="halves"),
+    paged(*ONE, gate="", causal=False),
+    paged(*SEVERAL, 64, window=333),
+    paged(*ONE, page=64),
+    paged(*SEVERAL, page=256),
+    paged(*ONE, layout="odd base"),
+]
+PACKED = ((700, 64, 1, 129, 385), (700, 1000, 77, 600, 2000))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", PAGES, ids=str)
+def test_pages_give_the_bits_of_gathered_keys(case, backend):
+    paged_attention_cases.check(case, backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        paged(*PACKED),
+        paged(*PACKED, 64, gate="gap absolute", layout="halves"),
+        paged(*PACKED, 256, gate="", window=333),
+        paged(*PACKED, page=64),
+    ],
+    ids=str,
+)
+def test_packed_sequences_are_each_as_alone(case, backend):
+    paged_attention_cases.check_packed(case, backend, "cuda")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
+@pytest.mark.parametrize("padded", (False, True))
+def test_the_output_goes_to_any_place(padded, head_dim, backend, place):
+    dtype, lists = torch.bfloat16, "ordered" if padded and head_dim == 128 else ""
+    case = Case(2, 4, 2, 300, 333, head_dim, q_offset=0 if padded else 33, padded=padded, dtype=dtype, blocks=lists)
+    check_place(case, backend, place, "cuda")
+
+
 @pytest.mark.parametrize("blocks", ("ordered", "shuffled"))
 @pytest.mark.parametrize("case", cases("triton", 48))
 def test_triton_with_block_lists(case, blocks):
@@ -91,7 +145,7 @@ def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, b
     calls = []
     for fits in (kv_heads, 6):
         monkeypatch.setattr(hopper, "SECTION_BYTES", fits * 2 * 777 * 128 * 2)
-        assert hopper.section_kv_heads(k) == fits
+        assert hopper.section_kv_heads(k, 777) == fits
         check(case, "hopper", "cuda")
         calls.append(block_sparse_attention(q, k, v, gate, blocks=case.block_lists("cuda"), return_lse=True))
     assert torch.equal(calls[0].out, calls[1].out) and torch.equal(calls[0].lse, calls[1].lse)

@@ -15,6 +15,7 @@ from bsfa_kernels import (
     block_sparse_attention,
     explain,
     make_spans,
+    pack,
     portable,
     tile_statistics,
 )
@@ -37,18 +38,31 @@ def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
 def operator_arguments(
     q, k, v, absolute=None, gap=None, spans=None, blocks=None, sinks=None, q_offset=0, scale=0.25, window=None,
     softcap=None, causal=True, sink=True, lse=True, counts=True, scores="exact",
-    backend="auto",
+    backend="auto", table=None, packed=None,
 ):  # fmt: skip
     lists = (None, None) if blocks is None else (blocks.indices, blocks.counts)
     tile = (TILE.rows, TILE.keys)
     return (
         q, k, v, absolute, gap, spans, *lists, sinks, q_offset, scale, window, softcap, causal, *tile, sink, lse,
-        counts, scores, backend,
+        counts, scores, backend, table, *((None, 0) if packed is None else (packed.table, packed.rows)),
     )  # fmt: skip
+
+
+def pages(*sequences) -> dict:
+    """Keyword arguments: pages of 16 positions, those of each sequence by number."""
+    return dict(table=torch.tensor(sequences, dtype=torch.int32))
 
 
 def lists(tiles=3, batch=2, heads=4) -> BlockLists:
     return BlockLists.from_mask(torch.ones(batch, heads, tiles, 3, dtype=torch.bool).tril(-1))
+
+
+def packed_arguments(**options):
+    """Two sequences, of 30 queries and of 12."""
+    packed = pack([5, 40], [30, 12], [48, 20])
+    q, (_, k, v) = tensors(batch=1, rows=60)[0], tensors(keys=16, batch=7)
+    table = pages([3, 0, 6], [1, 2, 5])
+    return operator_arguments(q, k, v, packed=packed, spans=packed.spans, **table, **options)
 
 
 ATTENTION = {
@@ -70,6 +84,10 @@ ATTENTION = {
     "block-lists-spans": lambda: operator_arguments(
         *tensors(), spans=make_spans(2), blocks=lists(4), causal=False, backend="reference"
     ),
+    "pages": lambda: operator_arguments(
+        tensors()[0], *tensors(keys=16, batch=7)[1:], gap=thresholds(-1.0), **pages([3, 0, 6], [1, 2, 5])
+    ),
+    "packed": lambda: packed_arguments(gap=thresholds(-1.0)),
     "int8": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), lse=False, scores="int8"),
     "int8-spans": lambda: operator_arguments(*tensors(), spans=make_spans(2), sinks=torch.zeros(4), scores="int8"),
     "half-strided": lambda: operator_arguments(
@@ -80,7 +98,15 @@ ATTENTION = {
 
 @pytest.mark.parametrize("arguments", ATTENTION.values(), ids=ATTENTION)
 def test_attention_is_a_sound_operator(arguments):
-    torch.library.opcheck(torch.ops.bsfa.attention, arguments())
+    torch.library.opcheck(torch.ops.bsfa.attend, arguments())
+
+
+@pytest.mark.parametrize("name", ["both-gates", "spans-with-lengths", "block-lists", "int8", "packed"])
+def test_attention_into_a_given_place_is_a_sound_operator(name):
+    arguments = ATTENTION[name]()
+    batch, _, rows, _ = arguments[0].shape
+    out = torch.full((batch, rows + 20, 4, 16), torch.nan)[:, 10 : rows + 10].transpose(1, 2)
+    torch.library.opcheck(torch.ops.bsfa.attend_into, (out, *arguments))
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -130,9 +156,64 @@ def test_a_compiled_function_equals_eager(compiler):
     assert expected[2] < expected[3]
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_function_writes_where_it_is_told(compiler):
+    def layer(q, k, v, gap, tokens):
+        out = tokens[5:45].transpose(0, 1)[None]
+        block_sparse_attention(q * 1.5, k, v, Gate(gap=gap), tile=TILE, out=out)
+        return tokens[:, 1] + 1
+
+    q, k, v = tensors(batch=1)
+    got, expected = (torch.zeros(50, 4, 16) for _ in range(2))
+    returned = torch.compile(layer, fullgraph=True, backend=compiler)(q, k, v, thresholds(1.0), got)
+    torch.testing.assert_close(returned, layer(q, k, v, thresholds(1.0), expected))
+    torch.testing.assert_close(got, expected)
+    assert got[5:45].ne(0).all() and not got[:5].any() and not got[45:].any()
+
+
+def test_the_output_lies_as_the_next_layer_reads_it():
+    for backend in ("torch", "reference"):
+        for scores in ("exact", "int8"):
+            out = block_sparse_attention(*tensors(), tile=TILE, scores=scores, backend=backend).out
+            assert out.shape == (2, 4, 40, 16) and out.transpose(1, 2).is_contiguous()
+
+
 Q, K, V = tensors()
 LONG = tensors(keys=48)[1]
+TABLE = torch.zeros(2, 3, dtype=torch.int32)
+PACKED = pack([5, 40], [30, 12], [48, 20])
 REFUSED = [
+    (dict(block_table=TABLE[0]), r"block_table must be \[2, pages\], got \[3\]"),
+    (dict(block_table=TABLE[:1]), r"block_table must be \[2, pages\], got \[1, 3\]"),
+    (
+        dict(block_table=TABLE.long()),
+        r"block_table must be int32 on cpu, contiguous along its last axis, got torch.int64 on cpu, strides \[3, 1\]",
+    ),
+    (
+        dict(block_table=TABLE, k=K[..., :8], v=V[..., :8]),
+        r"q \[2, 4, 40, 16\] and pages \[2, 2, 40, 8\] must agree in head dim",
+    ),
+    (
+        dict(block_table=TABLE, spans=make_spans(2, k_offset=-3)),
+        r"pages begin at position 0: with block_table the k_offset of spans must be 0",
+    ),
+    (
+        dict(packed=PACKED, q_offset=1, block_table=TABLE),
+        r"packed sequences say where they stand: give neither q_offset nor spans",
+    ),
+    (dict(packed=PACKED), r"packed sequences need a block_table and take no block lists"),
+    (
+        dict(packed=PACKED, block_table=TABLE),
+        r"packed sequences end at row 52 of q \[1, heads, tokens, head dim\], got q \[2, 4, 40, 16\]",
+    ),
+    (
+        dict(packed=PACKED, q=torch.zeros(1, 4, 52, 16), block_table=TABLE[:1]),
+        r"block_table must be \[2, pages\], got \[1, 3\]",
+    ),
+    (
+        dict(block_table=TABLE[:, :1], window=5, q_offset=1),
+        r"with a window queries may not pass the keys: they end at position 41, the keys at 40",
+    ),
     (dict(q=Q[0]), r"q must have 4 axes \[batch, heads, length, head dim\], got shape \[4, 40, 16\]"),
     (dict(k=K.half()), r"k is torch.float16 on cpu, but q is torch.float32 on cpu"),
     (dict(v=V.to("meta")), r"v is torch.float32 on meta, but q is torch.float32 on cpu"),
@@ -179,6 +260,21 @@ REFUSED = [
 def test_a_bad_argument_is_named_with_its_value_and_what_was_expected(arguments, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         block_sparse_attention(**dict(q=Q, k=K, v=V) | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (([], [], []), "there is no sequence to pack"),
+        (([0], [0], [4]), "a sequence of 0 queries and 4 keys cannot be packed"),
+        (([0], [5], [4]), "a sequence of 5 queries and 4 keys cannot be packed"),
+        (([9, 0], [3, 10], [3, 10]), "a sequence begins at row 9, before row 10, where the one before it ends"),
+        (([-1], [3], [3]), "a sequence begins at row -1, before row 0, where the one before it ends"),
+    ],
+)
+def test_sequences_that_cannot_be_packed_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        pack(*arguments)
 
 
 def test_bad_tiles_and_lse_are_refused():

@@ -23,11 +23,22 @@ def test_parts_and_whole_are_timed(monkeypatch, tmp_path):
     for cell in found["cells"]:
         assert abs(cell["skip"] - 0.5) < 0.1
         names = {row["name"] for row in cell["contenders"]} - {"FlashAttention-3"}
-        assert names >= {"gather", "output copy", "attention, no gate", "attention", "layer, no gate", "layer"}
+        assert names >= {"gather", *(f"{x}{y}" for x in ("attention", "layer", "paged") for y in (", no gate", ""))}
         assert all(row["ms_median"] > 0 for row in cell["contenders"])
 
 
-@pytest.mark.parametrize("cells", ["8192", "9/8", "0/4", "a/b", "1/2/3", ""])
+@pytest.mark.usefixtures("one_round")
+def test_several_prefills_are_timed_one_by_one_and_packed(monkeypatch, tmp_path):
+    out = tmp_path / "paged.json"
+    monkeypatch.setattr(sys, "argv", ["paged", "--out", str(out), "--cells", "640/640+200/900", *SMALL])
+    assert paged.main() == 0
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert cell["sequences"] == [[640, 640], [200, 900]] and abs(cell["skip"] - 0.5) < 0.2
+    names = {row["name"] for row in cell["contenders"]} - {"FlashAttention-3"}
+    assert names == {f"{x}{y}" for x in ("one by one", "packed") for y in (", no gate", "")}
+
+
+@pytest.mark.parametrize("cells", ["8192", "8/8+", "8/8+9/8", "9/8", "0/4", "a/b", "1/2/3", ""])
 def test_cells_that_are_none_are_refused(monkeypatch, tmp_path, cells):
     monkeypatch.setattr(sys, "argv", ["paged", "--out", str(tmp_path / "o.json"), "--cells", cells])
     with pytest.raises(UsageError, match="QUERIES/KEYS"):

@@ -3,7 +3,7 @@
 import paged_cases
 import pytest
 import torch
-from bsfa_kernels import Gate, block_sparse_attention
+from bsfa_kernels import Gate, block_sparse_attention, pack
 from bsfa_kernels.pages import gather_pages
 
 
@@ -64,6 +64,32 @@ def test_the_output_may_be_where_the_queries_are():
     q, k, v = tensors()
     expected = block_sparse_attention(q, k, v).out
     assert torch.equal(block_sparse_attention(q, k, v, out=q).out, expected)
+
+
+def test_two_elements_in_one_place_are_refused():
+    with pytest.raises(ValueError, match="out has more than one element in one place: shape \\[1, 4, 70, 16\\]"):
+        block_sparse_attention(*tensors(), out=torch.empty(1, 1, 70, 16).expand(1, 4, 70, 16))
+
+
+def test_gradients_through_a_given_place_are_refused():
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match="out= does not support gradients"):
+        block_sparse_attention(q.requires_grad_(), k, v, out=torch.empty(1, 4, 70, 16))
+    with torch.no_grad():
+        block_sparse_attention(q, k, v, out=torch.empty(1, 4, 70, 16))
+
+
+def test_packed_sequences_written_over_their_queries_leave_the_rest_alone():
+    q, k, v = tensors()
+    k, v = (x.view(1, 2, 5, 14, 16)[0].transpose(0, 1) for x in (k, v))
+    where = dict(
+        block_table=torch.tensor([[0, 2], [4, 3]], dtype=torch.int32), packed=pack([3, 30], [20, 25], [28, 25])
+    )
+    expected, was = block_sparse_attention(q, k, v, **where).out, q.clone()
+    inside = expected.abs().amax((0, 1, 3)) > 0
+    assert inside.nonzero()[:, 0].tolist() == [*range(3, 23), *range(30, 55)]
+    block_sparse_attention(q, k, v, out=q, **where)
+    assert torch.equal(q, torch.where(inside[:, None], expected, was))
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,31 @@ def test_prefills_are_gated_and_the_rest_is_flash_attentions(monkeypatch, file, 
     assert not server.layers[0].impl.serving.counters.passed
 
 
+@pytest.mark.parametrize("queries", [[1, 300, 64], [1, 300, 5, 64, 0]], ids=["side by side", "apart"])
+def test_prefills_go_in_one_call_where_a_page_is_a_key_tile(monkeypatch, tmp_path, queries):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    server = Server(monkeypatch, write_thresholds(tmp_path / "t.safetensors", TileShape(32, PAGE)))
+    common = server.common(queries, [70, 1400, *([900] if len(queries) == 3 else [80, 900, 0])])
+    query, cache = server.tensors(common)
+    handler, calls = server.layers[0].impl.serving.handler, []
+    monkeypatch.setattr(handler, "run", lambda *a, **k: calls.append(k) or type(handler).run(handler, *a, **k))
+    output = server.forward(query, cache, server.builder.build(0, common))
+    prefills = [request for request, rows in enumerate(queries) if rows >= 32]
+    (call,) = calls
+    assert call["packed"].table.tolist() == [[sum(queries[:r]), queries[r]] for r in prefills]
+    assert torch.equal(call["block_table"], common.block_table_tensor[prefills]) and call["packed"].keys == 1400
+    exact, dropped = dense(server, query, cache, common), 0
+    for request in range(len(queries)):
+        own = slice(sum(queries[:request]), sum(queries[: request + 1]))
+        wanted = exact[own]
+        if request in prefills:
+            wanted, result = expected(server, query, cache, common, request)
+            dropped += int((result.candidates - result.kept).sum())
+        torch.testing.assert_close(output[own], wanted)
+    counts = handler.counts
+    assert int((counts.candidates - counts.kept).sum()) == dropped > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8], ids=str)
 def test_a_mixed_batch_on_a_gpu(monkeypatch, tmp_path, cache_dtype):
@@ -316,7 +341,7 @@ def test_a_profiling_run_sees_the_longest_sequences_memory(monkeypatch, file):
     output = torch.empty(7, HEADS, HEAD_DIM)
     with Allocations():
         server.layers[0].impl.forward(server.layers[0], output, None, None, None, None, output)
-    assert called == [None] and sizes == [(2, KV_HEADS, 4096, HEAD_DIM), (7, HEADS, HEAD_DIM)]
+    assert called == [None] and sizes == [(2, KV_HEADS, 4096, HEAD_DIM)]
 
 
 def test_the_backend_as_vllm_sees_it(monkeypatch, file):

@@ -1,8 +1,10 @@
 """python -m bsfa_cli.experiments.paged --out FILE.json
 
-What a prefill costs out of a paged cache, as a serving engine's layer runs it: keys and values gathered, attention at a
-skip rate, the output copied to its place; each alone, all three, and FlashAttention-3 on the same pages. Random data:
-timing only. A gate of one value for all heads is set to skip what was asked for.
+What a prefill costs out of a paged cache, as a serving engine's layer runs it, with the output written in its place:
+keys and values gathered and attended to ("layer"), both alone, attention that reads pages where they are ("paged"), and
+FlashAttention-3 on the same pages; of several prefills a launch for each ("one by one") and one for all ("packed").
+Random data: timing only. A gate of one value for all heads is set to skip what was asked for. Ends with an error where
+what should be the same bits is not.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bsfa_kernels import Gate, block_sparse_attention
+from bsfa_kernels import Gate, block_sparse_attention, pack
 from bsfa_kernels.pages import gather_pages
 
 from ..environment import describe, resolve_device
@@ -25,6 +27,9 @@ from . import end
 
 PAGE = 128
 BISECTIONS = 12
+CELLS = (
+    "8192/8192,32768/32768,8192/131072,2048/2048+2048/2048+2048/2048+2048/2048,4096/4096+256/8192+1024/1024+2816/9000"
+)
 
 
 def tensors(rows: int, keys: int, heads: int, kv_heads: int, head_dim: int, device, dtype):
@@ -65,25 +70,80 @@ def cell(rows: int, keys: int, shape: tuple[int, int, int], rate: float, device:
     out = tokens.transpose(0, 1)[None]
     attend = partial(block_sparse_attention, q, k, v, q_offset=keys - rows)
     gate, skip = gap_that_skips(attend, rate)
-    gate, done = gate.expanded(heads, device), attend().out
+    gate = gate.expanded(heads, device)
 
     def layer(gate: Gate) -> torch.Tensor:
         return block_sparse_attention(q, *gather(), gate, q_offset=keys - rows, out=out).out
 
+    def paged(gate: Gate) -> torch.Tensor:
+        return block_sparse_attention(q, *halves, gate, q_offset=keys - rows, out=out, block_table=table[None]).out
+
+    if not torch.equal(layer(gate).clone(), paged(gate)):
+        raise RuntimeError(f"{rows} queries of {keys} keys: pages do not give the bits of gathered keys")
     plans = {
         "gather": lambda: gather()[0],
-        "output copy": lambda: out.copy_(done),
         "attention, no gate": lambda: attend().out,
         "attention": lambda: attend(gate).out,
         "layer, no gate": lambda: layer(Gate()),
         "layer": lambda: layer(gate),
+        "paged, no gate": lambda: paged(Gate()),
+        "paged": lambda: paged(gate),
     }
-    library, unavailable = flash_attention.find(flash_attention.FA3), []
-    if isinstance(library, str):
-        unavailable.append({"name": flash_attention.FA3, "reason": library})
+    starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
+    library = _flash_attention(query, halves, table[None], [(rows, keys)], starts)
+    return {"rows": rows, "keys": keys, "skip": skip} | _timed(plans, library, device, seconds)
+
+
+@torch.inference_mode()
+def batch(
+    sequences: list[tuple[int, int]], shape: tuple[int, int, int], rate: float, device: torch.device, seconds: float
+) -> dict:
+    """Prefills of (rows, keys) each: {sequences, skip, contenders, unavailable}."""
+    heads, kv_heads, head_dim = shape
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows, keys = (list(x) for x in zip(*sequences, strict=True))
+    pages, most = [-(-n // PAGE) for n in keys], -(-max(keys) // PAGE)
+    query, cache, numbers = tensors(sum(rows), sum(pages) * PAGE, heads, kv_heads, head_dim, device, dtype)
+    halves = cache.split(head_dim, -1)
+    table = torch.zeros(len(rows), most, dtype=torch.int32, device=device)
+    for row, own in zip(table, numbers.split(pages), strict=True):
+        row[: len(own)] = own
+    starts = [sum(rows[:i]) for i in range(len(rows))]
+    packed = pack(starts, rows, keys, device)
+    q, out, alone = (x.transpose(0, 1)[None] for x in (query, torch.empty_like(query), torch.empty_like(query)))
+    attend = partial(block_sparse_attention, q, *halves, block_table=table, packed=packed, out=out)
+    gate, skip = gap_that_skips(attend, rate)
+    gate = gate.expanded(heads, device)
+
+    def one_by_one(gate: Gate) -> torch.Tensor:
+        for i, (start, n, length) in enumerate(zip(starts, rows, keys, strict=True)):
+            own = slice(start, start + n)
+            block_sparse_attention(
+                q[:, :, own], *halves, gate, q_offset=length - n, block_table=table[i : i + 1, : pages[i]],
+                out=alone[:, :, own],
+            )  # fmt: skip
+        return alone
+
+    if not torch.equal(one_by_one(gate), attend(gate).out):
+        raise RuntimeError(f"{sequences}: one launch does not give the bits of a launch for each")
+    plans = {
+        "one by one, no gate": lambda: one_by_one(Gate()),
+        "one by one": lambda: one_by_one(gate),
+        "packed, no gate": lambda: attend(Gate()).out,
+        "packed": lambda: attend(gate).out,
+    }
+    begins = torch.tensor([*starts, sum(rows)], dtype=torch.int32, device=device)
+    library = _flash_attention(query, halves, table, sequences, begins)
+    return {"sequences": sequences, "skip": skip} | _timed(plans, library, device, seconds)
+
+
+def _timed(plans: dict[str, Callable], library: tuple[str, Callable | str], device, seconds: float) -> dict:
+    name, call = library
+    unavailable, contenders = [], []
+    if isinstance(call, str):
+        unavailable.append({"name": name, "reason": call})
     else:
-        plans[f"{library.version}, paged"] = _flash_attention(library.module, query, halves, table, keys)
-    contenders = []
+        plans = plans | {name: call}
     for name, call in plans.items():
         _, reason = first_call(call, device)
         if reason:
@@ -92,37 +152,44 @@ def cell(rows: int, keys: int, shape: tuple[int, int, int], rate: float, device:
             contenders.append(Contender(name, call))
     timings = measure(contenders, device, seconds=seconds)
     found = [{"name": name} | timing.as_dict() for name, timing in timings.items()]
-    return {"rows": rows, "keys": keys, "skip": skip, "contenders": found, "unavailable": unavailable}
+    return {"contenders": found, "unavailable": unavailable}
 
 
-def _flash_attention(module, query, halves, table, keys: int) -> Callable[[], torch.Tensor]:
-    """FlashAttention-3 on the same pages, [pages, PAGE, Hkv, D] to it."""
+def _flash_attention(query, halves, table, sequences, starts) -> tuple[str, Callable[[], torch.Tensor] | str]:
+    """FlashAttention-3 on the same pages, [pages, PAGE, Hkv, D] to it: its name and a call, or why there is none."""
+    library = flash_attention.find(flash_attention.FA3)
+    if isinstance(library, str):
+        return flash_attention.FA3, library
     pages = [half.transpose(1, 2) for half in halves]
-    lengths = torch.full((1,), keys, dtype=torch.int32, device=query.device)
+    rows, keys = zip(*sequences, strict=True)
+    where = dict(cache_seqlens=torch.tensor(keys, dtype=torch.int32, device=query.device), page_table=table)
+    q = query[None]
+    if len(sequences) > 1:
+        q, where = query, where | dict(cu_seqlens_q=starts, max_seqlen_q=max(rows))
 
     def call() -> torch.Tensor:
-        out = module.flash_attn_with_kvcache(
-            query[None], *pages, cache_seqlens=lengths, page_table=table[None], causal=True
-        )
+        out = library.module.flash_attn_with_kvcache(q, *pages, causal=True, **where)
         return out[0] if isinstance(out, tuple) else out
 
-    return call
+    return f"{library.version}, paged", call
 
 
-def _cells(text: str) -> list[tuple[int, int]]:
+def _cells(text: str) -> list[list[tuple[int, int]]]:
     try:
-        found = [tuple(int(part) for part in cell.split("/")) for cell in text.split(",")]
-        if all(len(cell) == 2 and 0 < cell[0] <= cell[1] for cell in found):
-            return found
+        cells = [[tuple(int(n) for n in part.split("/")) for part in cell.split("+")] for cell in text.split(",")]
+        if all(len(part) == 2 and 0 < part[0] <= part[1] for cell in cells for part in cell):
+            return cells
     except ValueError:
         pass
-    raise UsageError(f"--cells takes QUERIES/KEYS,..., queries not more than keys; got {text!r}")
+    raise UsageError(f"--cells takes QUERIES/KEYS+...,..., queries not more than keys; got {text!r}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bsfa_cli.experiments.paged", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--cells", default="8192/8192,32768/32768,8192/131072", help="queries/keys of a prefill chunk")
+    parser.add_argument(
+        "--cells", default=CELLS, help="queries/keys of a prefill chunk, of several prefills in a batch joined by +"
+    )
     parser.add_argument("--skip", type=float, default=0.5)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -133,9 +200,11 @@ def main() -> int:
     check_writable(options.out)
     device, cells = resolve_device("auto"), []
     shape = options.heads, options.kv_heads, options.head_dim
-    for rows, keys in wanted:
-        cells.append(cell(rows, keys, shape, options.skip, device, options.seconds))
-        print(f"{rows:,} queries of {keys:,} keys, {cells[-1]['skip']:.1%} skipped", flush=True)
+    for sequences in wanted:
+        common = shape, options.skip, device, options.seconds
+        cells.append(cell(*sequences[0], *common) if len(sequences) == 1 else batch(sequences, *common))
+        said = ", ".join(f"{rows:,} queries of {keys:,} keys" for rows, keys in sequences)
+        print(f"{said}, {cells[-1]['skip']:.1%} skipped", flush=True)
         for row in cells[-1]["contenders"]:
             print(f"    {row['name']:28} {row['ms_median']:9.3f} ms", flush=True)
         for absent in cells[-1]["unavailable"]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .blocks import BlockLists
     from .dropping import drop_costs
     from .gates import Gate
+    from .packed import Packed, pack
     from .request import make_spans
     from .tiles import TileShape
 
@@ -23,17 +24,19 @@ __all__ = [
     "BackendUnavailable",
     "BlockLists",
     "Gate",
+    "Packed",
     "TileShape",
     "TileStatistics",
     "block_sparse_attention",
     "drop_costs",
     "explain",
     "make_spans",
+    "pack",
     "tile_statistics",
 ]
 _PLACES = {
     "BackendUnavailable": ".backends", "BlockLists": ".blocks", "Gate": ".gates", "make_spans": ".request",
-    "TileShape": ".tiles", "drop_costs": ".dropping",
+    "Packed": ".packed", "TileShape": ".tiles", "drop_costs": ".dropping", "pack": ".packed",
 }  # fmt: skip
 
 

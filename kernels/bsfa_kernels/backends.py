@@ -3,7 +3,8 @@
 Fastest first: hopper (Gluon, sm_90), triton (any NVIDIA GPU, and Triton's interpreter), torch (blocked matmuls, any
 device), reference (the specification). A backend is a module with `unsupported(request) -> reason | None` and
 `attention(request) -> (out, lse, kept, candidates)` or `tile_statistics(request, lse)`, see api.TileStatistics; its
-`SCORES` are the request's `scores` that it knows, only "exact" where it has none.
+`SCORES` are the request's `scores` that it knows, only "exact" where it has none; `reads_pages(request)` says whether
+it takes K and V out of their pages itself, which none does that lacks it.
 """
 
 from __future__ import annotations

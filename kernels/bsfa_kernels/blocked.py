@@ -25,10 +25,9 @@ def attention(request: Request):
     compute, request = _scored(request)
     q, k, v = request.q, request.k, request.v
     batch, heads, q_rows, _ = q.shape
-    out = v.new_zeros(batch, heads, q_rows, v.shape[3])
-    lse = torch.full((batch, heads, q_rows), -torch.inf, dtype=torch.float32, device=q.device)
-    kept = torch.zeros(batch, heads, request.query_tiles, dtype=torch.int32, device=q.device)
-    candidates = torch.zeros_like(kept)
+    out, lse, kept, candidates = (
+        x.fill_(empty) for x, empty in zip(request.new_outputs(), (0, -torch.inf, 0, 0), strict=True)
+    )
     for b, span in enumerate(request.host_spans()):
         span, k_b, v_b = _from_zero(span, k[b].to(compute), v[b].to(compute))
         for t, query_tile in span.query_tiles(q.shape[2], request.tile):

@@ -22,7 +22,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_kernel import forward
+from .hopper_kernel import CHUNK, forward
 from .hopper_stream import KEYS, ROWS, Variant
 from .int8 import prepare
 from .launch import aligned, device_guard
@@ -78,10 +78,14 @@ def unsupported(request: Request) -> str | None:
         return "int8 scores lack q . mean(k) here, which softcap would have to see"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
-    axes = (triton.cdiv(request.query_tiles, shape_of(request).consumers), sections(q, request.v))
+    axes = (triton.cdiv(request.query_tiles, shape_of(request).consumers), sections(request))
     if max(axes) > MAX_GRID_Y:
         return f"{axes[0]:,} blocks of rows in {axes[1]:,} sections: a launch can have {MAX_GRID_Y:,} of each"
     return None
+
+
+def reads_pages(request: Request) -> bool:
+    return request.pages_are_tiles
 
 
 def attention(request: Request):
@@ -91,11 +95,12 @@ def attention(request: Request):
         q, k, scales = rounded.q8, rounded.k8, (rounded.q_scale, rounded.q_shift, rounded.k_scale)
     else:
         q, k, scales = aligned(request.q), aligned(request.k), (None, None, None)
-    batch, heads, rows = q.shape[:3]
+    batch, (heads, rows), table = request.batch, q.shape[1:3], request.block_table
     gate = request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
+    written = aligned(out)
     with device_guard(q):
-        count = sections(q, v)
+        count = sections(request)
         entries = lengths = order = None
         if request.blocks is not None:
             entries, lengths, candidates = schedule(request, shape.consumers, forced=True)
@@ -103,17 +108,23 @@ def attention(request: Request):
         variant = variant_of(
             shape, batch * heads // count, heads, heads // k.shape[1], v.shape[3], request.causal, request.keep_sink,
             *(x is not None for x in (gate.absolute, gate.gap, request.spans, entries, request.window)),
-            *(x is not None for x in (request.softcap, request.sinks, scales[0], scales[1])),
+            *(x is not None for x in (request.softcap, request.sinks, scales[0], scales[1], table, request.packed)),
         )  # fmt: skip
-        optional = (gate.absolute, gate.gap, request.spans, entries, lengths, order, request.sinks, *scales)
+        optional = (
+            gate.absolute, gate.gap, request.spans, entries, lengths, order, table, request.packed, request.sinks,
+            *scales,
+        )  # fmt: skip
         forward[(variant.section, triton.cdiv(request.query_tiles, shape.consumers), count)](
             *(descriptor(x, n.value, shape.columns) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
-            out, lse, kept, candidates, *(lse if x is None else x for x in optional),
-            request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, k.shape[2],
+            written, lse, kept, candidates, *(lse if x is None else x for x in optional),
+            request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, request.k_rows,
             request.query_tiles,
             *(0 if x is None else x.shape[-1] for x in (gate.absolute, gate.gap, scales[2], entries)),
+            0 if table is None else table.stride(0), *(stride // CHUNK.value for stride in written.stride()[:3]),
             variant, num_warps=4, maxnreg=shape.registers,
         )  # fmt: skip
+    if written.data_ptr() != out.data_ptr():
+        out.copy_(written)
     return out, lse, kept, candidates
 
 
@@ -144,13 +155,15 @@ def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLa
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], ELEMENTS[dtype])
 
 
-def sections(q: torch.Tensor, v: torch.Tensor) -> int:
+def sections(request: Request) -> int:
     """Sections of a call."""
-    return q.shape[0] * (v.shape[1] // section_kv_heads(v))
+    return request.batch * (request.v.shape[1] // section_kv_heads(request.v, request.k_rows))
 
 
-def section_kv_heads(v: torch.Tensor) -> int:
-    """KV heads of a section: as many of a sequence's K and V [B, Hkv, Tk, D] as L2 holds, equally many in each."""
-    _, heads, keys, head_dim = v.shape
+def section_kv_heads(v: torch.Tensor, keys: int) -> int:
+    """KV heads of a section: as many of a sequence's `keys` in K and V [.., Hkv, .., D] as L2 holds, equally many in
+    each.
+    """
+    _, heads, _, head_dim = v.shape
     fit = SECTION_BYTES // (2 * keys * head_dim * v.element_size())
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(fit, 1))

@@ -33,6 +33,7 @@ MAGIC = gl.constexpr(0x4B400000)
 MAGIC_FLOAT = gl.constexpr(12582912.0)
 MASKED_INTEGER = gl.constexpr(0xFF800000 - 2**32 - 0x4B400000)  # becomes -inf
 SMALLEST = gl.constexpr(1e-37)
+CHUNK = gl.constexpr(8)  # elements of the output that a thread stores at a time, and what its strides are counted in
 
 
 class Row(NamedTuple):
@@ -234,14 +235,14 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
     SLABS: gl.constexpr = VARIANT.slabs
     rows: gl.constexpr = gl.SliceLayout(1, partial_layout())
     query_tile = place.first + WG
-    alive = query_tile * ROWS < gl.minimum(span.q_length, span.q_first + call.q_rows)
+    alive = query_tile * ROWS < gl.minimum(span.q_length, span.q_first + span.q_rows)
     # Rows of this tile that are no padding.
     first_valid = span.q_first - query_tile * ROWS
-    end_valid = gl.minimum(call.q_rows + span.q_first, span.q_length) - query_tile * ROWS
+    end_valid = gl.minimum(span.q_rows + span.q_first, span.q_length) - query_tile * ROWS
     row_index = gl.arange(0, ROWS, layout=rows)
     valid = (row_index >= first_valid) & (row_index < end_valid)
     at = find_positions(query_tile, alive, call, span, stream, VARIANT)
-    whole = held_whole(query_tile, span, call.q_rows)
+    whole = held_whole(query_tile, span, span.q_rows)
     absolute = -float("inf")
     gap = -float("inf")
     if VARIANT.absolute:
@@ -339,11 +340,18 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             inverse = alpha / total
             maximum = new_max
         # Computed here, since what is kept alive is a register in the loop.
-        first_row = place.plane.to(gl.int64) * call.q_rows + query_tile * ROWS - span.q_first
+        row_in_head = query_tile * ROWS - span.q_first
+        plane = place.plane
+        if VARIANT.packed:
+            row_in_head += gl.load(call.packed + place.plane // VARIANT.heads * 2)
+            plane = place.head
+        first_row = plane.to(gl.int64) * call.q_rows + row_in_head
+        first_chunk = place.batch.to(gl.int64) * call.out_batch + place.head.to(gl.int64) * call.out_head
+        first_chunk += row_in_head.to(gl.int64) * call.out_row
         for c in gl.static_range(SLABS):
             staging = buffers.q.index(WG * VARIANT.slabs + c)
             store_output(
-                acc[c], inverse, staging, call, first_row, c * VARIANT.columns, first_valid, end_valid, VARIANT
+                acc[c], inverse, staging, call, first_chunk, c * VARIANT.columns, first_valid, end_valid, VARIANT
             )
         row_index = gl.arange(0, ROWS, layout=rows)
         valid = (row_index >= first_valid) & (row_index < end_valid)
@@ -360,7 +368,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
 
 
 @gluon.jit
-def store_output(acc, inverse, staging, call, first_row, first_column, first_valid, end_valid, VARIANT: gl.constexpr):
+def store_output(acc, inverse, staging, call, first_chunk, first_column, first_valid, end_valid, VARIANT: gl.constexpr):
     """A slab of the output, by way of Q's buffer, so that a thread stores 16 bytes at a time. Not by TMA: a store whose
     tile starts before the tensor (an unaligned chunk) is an illegal instruction.
     """
@@ -378,29 +386,31 @@ def store_output(acc, inverse, staging, call, first_row, first_column, first_val
         column = first_column + part * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, wide))
         written = (o_row >= first_valid) & (o_row < end_valid)
         # A partition does not know how its pointers are aligned.
-        pointer = gl.multiple_of(call.out + first_row * VARIANT.head_dim, 16)
-        address = pointer + o_row[:, None] * VARIANT.head_dim + column[None, :]
+        pointer = gl.multiple_of(call.out + first_chunk * CHUNK, 16)
+        address = pointer + o_row[:, None].to(gl.int64) * (call.out_row * CHUNK) + column[None, :]
         gl.store(address, staging.load(wide), mask=written[:, None] & (column < VARIANT.head_dim)[None, :])
 
 
 @gluon.jit(
     do_not_specialize=["q_offset", "q_rows", "k_rows", "tiles", "absolute_tiles", "gap_tiles", "k_scales", "room",
-                       "window"]
+                       "window", "out_batch", "out_head", "out_row", "table_row"]
 )  # fmt: skip
 def forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, order_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
+    entries_ptr, lengths_ptr, order_ptr, table_ptr, packed_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr, k_scale_ptr,
     scale, softcap, window, q_offset, q_rows, k_rows, tiles, absolute_tiles, gap_tiles, k_scales, room,
-    VARIANT: gl.constexpr,
+    table_row, out_batch, out_head, out_row, VARIANT: gl.constexpr,
 ):  # fmt: skip
     declare_vote(tiles)
     place, span, stream = find_work(
-        spans_ptr, entries_ptr, lengths_ptr, order_ptr, window, q_offset, q_rows, k_rows, room, VARIANT
-    )
+        spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, packed_ptr, window, q_offset, q_rows, k_rows, room,
+        table_row, VARIANT,
+    )  # fmt: skip
     buffers = allocate_buffers(q_desc, k_desc, v_desc, VARIANT)
     call = Call(
-        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, sinks_ptr, q_scale_ptr, q_shift_ptr,
-        k_scale_ptr, scale, softcap, window, q_rows, tiles, absolute_tiles, gap_tiles, k_scales,
+        out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, packed_ptr, sinks_ptr, q_scale_ptr,
+        q_shift_ptr, k_scale_ptr, scale, softcap, window, q_rows, tiles, absolute_tiles, gap_tiles, k_scales,
+        out_batch, out_head, out_row,
     )  # fmt: skip
     # Registers of the workers; the first consumer has what they leave.
     if VARIANT.consumers == 3:

@@ -104,7 +104,7 @@ def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.c
         mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
             for c in gl.static_range(SLABS):
-                row = place.first * ROWS - span.q_first + w * ROWS
+                row = place.row + place.first * ROWS - span.q_first + w * ROWS
                 at = [place.batch, place.head, row, c * VARIANT.columns]
                 tma_load(q_desc, at, buffers.q_full, buffers.q.index(w * VARIANT.slabs + c))
     if VARIANT.lists:
@@ -115,20 +115,24 @@ def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.c
             following = entry_after(stream.entries, i, stream.length)
         else:
             tile = stream_tile(i, stream, VARIANT)
+        sequence = place.batch
         row = tile * KEYS - span.k_offset
+        if VARIANT.paged:
+            sequence = gl.load(stream.pages + tile)
+            row = tile * 0
         for c in gl.static_range(SLABS):
             slab = i * VARIANT.slabs + c
             slot = slab % VARIANT.k_stages
             if slab >= VARIANT.k_stages:
                 wait_returned(slot, VARIANT)
-            fetch(k_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
+            fetch(k_desc, sequence, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
                   buffers.k.index(slot))  # fmt: skip
         for c in gl.static_range(SLABS):
             slab = i * VARIANT.slabs + c
             slot = slab % VARIANT.v_stages
             if slab >= VARIANT.v_stages:
                 wait_returned(VARIANT.k_stages + slot, VARIANT)
-            fetch(v_desc, place.batch, place.kv_head, row, c * VARIANT.columns, buffers.v_full.index(slot),
+            fetch(v_desc, sequence, place.kv_head, row, c * VARIANT.columns, buffers.v_full.index(slot),
                   buffers.v.index(slot))  # fmt: skip
     # A program ends with its barriers as it found them.
     slabs = stream.length * VARIANT.slabs

@@ -53,6 +53,8 @@ class Variant:
     sinks: bool
     int8: bool  # Q and K
     shifted: bool  # int8 scores lack a number that is the same for a whole row, and it is seen
+    paged: bool  # K and V are pages of a cache, each a key tile
+    packed: bool  # queries of several sequences side by side
 
     @property
     def width(self) -> int:
@@ -63,12 +65,13 @@ class Variant:
 class Call(NamedTuple):
     """Pointers and numbers of a launch."""
 
-    out: object  # [B, Hq, Tq, D]
+    out: object  # [B, Hq, Tq, D], by its strides
     lse: object  # float32 [B, Hq, Tq]
     kept: object  # int32 [B, Hq, query tiles]
     candidates: object
     absolute: object  # float32 [Hq, absolute_tiles]
     gap: object
+    packed: object  # int32 [sequences, 2]: first row of its queries and their number
     sinks: object  # float32 [Hq]
     q_scale: object  # float32 [B, Hq, Tq]
     q_shift: object
@@ -76,11 +79,14 @@ class Call(NamedTuple):
     scale: object
     softcap: object
     window: object
-    q_rows: object
+    q_rows: object  # of the tensor
     tiles: object
     absolute_tiles: object
     gap_tiles: object
     k_scales: object
+    out_batch: object  # strides of the output, in chunks of 8 elements
+    out_head: object
+    out_row: object
 
 
 class Span(NamedTuple):
@@ -90,12 +96,14 @@ class Span(NamedTuple):
     k_offset: object
     length: object
     q_length: object
+    q_rows: object  # of the sequence
 
 
 class Stream(NamedTuple):
     """Key tiles that a program's consumers share."""
 
     entries: object  # int32, where there are block lists
+    pages: object  # int32 [key tiles], where K and V are paged
     length: object
     diagonals: object  # not causal: tiles in front that some consumer has its diagonal in
     sink: object  # 1 where it has a place of its own
@@ -106,12 +114,13 @@ class Stream(NamedTuple):
 class Place(NamedTuple):
     """A program's place in the call."""
 
-    batch: object
+    batch: object  # of Q
     head: object
     kv_head: object
     plane: object  # sequence and head in one
     tile: object  # in the call's arrays of query tiles
     first: object  # the same query tile, counted from the sequence's position 0
+    row: object  # of Q that the sequence begins with
 
 
 class Positions(NamedTuple):
@@ -188,8 +197,9 @@ def find_positions(query_tile, alive, call, span, stream, VARIANT: gl.constexpr)
 
 @gluon.jit
 def find_work(
-    spans_ptr, entries_ptr, lengths_ptr, order_ptr, window, q_offset, q_rows, k_rows, room, VARIANT: gl.constexpr
-):
+    spans_ptr, entries_ptr, lengths_ptr, order_ptr, table_ptr, packed_ptr, window, q_offset, q_rows, k_rows, room,
+    table_row, VARIANT: gl.constexpr,
+):  # fmt: skip
     """(Place, Span, Stream) of this program."""
     CONSUMERS: gl.constexpr = VARIANT.consumers
     # Of every section, longest first.
@@ -218,7 +228,11 @@ def find_work(
         k_offset = gl.to_tensor(0)
         length = k_rows
         q_length = gl.to_tensor(UNBOUNDED_POSITION)
-    span = Span(q_first, k_offset, length, q_length)
+    row = gl.to_tensor(0)
+    if VARIANT.packed:
+        row = gl.load(packed_ptr + batch * 2)
+        q_rows = gl.load(packed_ptr + batch * 2 + 1)
+    span = Span(q_first, k_offset, length, q_length, q_rows)
     first = gl.maximum(q_first, 0) // ROWS + tile
     end_row = gl.minimum(q_length, q_first + q_rows)
     last = (length - 1) // KEYS
@@ -240,5 +254,10 @@ def find_work(
         in_stream = gl.to_tensor(0)
     elif VARIANT.lists:
         in_stream = gl.load(lengths_ptr + stream_row)
-    place = Place(batch, head, head // VARIANT.group, plane, tile, first)
-    return place, span, Stream(entries_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)
+    pages_ptr = table_ptr
+    if VARIANT.paged:
+        pages_ptr += batch.to(gl.int64) * table_row
+    if VARIANT.packed:
+        batch = batch * 0
+    place = Place(batch, head, head // VARIANT.group, plane, tile, first, row)
+    return place, span, Stream(entries_ptr, pages_ptr, in_stream, diagonals, sink, end_diagonal, end_tiles)

@@ -63,10 +63,14 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
+def reads_pages(request: Request) -> bool:
+    return request.pages_are_tiles
+
+
 def attention(request: Request):
     q, k, q_scale, k_scale, q_shift = operands(request)
     v = aligned(request.v)
-    batch, heads, q_rows, head_dim = request.q.shape
+    batch, (heads, q_rows, head_dim) = request.batch, request.q.shape[1:]
     tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
     block_d = columns(head_dim, q.dtype)
@@ -79,11 +83,13 @@ def attention(request: Request):
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
             TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
-            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths,
-            request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0, request.window or 0,
-            request.q_offset, q_rows, k.shape[2], tiles, 0 if k_scale is None else k_scale.shape[2],
+            out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths, request.block_table,
+            request.packed, request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0,
+            request.window or 0, request.q_offset, q_rows, request.k_rows, tiles,
+            0 if k_scale is None else k_scale.shape[2], *out.stride()[:3],
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
+            0 if request.block_table is None else request.block_table.stride(0),
             HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
             CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
             CAPPED=request.softcap is not None, **launch_shape(v.dtype, head_dim, rows),
@@ -151,6 +157,15 @@ def scale_of_first_tile(k_scale_ptr, kv_plane, k_scales, k_offset, KEYS: tl.cons
 
 
 @triton.jit
+def find_tile(table_ptr, b, j, k_offset, KEYS: tl.constexpr):
+    """Where key tile j of sequence b lies in K and V: (sequence or page, position of the first row there)."""
+    if table_ptr is None:
+        return b, k_offset
+    else:
+        return tl.load(table_ptr + j), j * KEYS
+
+
+@triton.jit
 def tile_scores(
     q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
 ):
@@ -213,12 +228,13 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
 
 @triton.jit
 def visit_candidate(
-    q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid, scale,
-    softcap, window, absolute, gap, running_max, row_sum, acc, kept,
+    q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length, q_position, valid,
+    scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
+    b, k_offset = find_tile(table_ptr, b, j, k_offset, KEYS)
     row = j * KEYS - k_offset
     s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
     if WINDOWED:  # the left edge
@@ -262,13 +278,15 @@ def visit_candidate(
         "absolute_tiles",
         "gap_tiles",
         "room",
+        "table_row",
         "window",
     ]
 )
 def _forward(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, kept_ptr, candidates_ptr, absolute_ptr, gap_ptr, spans_ptr,
-    entries_ptr, lengths_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
-    scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, absolute_tiles, gap_tiles, room,
+    entries_ptr, lengths_ptr, table_ptr, packed_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
+    scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, out_batch, out_head, out_row, absolute_tiles,
+    gap_tiles, room, table_row,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -278,8 +296,11 @@ def _forward(
     kv_head = head // GROUP
     t = tl.num_programs(1) - 1 - tl.program_id(1)  # longest first
     q_first, k_offset, length, q_length = load_span(spans_ptr, b, q_offset, k_rows)
+    sequence_rows = q_rows
+    if packed_ptr is not None:
+        sequence_rows = tl.load(packed_ptr + b * 2 + 1)
     query_tile, first_row, rows, q_position, valid, inhabited, whole = query_rows(
-        t, q_first, length, q_length, q_rows, ROWS
+        t, q_first, length, q_length, sequence_rows, ROWS
     )
     if not inhabited:
         return
@@ -287,14 +308,23 @@ def _forward(
     unit = scale
     if CAPPED:
         unit = 1.0
-    q = q_desc.load([b, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     plane = tl.program_id(0).to(tl.int64)
+    q_plane, q_batch = plane, b
+    if packed_ptr is not None:
+        q_plane, q_batch = head.to(tl.int64), 0
+        own = tl.load(packed_ptr + b * 2)
+        first_row += own
+        rows += own
+    q = q_desc.load([q_batch, head, first_row, 0]).reshape([ROWS, BLOCK_D])
     q_scale, q_shift = None, None  # not from functions: in Triton 3.6 none of those can return None
     if q_scale_ptr is not None:
         q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
         k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
     if q_shift_ptr is not None:
         q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
+    if table_ptr is not None:
+        table_ptr += b.to(tl.int64) * table_row
+    PADDED: tl.constexpr = (spans_ptr is not None) or (table_ptr is not None)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -306,9 +336,9 @@ def _forward(
     diagonals = end_diagonal - first_diagonal
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
-        row = j * KEYS - k_offset
-        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
-        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, spans_ptr is not None)
+        page, offset = find_tile(table_ptr, b, j, k_offset, KEYS)
+        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, j, offset, BLOCK_D, KEYS)
+        v = tile_values(v_desc, page, kv_head, j * KEYS - offset, j, length, BLOCK_D, KEYS, PADDED)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:
             s = cap_scores(s, scale, softcap)
@@ -328,9 +358,9 @@ def _forward(
         for i in tl.range(0, candidates):
             j = candidate(i, end_tiles, first_diagonal, end_diagonal)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid,
-                scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
-                spans_ptr is not None, WINDOWED, CAPPED,
+                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length,
+                q_position, valid, scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D,
+                KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
             )  # fmt: skip
     else:
         entries_ptr += (plane * tiles + t) * room
@@ -341,9 +371,9 @@ def _forward(
             # Read one ahead, so that no product waits for its own index.
             following = tl.load(entries_ptr + i + 1, mask=i + 1 < count, other=0)
             running_max, row_sum, acc, kept = visit_candidate(
-                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, b, kv_head, j, k_offset, length, q_position, valid,
-                scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D, KEYS, CAUSAL,
-                spans_ptr is not None, WINDOWED, CAPPED,
+                q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length,
+                q_position, valid, scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D,
+                KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
             )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -354,9 +384,13 @@ def _forward(
         acc = acc * alpha[:, None]
         running_max = new_max
     acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-    row_in_plane = plane * q_rows + rows
+    row_in_plane = q_plane * q_rows + rows
     columns = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (columns < D)[None, :]
-    tl.store(out_ptr + row_in_plane[:, None] * D + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if packed_ptr is None:
+        out_ptr += b.to(tl.int64) * out_batch
+    out_ptr += head.to(tl.int64) * out_head
+    address = out_ptr + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
+    tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + row_in_plane, (running_max + tl.log2(row_sum)) / LOG2E, mask=valid)
     tl.store(kept_ptr + plane * tiles + t, tl.where(whole, kept, 0))

@@ -15,7 +15,7 @@ def unsupported(request: Request) -> str | None:
 
 
 def attention(request: Request):
-    dtype, request = request.q.dtype, _scored(request)
+    request = _scored(request)
     result = reference.attention(
         request.q,
         request.k,
@@ -30,7 +30,8 @@ def attention(request: Request):
         sinks=request.sinks,
         dtype=torch.float64,
     )
-    return result.out.to(dtype), result.lse.float(), result.kept, result.candidates
+    out, *_ = request.new_outputs()
+    return out.copy_(result.out), result.lse.float(), result.kept, result.candidates
 
 
 def tile_statistics(request: Request, lse: torch.Tensor):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from .blocks import BlockLists
 from .gates import Gate
+from .pages import gather_pages
 from .reference import Scoring, Span
 from .tiles import TileShape, query_tile_count
 
@@ -18,7 +20,9 @@ UNBOUNDED = 2**31 - 1
 @dataclass(frozen=True)
 class Request:
     """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
-    `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py.
+    `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py; `out` like q, with a contiguous last axis, where the
+    caller has a place for the output. With `block_table` int32 [B, n], k and v are pages [pages, Hkv, page, D]. With
+    `packed` int32 [B, 2] (first row, rows), q is [1, Hq, tokens, D] and no sequence has more than `packed_rows` of it.
     """
 
     q: torch.Tensor
@@ -38,6 +42,10 @@ class Request:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     scores: str = "exact"
+    out: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    packed: torch.Tensor | None = None
+    packed_rows: int = 0
 
     @property
     def scoring(self) -> Scoring:
@@ -45,35 +53,86 @@ class Request:
 
     @property
     def query_tiles(self) -> int:
-        return query_tiles(self.q.shape[2], self.q_offset, self.spans is not None, self.tile)
+        rows = self.q.shape[2] if self.packed is None else self.packed_rows
+        return query_tiles(rows, self.q_offset, self.spans is not None, self.tile)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.q.shape[0] if self.packed is None else self.packed.shape[0]
+
+    @property
+    def k_rows(self) -> int:
+        """Keys of the longest sequence, or more. Of pages, none that all queries of a causal call stand before."""
+        if self.block_table is None:
+            return self.k.shape[2]
+        rows = self.block_table.shape[1] * self.k.shape[2]
+        return min(rows, self.q_offset + self.q.shape[2]) if self.causal and self.spans is None else rows
 
     @property
     def key_tiles(self) -> int:
-        return -(-self.k.shape[2] // self.tile.keys)
+        return -(-self.k_rows // self.tile.keys)
+
+    @property
+    def pages_are_tiles(self) -> bool:
+        """Whether a kernel can read K and V where they are: a page is a key tile, and tensor descriptors reach it."""
+        plain = self.scores == "exact" and self.blocks is None and self.k.shape[2] == self.tile.keys
+        return plain and all(reached_by_descriptors(x) for x in (self.k, self.v))
+
+    def gathered(self) -> Request:
+        """The same call with K and V [B, Hkv, k_rows, D] out of their pages."""
+        pairs = [gather_pages(self.k, self.v, row, self.k_rows) for row in self.block_table]
+        k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*pairs, strict=True))
+        return replace(self, k=k, v=v, block_table=None)
 
     @property
     def shifted(self) -> bool:
         """Whether the call sees what is the same for a whole row of scores: softmax and the gap gate do not."""
         return self.want_lse or self.gate.absolute is not None or self.softcap is not None or self.sinks is not None
 
-    def new_outputs(self):
-        """(out, lse, kept, candidates) for a kernel to fill. With spans some rows and tiles are padding that no
-        program writes: they are zero from the start, and their lse is -inf.
-        """
+    def new_output(self) -> torch.Tensor:
+        """An output [B, Hq, Tq, D] that lies in memory as [B, Tq, Hq, D]: the layer behind an attention reads it so."""
         batch, heads, rows, _ = self.q.shape
+        return self.v.new_empty(batch, rows, heads, self.v.shape[3]).transpose(1, 2)
+
+    def new_outputs(self):
+        """(out, lse, kept, candidates) for a kernel to fill, `out` where the caller wants it. With spans some rows and
+        tiles are padding that no program writes: they are zero from the start, and their lse is -inf. Of packed
+        sequences the rows in none stay what they are in a given `out`.
+        """
+        out = self.new_output() if self.out is None else self.out
         new = self.q.new_empty if self.spans is None else self.q.new_zeros
-        lse = self.q.new_empty((batch, heads, rows), dtype=torch.float32)
+        lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
         if self.spans is not None:
+            if self.out is None or self.packed is None:
+                out.zero_()
             lse.fill_(-torch.inf)
-        kept, candidates = (new((batch, heads, self.query_tiles), dtype=torch.int32) for _ in range(2))
-        return new(self.q.shape), lse, kept, candidates
+        shape = (self.batch, self.q.shape[1], self.query_tiles)
+        kept, candidates = (new(shape, dtype=torch.int32) for _ in range(2))
+        return out, lse, kept, candidates
+
+    def one_by_one(self) -> Iterator[tuple[slice, Request]]:
+        """(rows of q, the call) of each packed sequence. Waits for the device."""
+        for i, (first, rows) in enumerate(self.packed.tolist()):
+            own, rows = slice(i, i + 1), slice(first, first + rows)
+            out = None if self.out is None else self.out[:, :, rows]
+            yield rows, replace(
+                self, q=self.q[:, :, rows], out=out, spans=self.spans[own], block_table=self.block_table[own],
+                packed=None, packed_rows=0,
+            )  # fmt: skip
 
     def host_spans(self) -> list[Span]:
         """The spans as Python numbers. Waits for the device when they live on one."""
-        keys = self.k.shape[2]
+        keys = self.k_rows
         if self.spans is None:
             return [Span(self.q_offset, 0, keys, UNBOUNDED)] * self.q.shape[0]
         return [Span(q0, k0, min(n, k0 + keys), nq) for q0, k0, n, nq in self.spans.tolist()]
+
+
+def reached_by_descriptors(x: torch.Tensor) -> bool:
+    """Whether base and strides keep the 16-byte rule of tensor descriptors."""
+    strides = [n for n, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+    return not (x.data_ptr() % 16 or any(n * x.element_size() % 16 for n in strides))
 
 
 def query_tiles(q_rows: int, q_offset: int, spans: bool, tile: TileShape) -> int:

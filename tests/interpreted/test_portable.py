@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from bsfa_kernels import TileShape
-from kernel_cases import Case, check, check_statistics
+from kernel_cases import PLACES, Case, check, check_place, check_statistics
 
 WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
 
@@ -69,3 +69,8 @@ def test_block_lists(case):
 @pytest.mark.parametrize("tile", (WIDE, TALL), ids=str)
 def test_statistics(tile, causal, padded):
     check_statistics(Case(2, 2, 1, 100, 130, 16, tile, causal, q_offset=0 if padded else 30, padded=padded), "triton")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_output_goes_to_any_place(place):
+    check_place(Case(2, 2, 1, 20, 20, 24, WIDE, padded=True), "triton", place)

@@ -22,7 +22,7 @@ def attention(q, k, v, gate: Gate, exact_heads: Iterable[int], **options) -> Att
     """
     group = q.shape[1] // k.shape[1]
     exact = {head // group for head in exact_heads}
-    sinks = options.pop("sinks", None)
+    sinks, out = options.pop("sinks", None), options.pop("out", None)
     parts = []
     for scores, wanted in (("int8", False), ("exact", True)):
         runs = list(_runs(head for head in range(k.shape[1]) if (head in exact) == wanted))
@@ -36,8 +36,10 @@ def attention(q, k, v, gate: Gate, exact_heads: Iterable[int], **options) -> Att
         )
         parts.append((rows, result))
     if len(parts) == 1:
-        return parts[0][1]
-    return Attention(*(_joined([(rows, result[i]) for rows, result in parts]) for i in range(4)))
+        found = parts[0][1]
+    else:
+        found = Attention(*(_joined([(rows, result[i]) for rows, result in parts]) for i in range(4)))
+    return found if out is None else found._replace(out=out.copy_(found.out))
 
 
 def _runs(heads: Iterable[int]) -> Iterator[slice]:

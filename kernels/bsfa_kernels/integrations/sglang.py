@@ -153,7 +153,8 @@ class Extend:
             at = table[forward_batch.req_pool_indices[sequence], : prefix + rows]
             arguments = (x[None].transpose(1, 2) for x in (q[start:end], keys[at], values[at]))
             spans = make_spans(1, prefix, device=q.device)
-            out[start:end] = handler(*arguments, scale=layer.scaling, causal=True, spans=spans)[0].transpose(0, 1)
+            place = out[start:end].transpose(0, 1)[None]
+            handler(*arguments, scale=layer.scaling, causal=True, spans=spans, out=place)
             start = end
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

@@ -165,20 +165,31 @@ class SparseAttention:
         return_lse: bool = False, **options,
     ) -> Attention:  # fmt: skip
         """The module's attention, with what `options` of `block_sparse_attention` ask for on top of its output."""
-        positions = max(q.shape[2], k.shape[2])
+        table, packed = options.get("block_table"), options.get("packed")
+        if packed is not None:
+            positions = packed.keys
+        else:
+            positions = max(q.shape[2] + options.get("q_offset", 0), k.shape[2] if table is None else 0)
         options |= dict(scale=scale, causal=causal, return_lse=return_lse)
-        if self._modal is None:
+        if self._modal is None or packed is not None:  # packed tokens are known by position alone
             return self.run(q, k, v, self.gate(positions, q.device), spans=spans, groups=groups, **options)
         # A gate is one for all sequences of a call, and each has images of its own.
-        batch, parts = q.shape[0], []
+        batch, parts, out = q.shape[0], [], options.get("out")
         for i in range(batch):
             gate = self.modal_gate(i, batch, q.shape[2], positions, spans, q.device)
             own = slice(i, i + 1)
             where = dict(spans=None if spans is None else spans[own], groups=None if groups is None else groups.of(i))
-            parts.append(self.run(q[own], k[own], v[own], gate, **where, **options))
+            keys = (k[own], v[own])
+            if table is not None:  # pages are no sequence's own
+                keys = (k, v)
+                where |= dict(block_table=table[own])
+            if out is not None:
+                where |= dict(out=out[own])
+            parts.append(self.run(q[own], *keys, gate, **options | where))
         if batch == 1:
             return parts[0]
-        return Attention(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
+        found = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        return Attention(*found) if out is None else Attention(*found)._replace(out=out)
 
     def run(
         self, q, k, v, gate: Gate, *, scale: float, groups: Groups | None = None, return_lse: bool = False, **options

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from ...pages import join_pages
-from .layer import SparseLayer, SplittingBuilder
+from .layer import Keys, SparseLayer, SplittingBuilder
 from .options import Options
 from .setup import prepare
 
@@ -64,9 +64,11 @@ class SparseCPULayer(SparseLayer, CPUAttentionBackendImpl):
     def read_pages(self, layer, kv_cache, block_table, length, output):
         page = kv_cache.shape[2]
         order = packing(layer.isa, page, self.head_size, kv_cache.dtype)
-        pages = kv_cache[block_table[: -(-length // page)].long()].view(-1, self.num_kv_heads, 2, page * self.head_size)
+        pages = kv_cache[block_table[0, : -(-length // page)].long()].view(
+            -1, self.num_kv_heads, 2, page * self.head_size
+        )
         halves = (pages[:, :, i][..., order[i]].unflatten(-1, (page, self.head_size)) for i in range(2))
-        return tuple(join_pages(half, length)[None].to(output.dtype) for half in halves)
+        return Keys(*(join_pages(half, length)[None].to(output.dtype) for half in halves))
 
 
 @cache

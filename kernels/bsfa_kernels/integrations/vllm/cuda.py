@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from ...pages import gather_pages
-from .layer import SparseLayer, SplittingBuilder
+from .layer import Keys, SparseLayer, SplittingBuilder
 from .options import Options, OptionsError
 from .plan import CONTEXT_PARALLEL, HEAD_SCALES
 from .setup import prepare
@@ -98,9 +98,9 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
     ):
         if attn_metadata is None and self.dense_reason is None:
             # vLLM measures its peak memory in this call: let it see the longest sequence's keys and values side by
-            # side, and an output to copy from.
+            # side, as they are where pages cannot be read in place.
             shape = (2, self.num_kv_heads, self.longest, self.head_size)
-            held = torch.empty(shape, dtype=output.dtype, device=output.device), torch.empty_like(output)
+            held = torch.empty(shape, dtype=output.dtype, device=output.device)
             del held
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -113,12 +113,19 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
             return HEAD_SCALES
         return super().reason_against(layer, query, output)
 
+    def reads_in_place(self, kv_cache, output):
+        tile = self.serving.handler.thresholds.tile
+        return kv_cache.dtype == output.dtype and kv_cache.shape[2] == tile.keys
+
     def read_pages(self, layer, kv_cache, block_table, length, output):
         if self.kv_cache_dtype.startswith("fp8"):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
             scales = dict(zip(("key_scale", "value_scale"), _scales(layer)[1:], strict=True))
-            return gather_pages(*self._halves(kv_cache), block_table, length, dtype=output.dtype, **scales)
-        return gather_pages(*self._halves(kv_cache), block_table, length, dtype=output.dtype)
+            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype, **scales))
+        if kv_cache.dtype != output.dtype:
+            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype))
+        pages = -(-length // kv_cache.shape[2])
+        return Keys(*self._halves(kv_cache), block_table[:, :pages].to(torch.int32))
 
     def dequantised(self, layer, query, output):
         if query.dtype.itemsize > 1:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from ...packed import Packed, pack
 from ..plan import Call, Route, plan
 from ..sparse import SparseAttention
 from . import plan as vllm_plan
 from .counters import Counters
-from .plan import Batch, LayerFacts, layer_reason, take_apart, token_rows
+from .plan import Batch, LayerFacts, Prefill, layer_reason, take_apart, token_rows
 
 
 class Others(NamedTuple):
@@ -22,12 +23,30 @@ class Others(NamedTuple):
     metadata: object  # what vLLM's kernel takes
 
 
+class Together(NamedTuple):
+    """Several prefills for one launch."""
+
+    packed: Packed
+    requests: slice | torch.Tensor  # their rows in the block table
+
+
 class Split(NamedTuple):
     """A batch that holds prefills. `reason`: why vLLM's kernel has to serve it as it is."""
 
     batch: Batch
     others: Others | None
     reason: str | None = None
+    together: Together | None = None
+
+
+class Keys(NamedTuple):
+    """Keys and values of a sequence, in the output's dtype: k and v [1, Hkv, keys, D]; or, with `block_table` int32
+    [sequences, n], pages [pages, Hkv, page, D].
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    block_table: torch.Tensor | None = None
 
 
 class Serving(NamedTuple):
@@ -82,10 +101,17 @@ class SparseLayer:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        for prefill in split.batch.prefills:
+        together = split.together if self.reads_in_place(kv_cache, output) else None
+        if together is not None:
+            packed, requests = together
+            keys = self.read_pages(layer, kv_cache, attn_metadata.block_table[requests], packed.keys, output)
+            self.attend(query[: packed.end], keys, output[: packed.end], packed=packed)
+        for prefill in split.batch.prefills if together is None else ():
             rows = slice(prefill.start, prefill.start + prefill.rows)
-            k, v = self.read_pages(layer, kv_cache, attn_metadata.block_table[prefill.request], prefill.keys, output)
-            self.attend(self.dequantised(layer, query[rows], output), k, v, prefill.q_offset, output[rows])
+            own = attn_metadata.block_table[prefill.request : prefill.request + 1]
+            keys = self.read_pages(layer, kv_cache, own, prefill.keys, output)
+            q = self.dequantised(layer, query[rows], output)
+            self.attend(q, keys, output[rows], q_offset=prefill.q_offset)
         if split.others is not None:
             rows, metadata = split.others
             part = output[rows]
@@ -102,17 +128,25 @@ class SparseLayer:
         step = plan(Call(q, q, q, True, True, False, None, None, False), self.serving.handler)
         return None if step.route is Route.GATED else step.reason
 
-    def attend(self, q, k, v, q_offset: int, out: torch.Tensor) -> None:
-        """q and out [rows, Hq, D], k and v [1, Hkv, keys, D]."""
+    def attend(self, q, keys: Keys, out: torch.Tensor, **where) -> None:
+        """q and out [rows, Hq, D]; `where` they stand as in `block_sparse_attention`: q_offset or packed."""
         q, out = (x.transpose(0, 1)[None] for x in (q, out))
-        self.serving.handler(q, k, v, scale=self.scale, causal=True, spans=None, q_offset=q_offset, out=out)
+        if keys.block_table is not None:
+            where |= dict(block_table=keys.block_table)
+        self.serving.handler(q, keys.k, keys.v, scale=self.scale, causal=True, spans=None, out=out, **where)
+
+    def reads_in_place(self, kv_cache: torch.Tensor, output: torch.Tensor) -> bool:
+        """Whether kernels can read the cache's pages where they are."""
+        return False
 
     def dequantised(self, layer, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The queries in the output's dtype."""
         return query
 
-    def read_pages(self, layer, kv_cache, block_table: torch.Tensor, length: int, output: torch.Tensor):
-        """(k, v) [1, Hkv, length, D] of one sequence, in the output's dtype."""
+    def read_pages(self, layer, kv_cache, block_table: torch.Tensor, length: int, output: torch.Tensor) -> Keys:
+        """The first `length` keys and values of a sequence, `block_table` [1, n]; where pages are read in place, of
+        several.
+        """
         raise NotImplementedError
 
 
@@ -141,7 +175,20 @@ class SplittingBuilder:
         others = None
         if reason is None and batch.others:
             others = self._others(common, batch.others, starts, lengths)
-        return Split(batch, others, reason)
+        together = None
+        if reason is None and len(batch.prefills) > 1:
+            together = self._together(batch.prefills, common.block_table_tensor.device)
+        return Split(batch, others, reason, together)
+
+    def _together(self, prefills: tuple[Prefill, ...], device) -> Together:
+        requests = [prefill.request for prefill in prefills]
+        packed = pack(
+            [prefill.start for prefill in prefills], [prefill.rows for prefill in prefills],
+            [prefill.keys for prefill in prefills], device,
+        )  # fmt: skip
+        if requests[-1] - requests[0] + 1 == len(requests):
+            return Together(packed, slice(requests[0], requests[-1] + 1))
+        return Together(packed, torch.tensor(requests, device=device))
 
     def host_lengths(self, common) -> list[int] | None:
         """Keys of each request, exact where it has a tile's queries or more, without waiting for the device."""

@@ -1,0 +1,118 @@
+"""What block_sparse_attention() and tile_statistics() refuse, each by a ValueError of one sentence."""
+
+from __future__ import annotations
+
+import torch
+
+from .request import SCORES, query_tiles
+
+
+def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} must be contiguous along its last axis, got strides {list(x.stride())}")
+    batch = q.shape[0] if sequences is None else len(sequences)
+    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
+    if block_table is not None:
+        check_table(q, block_table, batch)
+        if q.shape[3] != k.shape[3]:
+            raise ValueError(f"q {list(q.shape)} and pages {list(k.shape)} must agree in head dim")
+    elif q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch size and head dim")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})")
+    if min(q.shape) < 1 or min(k.shape) < 1:
+        raise ValueError(f"empty input: q {list(q.shape)}, k {list(k.shape)}")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if spans is None and q_offset < 0:
+        raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
+    if spans is not None:
+        if q_offset:
+            raise ValueError("give either q_offset or spans, not both")
+        if spans.shape != (batch, 4) or spans.dtype != torch.int32 or spans.device != q.device:
+            raise ValueError(
+                f"spans must be int32 [{batch}, 4] on {q.device}, "
+                f"got {spans.dtype} {list(spans.shape)} on {spans.device}"
+            )
+
+
+def check_packed(packed, q, q_offset, spans, blocks, block_table):
+    if q_offset or spans is not None:
+        raise ValueError("packed sequences say where they stand: give neither q_offset nor spans")
+    if block_table is None or blocks is not None:
+        raise ValueError("packed sequences need a block_table and take no block lists")
+    if q.dim() != 4 or q.shape[0] != 1 or packed.end > q.shape[2]:
+        raise ValueError(
+            f"packed sequences end at row {packed.end} of q [1, heads, tokens, head dim], got q {list(q.shape)}"
+        )
+    if packed.table.device != q.device:
+        raise ValueError(f"packed sequences are on {packed.table.device}, but q is on {q.device}")
+
+
+def check_table(q, block_table, batch):
+    if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.shape[1] < 1:
+        raise ValueError(f"block_table must be [{batch}, pages], got {list(block_table.shape)}")
+    if block_table.dtype != torch.int32 or block_table.device != q.device or block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table must be int32 on {q.device}, contiguous along its last axis, got {block_table.dtype} on "
+            f"{block_table.device}, strides {list(block_table.stride())}"
+        )
+
+
+def check_out(out, q, k, v):
+    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(
+            f"out must be {q.dtype} {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out has more than one element in one place: shape {list(out.shape)}, strides {out.stride()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
+        raise ValueError("out= does not support gradients: call it under torch.no_grad(), or leave it out")
+
+
+def check_gate(q, gate):
+    for name, thresholds in (("absolute", gate.absolute), ("gap", gate.gap)):
+        if thresholds is None:
+            continue
+        if thresholds.shape[0] != q.shape[1]:
+            raise ValueError(f"gate '{name}' has {thresholds.shape[0]} heads, but q has {q.shape[1]}")
+        if thresholds.device != q.device:
+            raise ValueError(f"gate '{name}' is on {thresholds.device}, but q is on {q.device}")
+
+
+def check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scores):
+    if scores not in SCORES:
+        raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
+    if window is not None:
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be a positive number of keys, got {window!r}")
+        if not causal:
+            raise ValueError("window needs causal=True: a query sees its last keys")
+        if spans is None and q_offset + q.shape[2] > keys:
+            raise ValueError(
+                f"with a window queries may not pass the keys: they end at position {q_offset + q.shape[2]}, the keys "
+                f"at {keys}"
+            )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
+        raise ValueError(f"sinks must be [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
+
+
+def check_blocks(blocks, q, q_offset, spans, tile):
+    if blocks.counts.device != q.device:
+        raise ValueError(f"block lists are on {blocks.counts.device}, but q is on {q.device}")
+    tiles = query_tiles(q.shape[2], q_offset, spans is not None, tile)
+    if blocks.counts.shape != (*q.shape[:2], tiles):
+        raise ValueError(
+            f"block lists must be given for [batch, query heads, query tiles] = {[*q.shape[:2], tiles]}, "
+            f"got {list(blocks.counts.shape)}"
+        )
