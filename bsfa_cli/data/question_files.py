@@ -28,7 +28,9 @@ def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
 
 def check_positions(path: Path, questions: list[TextQuestion] | list[LikelihoodQuestion], loaded: LoadedModel) -> None:
     """Raise InputError for a question that does not fit, its answer included, into the model's positions."""
-    most = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    from bsfa_kernels.integrations.modules import most_positions
+
+    most = most_positions(loaded.model.config)
     for number, question in enumerate(questions, 1):
         tokens = question.tokens(loaded.tokenizer)
         if most is not None and tokens > most:

@@ -134,7 +134,9 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
 
 def check_positions(config, length: int, flag: str) -> None:
     """Raise UsageError, naming `flag`, when `length` tokens are more than the model has positions for."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    from bsfa_kernels.integrations.modules import most_positions
+
+    most = most_positions(config)
     if most is not None and length > most:
         raise UsageError(f"{flag} {length} is past the model's {most} positions (max_position_embeddings)")
 
