@@ -132,12 +132,12 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
     return model, bundled.name if bundled else _name(source), getattr(config, "_commit_hash", None)
 
 
-def check_positions(config, length: int, flag: str) -> None:
+def check_positions(config, length: int | None, flag: str) -> None:
     """Raise UsageError, naming `flag`, when `length` tokens are more than the model has positions for."""
     from bsfa_kernels.integrations.modules import most_positions
 
     most = most_positions(config)
-    if most is not None and length > most:
+    if most is not None and length is not None and length > most:
         raise UsageError(f"{flag} {length} is past the model's {most} positions (max_position_embeddings)")
 
 
