@@ -105,7 +105,7 @@ def calibrate(
         parse_layers(layers)
     if not dry_run:
         check_folder(output)
-    check_source(given, length or min(DEFAULT_LENGTH.values()))
+    check_source(given, length or min(DEFAULT_LENGTH.values()), samples)
 
     from ..calibration.group import Group, started
     from ..environment import resolve_device
@@ -114,6 +114,8 @@ def calibrate(
         resolve_device(device)
     if processes is not None and processes > 1 and started() == 1 and not dry_run:
         _check_shared(device)
+        if processes > samples:
+            raise UsageError(f"--processes {processes} for {samples} samples: one process has a sample at least")
         _spawn(processes, output, json)
         return
 

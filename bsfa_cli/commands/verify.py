@@ -317,7 +317,7 @@ def _check_texts(artifact: Thresholds, data: str | None, samples: int, length: i
     shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
     if length < shortest:
         raise UsageError(f"--length {length} is shorter than two tiles of the thresholds ({shortest} tokens)")
-    check_source(data, length)
+    check_source(data, length, samples)
 
 
 def _judge_control(control: dict | None, judge: Callable[[dict], list[str]]) -> list[str]:
