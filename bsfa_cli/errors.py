@@ -33,6 +33,10 @@ class GateFailed(BsfaError):
     exit_code = 1
 
 
+class OutOfReach(GateFailed):
+    """An operating point that a calibration run cannot give."""
+
+
 class UsageError(BsfaError):
     """Arguments or configuration that cannot be meant."""
 

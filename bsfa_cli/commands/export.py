@@ -136,7 +136,8 @@ def export(
 ) -> None:
     """Turn a calibration run into thresholds.safetensors, checked on held-out samples.
 
-    Points that the run cannot give are left out, named, and end in exit code 1.
+    Points that the run cannot give are left out, named, and end in exit code 1; where it gives none, nothing is
+    written.
     """
     if output is None:
         raise UsageError("where should the thresholds go? give -o thresholds.safetensors")
