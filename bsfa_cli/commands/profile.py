@@ -69,7 +69,10 @@ def profile(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Time bsfa against every dense baseline, interleaved, over lengths, skip rates and head shapes."""
+    """Time bsfa against every dense kernel that runs here.
+
+    All take turns, over lengths, skip rates and head shapes; with --end-to-end MODEL its whole prefill is timed.
+    """
     from ..timing.plan import load
 
     if fail_under is not None and baseline is None:
