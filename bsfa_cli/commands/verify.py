@@ -104,7 +104,8 @@ def verify(
 ) -> None:
     """Compare a model at an operating point with its dense self.
 
-    In what its kernel computes, what its layers give, and what it predicts or, with --tasks, answers. Without a limit on accuracy, texts fail (exit code 1) where KL is more than 0.01 nats above the noise floor.
+    In what its kernel computes, what its layers give, and what it predicts or, with --tasks, answers. Without a limit
+    on accuracy, texts fail (exit code 1) where KL is more than 0.01 nats above the noise floor.
 
     The thresholds must have been made for this model: its configuration, and the signs of up to 256 weights of every
     parameter, must be those of the calibrated one. That tells models apart that were trained apart; a change too small
