@@ -39,7 +39,7 @@ def timed_once():
 @pytest.fixture
 def no_model(monkeypatch):
     """No weights may be loaded."""
-    from bsfa_cli.models import bundled
+    from bsfa_cli.models import load
 
     def loads(*_, **__):
         raise AssertionError("a model was loaded")
