@@ -165,7 +165,7 @@ def test_a_search_takes_texts_that_the_run_has_not_seen(tmp_path, bsfa):
     options = ("--samples", "2", "--length", "512", "--data", tmp_path / "t.jsonl", "-o", tmp_path / "run")
     assert bsfa("calibrate", *options, "--device", "cpu")[0] == 0
     loaded, begun = load_model(None, device="cpu"), Run.open(tmp_path / "run")
-    from bsfa_cli.commands.export import _texts
+    from bsfa_cli.commands.largest_skip import _texts
 
     texts = _texts(begun, str(tmp_path / "t.jsonl"), 9, 512, loaded)
     seen = {sample["id"] for sample in begun.manifest["samples"]}
