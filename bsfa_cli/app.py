@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
-from .errors import BsfaError, UsageError
+from .errors import BsfaError, UsageError, memory_wanted, said
 from .streams import open_closed_streams, write
 
 TRACEBACK = "BSFA_TRACEBACK"
@@ -153,7 +153,7 @@ def run() -> int:
     except Exception as error:
         message, code = explain(error)
         if not message.isprintable():
-            from bsfa_kernels.container import one_line  # not at the top: it needs torch
+            from bsfa_kernels.words import one_line
 
             message = one_line(message)
         if code == BUG or os.environ.get(TRACEBACK):
@@ -172,12 +172,12 @@ def explain(error: Exception) -> tuple[str, int]:
     if _is_a(error, "bsfa_kernels.backends", "BackendUnavailable"):
         return str(error), 3
     if _out_of_memory(error):
-        return f"out of memory: lower {_memory_option()} ({_first_line(error)})", 3
+        return f"out of memory{memory_wanted(error)}; lower {_memory_option()}", 3
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk ({error})", 3
+        return "no space left on the disk" + (f" of {error.filename}" if error.filename else ""), 3
     if isinstance(error, PermissionError):
-        return f"no permission: {error}", 2
-    return f"this is a bug: {type(error).__name__}: {_first_line(error)}", BUG
+        return f"no permission for {error.filename}" if error.filename else f"no permission: {said(error)}", 2
+    return f"this is a bug: {type(error).__name__}: {said(error)}", BUG
 
 
 def _is_a(error: Exception, module: str, name: str) -> bool:
@@ -200,10 +200,6 @@ def _memory_option() -> str:
         "compare": "--length or --heads",
         "export": "the number of operating points in one call",
     }.get(command, "--length, or choose a 16-bit --dtype")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _stopped(stop: BaseException) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
+from bsfa_kernels.words import kind, quoted
 
 from .errors import UsageError
 
@@ -38,7 +39,7 @@ def load(ctx: typer.Context, path: Path | None) -> Path | None:
             try:
                 parameter.process_value(ctx, defaults[parameter.name])
             except typer.BadParameter as error:
-                raise UsageError(f"{path}: key '{key}' cannot be {value!r}: {error.message}") from error
+                raise UsageError(f"{path}: key '{key}' cannot be {quoted(value)}: {error.message}") from error
     ctx.default_map = defaults
     return path
 
@@ -79,7 +80,7 @@ def _read(path: Path) -> dict:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a mapping of option names to values, got {type(content).__name__}")
+        raise UsageError(f"{path} must hold a mapping of option names to values, got {kind(content)}")
     return content
 
 
@@ -93,7 +94,7 @@ def _section(content: dict, parameters: dict, path: Path, ctx: typer.Context) ->
             raise UsageError(f"{path}: unknown section '{key}'; there may be {', '.join(commands)}")
     section = content.get(ctx.info_name) or {}
     if not isinstance(section, dict):
-        raise UsageError(f"{path}: section '{ctx.info_name}' must be a mapping, got {type(section).__name__}")
+        raise UsageError(f"{path}: section '{ctx.info_name}' must be a mapping, got {kind(section)}")
     return section
 
 

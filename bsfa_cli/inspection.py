@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import verification
 from .comparison import matching
-from .errors import InputError
+from .errors import InputError, unlike_its_format
 from .files import read_result
 from .presentation.points_table import bound_words, modality_lines
 from .timing import compare
@@ -44,7 +44,7 @@ def inspect(path: Path) -> Inspected:
 
         if isinstance(error, Malformed):  # says what is wrong
             raise
-        raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
+        raise unlike_its_format(path, error) from error
 
 
 def _read(path: Path) -> Inspected:

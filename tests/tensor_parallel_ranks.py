@@ -1,6 +1,6 @@
-"""One process of a tensor-parallel group: models of a folder, loaded with tp_plan, against what one process computed.
+"""A tensor-parallel group: models of a folder, loaded with tp_plan, against what one process computed.
 
-    torchrun --nproc-per-node 2 tests/tensor_parallel_ranks.py FOLDER
+    python tests/tensor_parallel_ranks.py FOLDER 2      as torchrun --nproc-per-node 2, but imports are paid for once
 
 `from_pretrained` takes a tp_plan where accelerate is installed; elsewhere the loaded model is divided by what
 `from_pretrained` calls for it.
@@ -10,6 +10,8 @@ writes FOLDER/rank-r.json: {NAME: {dense, sparse: largest error over the logits'
 """
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -75,5 +77,22 @@ def main(root: Path) -> None:
     dist.destroy_process_group()
 
 
+def start(root: Path, processes: int) -> int:
+    """Fork the processes, each told who it is as by torchrun; the number of those that failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pids = []
+    for rank in range(processes):
+        pids.append(os.fork())
+        if not pids[-1]:
+            place = group | {"RANK": rank, "LOCAL_RANK": rank}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            main(root)
+            sys.exit()
+    return sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(start(Path(sys.argv[1]), int(sys.argv[2])))

@@ -219,6 +219,35 @@ def test_values_that_cannot_be_meant(run, one_sentence, tmp_path, monkeypatch, a
     assert not list(tmp_path.iterdir())
 
 
+MANY = 99999999999
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("calibrate", "-o", "run", "--samples", MANY),
+        ("calibrate", "-o", "run", "--length", MANY),
+        ("calibrate", "-o", "run", "--samples", 4, "--processes", MANY),
+        ("verify", "--thresholds", "t", "--tasks", "all", "--questions", MANY),
+        ("verify", "--thresholds", "t", "--tasks", "single", "--lengths", f"512,{MANY}"),
+        ("compare", "bundled", "--samples", MANY),
+        ("compare", "bundled", "--tasks", "all", "--questions", MANY),
+        ("compare", "--layers", MANY),
+        ("capture", "-o", "captured", "--length", MANY),
+        ("fetch", "smollm2", "-o", "model", "--stretch", MANY),
+    ],
+)
+def test_a_count_with_digits_too_many_is_refused_before_anything_is_made(
+    run, no_model, tmp_path, monkeypatch, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    result = run(*arguments)
+    assert result.code == 2 and result.out == "" and "Traceback" not in result.err
+    assert any(words in result.err for words in ("bsfa makes at most; lower", "one process has", "less than or eq"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_output_that_cannot_be_written(run, one_sentence, tmp_path):
     (tmp_path / "file").write_text("")
     one_sentence(run("calibrate", "-o", tmp_path / "file" / "run"), 2, "cannot write")
@@ -265,7 +294,7 @@ def test_out_of_memory_names_the_option_to_lower(
         "verify": (checkpoint, "--thresholds", tmp_path / "t.safetensors"),
         "profile": ("--device", "cpu"),
     }[command]
-    one_sentence(run(command, *arguments), 3, "lower --length")
+    one_sentence(run(command, *arguments), 3, "out of", "(asked for 80.00 GiB); lower --length")
 
 
 def test_tasks_in_a_length_too_short_for_their_text(run, one_sentence, tmp_path, checkpoint, artifact, monkeypatch):

@@ -49,6 +49,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
     done = bsfa("--help")
     for name in cli.COMMANDS:
         assert f"\n  {name}" in done.stdout
+    assert "..." not in done.stdout.partition("Commands:")[2]  # what a command is for is said whole
     probe = f"import sys, bsfa_cli.app; print([name for name in {HEAVY!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
 

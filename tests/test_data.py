@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from bsfa_cli.data import prompts
 from bsfa_cli.data import texts as data
 from bsfa_cli.data.generated_text import KINDS, generate
+from bsfa_cli.data.images import ImageData
 from bsfa_cli.data.texts import data_hash, load_texts
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.models.random_weights import build_tokenizer
@@ -217,6 +219,25 @@ def test_sources_that_are_not_there(tmp_path, tokenizer, spec, kind, said):
     for read in (lambda: load(spec, tokenizer), lambda: data.check_source(spec, 512)):
         with pytest.raises(kind, match=said):
             read()
+
+
+def test_files_end_and_what_is_made_does_not(tmp_path, tokenizer):
+    """A count far too large takes all of a file, and is refused where it would be made."""
+    path = tmp_path / "a.txt"
+    path.write_text("some words " * 400)
+    prompts.check_source(str(path), 256, 1 << 40)
+    assert 2 <= len(data.load_texts(str(path), samples=1 << 40, length=256, tokenizer=tokenizer)) < 100
+    for spec in (
+        None,
+        "builtin:mixed",
+        "builtin:shapes",
+        f"{path},tasks:single",
+        ImageData.of("a.csv", tmp_path, 1, True),
+    ):
+        with pytest.raises(
+            UsageError, match="are more than the 134,217,728 that bsfa makes at most; lower --samples or"
+        ):
+            prompts.check_source(spec, 256, 1 << 40)
 
 
 def test_tasks_keep_their_commas_and_results_name_no_folders():

@@ -82,10 +82,10 @@ def test_the_first_layer_skips_on_held_out_text_what_the_table_says(gate, finish
         (["{run}"], 2, "give -o"),
         (["{run}", "-o", "{tmp}/t"], 2, "which operating points"),
         (["-o", "{tmp}/t", "--top-k", "2"], 2, "either a run directory or --from-official"),
-        (["{run}", "-o", "{tmp}/t", "--top-k", "5"], 2, "what was collected: 1, 2, 3"),
+        (["{run}", "-o", "{tmp}/t", "--top-k", "5"], 1, "what was collected: 1, 2, 3"),
         (["{run}", "-o", "{tmp}/t", "--target-skip", "1.5"], 2, "between 0 and 1"),
-        (["{run}", "-o", "{tmp}/t", "--target-skip", "0.999"], 2, "cannot be reached"),
-        (["{run}", "-o", "{tmp}/t", "--max-dropped-mass", "1e-6"], 2, "the least is 0.0001"),
+        (["{run}", "-o", "{tmp}/t", "--target-skip", "0.999"], 1, "cannot be reached"),
+        (["{run}", "-o", "{tmp}/t", "--max-dropped-mass", "1e-6"], 1, "the least is 0.0001"),
         (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--top-k", "2"], 2, "asked for twice"),
         (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--gate", "both"], 2, "gap or absolute"),
         (["{run}", "-o", "{tmp}/t", "--top-k", "2", "--quantile", "0"], 2, "--quantile must lie"),
@@ -105,7 +105,7 @@ def test_what_cannot_be_exported_gets_one_sentence(arguments, code, said, finish
     assert not (tmp_path / "t").exists()
 
 
-def test_points_out_of_reach_leave_the_others_and_exit_with_1(finished, tmp_path, bsfa):
+def test_points_out_of_reach_exit_with_1_and_leave_the_others(finished, tmp_path, bsfa):
     points = (
         "--target-skip",
         "0.1",
@@ -165,7 +165,7 @@ def test_a_search_takes_texts_that_the_run_has_not_seen(tmp_path, bsfa):
     options = ("--samples", "2", "--length", "512", "--data", tmp_path / "t.jsonl", "-o", tmp_path / "run")
     assert bsfa("calibrate", *options, "--device", "cpu")[0] == 0
     loaded, begun = load_model(None, device="cpu"), Run.open(tmp_path / "run")
-    from bsfa_cli.commands.export import _texts
+    from bsfa_cli.commands.largest_skip import _texts
 
     texts = _texts(begun, str(tmp_path / "t.jsonl"), 9, 512, loaded)
     seen = {sample["id"] for sample in begun.manifest["samples"]}
@@ -255,7 +255,6 @@ def test_layers_kept_dense_skip_nothing_and_the_others_more(finished, tmp_path, 
         (("--target-skip", 0.1, "--keep-dense", "auto:3"), "would keep all 3 modules dense"),
         (("--target-skip", 0.1, "--keep-dense", "auto:0"), "must be like 0-1,29 or auto:2"),
         (("--target-skip", 0.1, "--keep-dense", "first"), "--keep-dense must be like"),
-        (("--target-skip", 0.9, "--keep-dense", "0-1"), "cannot be reached"),
         (("--top-k", 2, "--keep-dense", "auto:1"), "name layers for --top-k"),
         (("--keep-dense", "0"), "--keep-dense belongs to --target-skip"),
         (("--keep-dense", "0", "--target-skip", 0.1, "--largest-skip-with", "kl=0.1"), "take no search"),
@@ -263,3 +262,10 @@ def test_layers_kept_dense_skip_nothing_and_the_others_more(finished, tmp_path, 
 )
 def test_layers_that_cannot_be_kept_dense_are_refused(finished, tmp_path, run, one_sentence, asked, words):
     one_sentence(run("export", finished, "-o", tmp_path / "t", *asked), 2, words)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_rate_that_the_layers_left_cannot_give_is_no_wrong_command(finished, tmp_path, run, one_sentence):
+    result = run("export", finished, "-o", tmp_path / "t", "--target-skip", 0.9, "--keep-dense", "0-1")
+    one_sentence(result, 1, "cannot be reached")
+    assert not (tmp_path / "t").exists()

@@ -10,7 +10,7 @@ from bsfa_kernels.thresholds import interpolate, tile_positions
 
 from bsfa_cli.calibration import fit
 from bsfa_cli.calibration.curves import GRIDS, LEVELS, ModuleCurves, Plan
-from bsfa_cli.errors import UsageError
+from bsfa_cli.errors import OutOfReach
 
 TILE, LENGTH, HEADS = TileShape(8, 16), 256, 4
 PLAN = Plan(TILE, LENGTH, (2, 4))
@@ -103,7 +103,7 @@ def test_target_skip_drops_the_least_mass_that_any_choice_could():
 
 def test_unreachable_rates_are_refused_with_the_rate_that_can_be_had(fitted):
     table = fit.Table.of(fitted, "gap")
-    with pytest.raises(UsageError, match=r"0\.9999 cannot be reached.*drops 0\.\d+ of the candidate"):
+    with pytest.raises(OutOfReach, match=r"0\.9999 cannot be reached.*drops 0\.\d+ of the candidate"):
         fit.target_skip(table, 0.9999)
 
 
@@ -123,7 +123,7 @@ def test_max_dropped_mass_bounds_every_row_at_quantile_one(gate, fitted):
     assert float((1 - (lse - open_lse).exp()).max()) <= most + 1e-5
     looser = fit.evaluate(table, fit.max_dropped_mass(table, most, 0.8), 0.8)
     assert looser.skip >= reached.skip
-    with pytest.raises(UsageError, match="least is 0.0001"):
+    with pytest.raises(OutOfReach, match="least is 0.0001"):
         fit.max_dropped_mass(table, 1e-5, 0.99)
 
 
@@ -149,7 +149,7 @@ def test_top_k_keeps_about_k_tiles_and_its_estimate_is_close(fitted, held_out):
         assert math.isclose(1 - kept / candidates, expected.skip, abs_tol=0.05)
     short = [i for i, tile in enumerate(PLAN.knot_tiles) if tile * TILE.rows // TILE.keys <= 4]
     assert thresholds[:, short].eq(-torch.inf).all() and thresholds[:, short[-1] + 1 :].isfinite().all()
-    with pytest.raises(UsageError, match="--top-k 5 lies outside of what was collected: 2, 4"):
+    with pytest.raises(OutOfReach, match="--top-k 5 lies outside of what was collected: 2, 4"):
         fit.top_k(fitted, PLAN, 5)
 
 
@@ -186,5 +186,5 @@ def test_one_threshold_is_one_and_reaches_its_rate(gate, fitted):
     choice = fit.one_threshold(table, 0.4)
     assert len(choice.unique()) == 1
     assert fit.evaluate(table, choice, 0.99).skip >= 0.4 > fit.evaluate(table, choice - 1, 0.99).skip
-    with pytest.raises(UsageError, match="cannot be reached"):
+    with pytest.raises(OutOfReach, match="cannot be reached"):
         fit.one_threshold(fit.Table.of(fitted, "gap"), 0.9999)

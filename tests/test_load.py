@@ -114,7 +114,7 @@ def test_broken_configurations(checkpoint):
     (checkpoint / "config.json").write_text("{")
     assert "not valid JSON" in refused(checkpoint)
     (checkpoint / "config.json").write_text("[1]")
-    assert "must hold a JSON object, got list" in refused(checkpoint)
+    assert "must hold a JSON object, got a list" in refused(checkpoint)
     (checkpoint / "config.json").write_text('{"model_type": "no-such-thing"}')
     assert "configuration" in refused(checkpoint) and "no-such-thing" in refused(checkpoint)
 

@@ -54,7 +54,7 @@ def children(process) -> list[int]:
 
 
 def test_a_lost_process_loses_its_sample_in_progress_and_another_does_it(finished, random_model, tmp_path):
-    process = start(random_model, "-o", tmp_path / "run", *SMALL, "--processes", 3, "--json")
+    process = start(random_model, "-o", tmp_path / "run", *SMALL, "--processes", 2, "--json")
     lines = []
     for line in process.stderr:
         lines.append(line)
@@ -62,7 +62,7 @@ def test_a_lost_process_loses_its_sample_in_progress_and_another_does_it(finishe
             os.kill(children(process)[-1], signal.SIGKILL)
             lines.append(" by process ")  # once
     assert process.wait() == 0, lines
-    assert "process 3 was lost (SIGKILL), and its sample in progress with it\n" in lines
+    assert "process 2 was lost (SIGKILL), and its sample in progress with it\n" in lines
     assert contents(tmp_path / "run") == contents(finished) and names(tmp_path / "run") == {*RUN_FILES, ".lock"}
     told = json.loads(process.stdout.read())
     assert len(told["seconds"]) == 5 and sum(map(len, told["samples"].values())) == 5

@@ -19,17 +19,17 @@ def test_the_whole_experiment_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "TOP_K", (2, 1))
     monkeypatch.setattr(recipes, "MASSES", (0.1, 0.01))
     arguments = ["--out", str(tmp_path), "--calibrate-length", "640", "--samples", "3", "--lengths", "640"]
-    arguments += ["--tasks", "multi-key,tracking-1", "--questions", "3"]
+    arguments += ["--tasks", "multi-key,tracking-1", "--questions", "2"]
     chosen = [name for name in recipes.RECIPES if name != "even skip, absolute" and not name.endswith("dense")]
     arguments += [part for name in chosen for part in ("--recipe", name)]
     monkeypatch.setattr(sys, "argv", ["recipes", *arguments])
     assert recipes.main() == 0
     result = json.loads((tmp_path / "recipes.json").read_text())
-    assert set(result["recipes"]) == set(chosen) and result["evaluation"]["questions"] == 4
+    assert set(result["recipes"]) == set(chosen) and result["evaluation"]["questions"] == 2
     assert result["evaluation"]["mode"] == "teacher-forced"
     assert result["dense"]["exact"] == 1 and "synthetic" in result["label"]
     for recipe, entry in result["recipes"].items():
-        assert len(entry["points"]) == 2 and all(point["questions"] == 4 for point in entry["points"])
+        assert len(entry["points"]) == 2 and all(point["questions"] == 2 for point in entry["points"])
         assert max(point["skip"] for point in entry["points"]) > 0.1, recipe
         if "gap" in recipe:
             assert entry["furthest"]["retention"] == 1

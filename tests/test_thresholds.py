@@ -109,7 +109,7 @@ def test_check_model_names_the_field():
         ({"eps": 1e-5, "rope": {"factor": 4, "kind": "yarn"}}, "config.eps is 1e-06 there and 1e-05 here"),
         ({"rope": {"factor": 4, "kind": "yarn"}}, "config.rope.factor is 8 there and 4 here"),
         ({"rope": {"factor": 8}}, "config.rope.kind is yarn there and absent here"),
-        ({"added": None}, "config.added is absent there and None here"),
+        ({"added": None}, "config.added is absent there and null here"),
     ):
         with pytest.raises(ThresholdsError, match=f": {re.escape(said)}$"):
             thresholds.check_model(MODEL | {"config": made_for["config"] | changes, "config_hash": "other"})

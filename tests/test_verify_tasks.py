@@ -78,6 +78,21 @@ def test_questions_past_the_models_positions_are_refused(run, one_sentence, arti
     one_sentence(run(*command), 4, "q.jsonl, question 2: its 140,129 tokens, answer included", "positions")
 
 
+def test_what_cannot_be_drawn_or_shown_is_refused_before_the_model_is_loaded(
+    run, one_sentence, no_model, artifact, tmp_path
+):
+    """Files without depths, and tasks that ask about the whole document; a limit that a file is too small for."""
+    path = tmp_path / "mine.jsonl"
+    lines = [{"question": "Two and two?", "choices": ["four", "five"], "answer": 0}] * 4
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("verify", "--thresholds", artifact, "--device", "cpu", "--tasks")
+    for tasks in (path, "frequent-words"):
+        result = run(*command, tasks, "--heat-map", tmp_path / "map.svg")
+        one_sentence(result, 2, "--heat-map draws answers by depth", f"no question of {tasks} is asked at one")
+    assert not (tmp_path / "map.svg").exists()
+    one_sentence(run(*command, path, "--min-retention", "0.9"), 2, f"and 4 would be asked; add some to {path}")
+
+
 def test_generation_and_teacher_forcing_agree(loaded):
     examiner, plan = Examiner(loaded.model, loaded.tokenizer), Plan(("multi-query", "records", "tracking-3"), (512,), 2)
     for place in plan.places():

@@ -4,7 +4,6 @@ import bsfa_kernels.integrations.transformers as bsfa
 import pytest
 import torch
 from bsfa_kernels import hopper
-from bsfa_kernels.integrations import warmup as module
 from bsfa_kernels.integrations.warmup import lengths, warmup
 from test_lifecycle import thresholds_for
 from tiny_models import build
@@ -29,7 +28,7 @@ def test_one_length_of_every_kind_of_section():
 def test_all_kinds_of_calls_are_made_and_counters_start_anew(name, padded, monkeypatch):
     model = build(name, max_position_embeddings=2048)
     bsfa.apply(model, thresholds_for(model, 3.0), count=True)
-    monkeypatch.setattr(module, "_limits", lambda *shape: {600, 5000})
+    monkeypatch.setattr(hopper, "section_limits", lambda *shape: {600, 5000})
     calls, said = [], []
     layer = model.model.layers[-1].self_attn
     attend = bsfa.active(layer).attend

@@ -15,7 +15,7 @@ import torch
 from bsfa_kernels.modality import MODALITIES
 from bsfa_kernels.thresholds import Reached, interpolate
 
-from ..errors import UsageError
+from ..errors import OutOfReach
 from .curves import FIXED_POINT, GRIDS, LEVELS, Plan, octave
 
 BISECTIONS = 60
@@ -115,9 +115,9 @@ def effect_skip(table: Table, rate: float) -> torch.Tensor:
 
 
 def kl_skip(table: Table, rate: float) -> torch.Tensor:
-    """The same, shared out so that the predictions change least. Raises UsageError for a run without gradients."""
+    """The same, shared out so that the predictions change least. Raises OutOfReach for a run without gradients."""
     if table.kl is None:
-        raise UsageError("--kl-skip needs a run of calibrate --gradients, and this one has none")
+        raise OutOfReach("--kl-skip needs a run of calibrate --gradients, and this one has none")
     return _cheapest(table, rate, table.kl)
 
 
@@ -125,7 +125,7 @@ def _cheapest(table: Table, rate: float, cost: torch.Tensor) -> torch.Tensor:
     """Choice [N, P] that drops `rate` of all candidate tiles for the least `cost` [N, P, entries].
 
     The cheapest choices for a price per dropped tile trace the lower convex hull; the price is bisected, and units
-    go over from the cheaper to the dearer choice one by one until the rate is reached. Raises UsageError where even
+    go over from the cheaper to the dearer choice one by one until the rate is reached. Raises OutOfReach where even
     the highest threshold of the grid drops too little.
     """
     wanted = _wanted(table, rate)
@@ -158,15 +158,15 @@ def _cheapest(table: Table, rate: float, cost: torch.Tensor) -> torch.Tensor:
 
 
 def _wanted(table: Table, rate: float) -> int:
-    """Tiles to drop for `rate` of all candidates. Raises UsageError where the grid cannot."""
+    """Tiles to drop for `rate` of all candidates. Raises OutOfReach where the grid cannot."""
     wanted = math.ceil(rate * int(table.candidates.sum()) - 1e-6)
     most = int(table.dropped[..., -1].sum())
     if not int(table.candidates.sum()):
-        raise UsageError(
+        raise OutOfReach(
             "the run's samples are too short: no tile of theirs may be dropped; calibrate with a larger --length"
         )
     if most < wanted:
-        raise UsageError(
+        raise OutOfReach(
             f"a skip rate of {rate:g} cannot be reached: the highest {table.gate} threshold drops {table.reach:.4f} of "
             f"the candidate tiles; ask for less{', or for --gate absolute' if table.gate == 'gap' else ''}"
         )
@@ -183,7 +183,7 @@ def even_skip(table: Table, rate: float) -> torch.Tensor:
 def one_threshold(table: Table, rate: float) -> torch.Tensor:
     """Choice [N, P], the same threshold in every unit: the lowest that drops `rate` of all candidate tiles.
 
-    Raises UsageError where even the highest threshold of the grid drops too little.
+    Raises OutOfReach where even the highest threshold of the grid drops too little.
     """
     wanted = _wanted(table, rate)
     entry = int(torch.searchsorted(table.dropped.sum((0, 1)), wanted))
@@ -193,11 +193,11 @@ def one_threshold(table: Table, rate: float) -> torch.Tensor:
 def max_dropped_mass(table: Table, most: float, quantile: float) -> torch.Tensor:
     """Choice [N, P]: in every unit the highest threshold at which `quantile` of the query tiles stay within `most`.
 
-    `most` is rounded down to one of LEVELS. Raises UsageError below the smallest of them.
+    `most` is rounded down to one of LEVELS. Raises OutOfReach below the smallest of them.
     """
     level = sum(value <= most * (1 + 1e-9) for value in LEVELS) - 1
     if level < 0:
-        raise UsageError(f"--max-dropped-mass {most:g} is below what is counted; the least is {LEVELS[0]:g}")
+        raise OutOfReach(f"--max-dropped-mass {most:g} is below what is counted; the least is {LEVELS[0]:g}")
     needed = torch.ceil(quantile * table.tiles - 1e-9)
     held = (table.within[:, :, level] >= needed[..., None]).sum(-1)  # falls with the entry, and holds for entry 0
     return table.tightened(held - 1)
@@ -207,7 +207,7 @@ def top_k(curves: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, k: int) 
     """float64 [N, knots]: mean over samples of the midpoint between the k-th and k+1-th largest tile maximum.
 
     It falls with k, so of a k that was not collected it lies between those of its neighbours, and is taken there
-    linearly in log k. Raises UsageError for a k outside of those collected.
+    linearly in log k. Raises OutOfReach for a k outside of those collected.
     """
     below, above = neighbours(plan, k)
     low, high = (
@@ -226,11 +226,11 @@ def _means(sums: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
 
 
 def neighbours(plan: Plan, k: int) -> tuple[int, int]:
-    """The nearest collected values of k, one on each side, or k twice. Raises UsageError where there are none."""
+    """The nearest collected values of k, one on each side, or k twice. Raises OutOfReach where there are none."""
     below, above = ([rank for rank in plan.ranks if sign * rank >= sign * k] for sign in (-1, 1))
     if not below or not above:
         kept = ", ".join(map(str, plan.ranks)) or "none"
-        raise UsageError(f"--top-k {k} lies outside of what was collected: {kept} (calibrate --top-k)")
+        raise OutOfReach(f"--top-k {k} lies outside of what was collected: {kept} (calibrate --top-k)")
     return max(below), min(above)
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bsfa_kernels.container import short
 from bsfa_kernels.thresholds import Point, Reached, Thresholds
+from bsfa_kernels.words import short
 
 from ..errors import InputError, UsageError
 from . import fit, points

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-from ..errors import MachineError, UsageError
+from ..errors import MachineError, UsageError, said
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 BEGUN = "bsfa/begun"
@@ -44,7 +44,7 @@ class Group:
         try:
             store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         except (RuntimeError, ValueError, OSError) as error:
-            raise MachineError(f"the processes do not find each other: {_sentence(error)}") from error
+            raise MachineError(f"the processes do not find each other: {said(error)}") from error
         return cls(rank, size, int(os.environ["LOCAL_RANK"]), store)
 
     @property
@@ -84,7 +84,3 @@ def started() -> int:
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start the processes by torchrun")
     return int(size)
-
-
-def _sentence(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import UsageError
+from ..errors import OutOfReach, UsageError
 from . import fit
 
 FORMULA = "a * exp(b * target_sparsity)"
@@ -55,7 +55,7 @@ class Heads:
 def fit_curve(table: fit.Table, rate: float, lengths: Sequence[int]) -> Curve:
     """The curve through `rate`, a least-squares line for ln(lambda * length) over the rates that the table reaches.
 
-    Raises UsageError where the rate is not reached below lambda = 1, from which on the engines skip nothing.
+    Raises OutOfReach where the rate is not reached below lambda = 1, from which on the engines skip nothing.
     """
     length = round(math.exp(sum(n * n * math.log(n) for n in lengths) / sum(n * n for n in lengths)))
     active, ignore = _dense_modules(table, rate)
@@ -63,7 +63,7 @@ def fit_curve(table: fit.Table, rate: float, lengths: Sequence[int]) -> Curve:
     points = [(r, gap) for r in RATES if (gap := _gap_for(table, totals, r)) is not None]
     exact = _gap_for(table, totals, rate)
     if exact is None or len(points) < 2:
-        raise UsageError(
+        raise OutOfReach(
             f"a skip rate of {rate:g} cannot be reached with one lambda below 1: the curves give at most "
             f"{float(totals[-1]) / max(1, int(table.candidates.sum())):.4f}; ask for less"
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bsfa_kernels.container import Malformed, exact_keys, short
+from bsfa_kernels.container import Malformed, exact_keys
+from bsfa_kernels.words import short
 
 KEYS = ("schema", "model", "data", "options", "modules", "samples", "software")
 ROLES = ("fit", "heldout")

@@ -77,8 +77,7 @@ def _load(path: Path) -> Mapping[str, object]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{path} cannot be loaded as plain tensors and numbers; it is damaged, or holds code, which is never run "
-            f"({type(error).__name__})"
+            f"{path} cannot be loaded as plain tensors and numbers; it is damaged, or holds code, which is never run"
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a dictionary, got {type(content).__name__}")

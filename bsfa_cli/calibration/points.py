@@ -10,7 +10,7 @@ import torch
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Reached, Thresholds
 
 from ..data.texts import is_generated, names
-from ..errors import UsageError
+from ..errors import OutOfReach, UsageError
 from . import fit
 from .curves import int8_errors, octave
 from .store import Curves, Run
@@ -129,7 +129,7 @@ def export(
     asked for, FITTED or HELD_OUT; the latter then check everything but that rate. `scores` that the points are to run
     with, the run's own by default; heads whose output int8 ones move by more than `max_int8_error` stay exact.
     `by_modality`: thresholds of their own for query tiles of text, of images and of both. Raises InputError for a run
-    that is damaged or not finished, UsageError where it gives none of the points.
+    that is damaged or not finished, OutOfReach where it gives none of the points.
     """
     plan = run.plan
     if by_modality and not plan.modal:
@@ -148,13 +148,13 @@ def export(
         fitted, held_out = tables["fit", request.gate], tables.get(("heldout", request.gate))
         try:
             thresholds, report = _point(request, plan, curves, fitted, held_out, quantile, aim, by_modality)
-        except UsageError as error:
+        except OutOfReach as error:
             left_out[request.name] = str(error)
             continue
         rows.append(thresholds)
         reports.append(report)
     if not rows:
-        raise UsageError("; ".join(left_out.values()))
+        raise OutOfReach("; ".join(left_out.values()))
     scores = scores or plan.scores
     exact = exact_heads(run, curves["fit"], max_int8_error) if scores == "int8" else {}
     reports = [replace(each, point=replace(each.point, scores=scores, exact_heads=exact)) for each in reports]
@@ -317,7 +317,7 @@ def _dearest(request: Request, table: fit.Table, count: int) -> tuple[str, ...]:
 
 
 def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim: str) -> torch.Tensor:
-    """The choice for a skip rate of the samples to aim at. Raises UsageError where it cannot be reached."""
+    """The choice for a skip rate of the samples to aim at. Raises OutOfReach where it cannot be reached."""
     choose = CHOICES[request.recipe]
     choice = choose(fitted, request.argument)
     if aim == FITTED:
@@ -331,7 +331,7 @@ def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim
     below, above = request.argument, fitted.reach
     choice = choose(fitted, above)
     if not skips(choice):
-        raise UsageError(
+        raise OutOfReach(
             f"held-out samples cannot skip {request.argument:g}: with the highest threshold they skip "
             f"{fit.evaluate(held_out, choice, 1.0).skip:.4f}"
         )

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape
-from bsfa_kernels.container import Malformed, difference, exact_keys, pack, sequence, short, unpack
+from bsfa_kernels.container import Malformed, difference, exact_keys, pack, sequence, unpack
 from bsfa_kernels.thresholds import model_difference
+from bsfa_kernels.words import short
 from safetensors import SafetensorError, safe_open
 
 from ..errors import BsfaError, InputError, UsageError

@@ -76,12 +76,15 @@ def calibrate(
             "`torchrun --nproc-per-node N -m bsfa_cli calibrate` does so too.",
         ),
     ] = None,
-    seed: Annotated[int, Option(min=0, help="Of generated text and of the choice of samples.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of generated text and of the choice of samples.")] = 0,
     dry_run: Annotated[bool, Option("--dry-run", help="Print memory, file sizes and samples, and stop.")] = False,
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Run the model densely over samples and keep the statistics from which any operating point can be exported."""
+    """Collect from a model what thresholds are chosen from.
+
+    Runs the model densely over samples and keeps the statistics from which any operating point can be exported.
+    """
     if output is None and not dry_run:
         raise UsageError("where should the run be kept? give -o RUN")
     if tile not in TILES:
@@ -106,7 +109,7 @@ def calibrate(
         parse_layers(layers)
     if not dry_run:
         check_folder(output)
-    check_source(given, length or min(DEFAULT_LENGTH.values()))
+    check_source(given, length or min(DEFAULT_LENGTH.values()), samples)
 
     from ..calibration.group import Group, started
     from ..environment import resolve_device
@@ -115,6 +118,8 @@ def calibrate(
         resolve_device(device)
     if processes is not None and processes > 1 and started() == 1 and not dry_run:
         _check_shared(device)
+        if processes > samples:
+            raise UsageError(f"--processes {processes} for {samples} samples: one process has a sample at least")
         _spawn(processes, output, json)
         return
 

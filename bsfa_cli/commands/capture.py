@@ -27,13 +27,16 @@ def capture(
         int | None, Option(min=1, help="Tokens of the prompt; 32768 on a GPU and 2048 on a CPU by default.")
     ] = None,
     layers: Annotated[str | None, Option(help="Only these layers, e.g. 0-3,8; all by default.")] = None,
-    seed: Annotated[int, Option(min=0, help="Of generated text.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of generated text.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Write post-RoPE Q, K and V of chosen layers for one prompt, for `bsfa compare --captured`."""
+    """Keep a model's Q, K and V, for `bsfa compare --captured`.
+
+    Those of chosen layers for one prompt, as they go into attention (after RoPE).
+    """
     if output is None:
         raise UsageError("where should the tensors go? give -o captured.safetensors")
     if layers is not None:
@@ -45,7 +48,7 @@ def capture(
     from ..data.texts import falls_short, remarks
     from ..files import CAPTURE, check_writable, write_whole
 
-    check_source(given, length or min(DEFAULT_LENGTH.values()))
+    check_source(given, length or min(DEFAULT_LENGTH.values()), 1)
     check_writable(output, CAPTURE)
 
     from ..calibration.run import chosen_modules

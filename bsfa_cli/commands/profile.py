@@ -69,7 +69,10 @@ def profile(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Time bsfa against every dense baseline, interleaved, over lengths, skip rates and head shapes."""
+    """Time bsfa against every dense kernel that runs here.
+
+    All take turns, over lengths, skip rates and head shapes; with --end-to-end MODEL its whole prefill is timed.
+    """
     from ..timing.plan import load
 
     if fail_under is not None and baseline is None:
@@ -126,7 +129,7 @@ def profile(
     if end_to_end is not None:
         from ..data.prompts import check_source
 
-        check_source(given, max(plan.lengths))
+        check_source(given, max(plan.lengths), 1)
     result = run.empty(plan, device)
     stored = compare.read(baseline) if baseline else None
     if stored:

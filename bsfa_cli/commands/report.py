@@ -19,7 +19,10 @@ def report(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Write one self-contained HTML page from stored results; needs no GPU."""
+    """Make one HTML page of stored results.
+
+    It needs no GPU and no network, neither to be made nor to be read.
+    """
     if not results:
         raise UsageError("which results? give JSON files that bsfa compare, profile or verify wrote with -o")
     if output is None:

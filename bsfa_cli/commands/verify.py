@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Argument, Context, Option
 
-from ..errors import GateFailed, InputError, UsageError
+from ..errors import GateFailed, UsageError
 from ..idle import refuse_idle
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 if TYPE_CHECKING:
     from bsfa_kernels.thresholds import Thresholds
 
-    from ..data.image_questions import ImagePlan
+    from ..data.question_sets import QuestionSet
     from ..models.load import LoadedModel
     from ..verification.gates import Gates
 
@@ -102,9 +102,10 @@ def verify(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Compare the model at an operating point with its dense self: kernel, layers, predictions, or answers.
+    """Compare a model at an operating point with its dense self.
 
-    Without a limit on accuracy, texts fail (exit code 1) where KL is more than 0.01 nats above the noise floor.
+    In what its kernel computes, what its layers give, and what it predicts or, with --tasks, answers. Without a limit
+    on accuracy, texts fail (exit code 1) where KL is more than 0.01 nats above the noise floor.
 
     The thresholds must have been made for this model: its configuration, and the signs of up to 256 weights of every
     parameter, must be those of the calibrated one. That tells models apart that were trained apart; a change too small
@@ -118,65 +119,59 @@ def verify(
     )  # fmt: skip
     if tasks is None and not gates.judge_accuracy:
         gates = replace(gates, max_kl_over_floor=DEFAULT_KL)
-    if tasks is None:
-        refuse_idle(context, ("questions",), "without --tasks")
-    else:
-        refuse_idle(
-            context, ("samples",) if image_root else ("samples", "data", "frames", "repeat_data"), "with --tasks"
-        )
-    if tasks is not None and image_root is None and _is_file(tasks):
-        refuse_idle(context, ("questions", "length", "lengths"), f"with {tasks}, whose questions are all asked")
-    _check_options(tasks, gates, negative_control, lengths, heat_map, save_questions)
-    pictured = _pictured(tasks, data, image_root, frames, repeat_data, lengths, save_questions, questions, length, seed)
+    _check_options(context, gates)
+    sizes = None if lengths is None else _lengths(lengths)
     if heat_map is not None:
         figures.check(heat_map)
-
     if scores not in (None, "exact", "int8"):
         raise UsageError(f"--scores must be exact or int8, got {scores!r}")
+    data = joined(data if tasks is None or image_root is None else [tasks], image_root, frames, repeat_data)
+
     from bsfa_kernels.backends import NAMES
     from bsfa_kernels.thresholds import Thresholds
 
+    from ..console import note, print_json
+    from ..environment import describe, resolve_device
+    from ..files import RESULT, check_writable, write_json
+    from ..verification import FORMAT, KIND
+
     if backend not in ("auto", *NAMES):
         raise UsageError(f"--backend must be auto or one of {', '.join(NAMES)}; got {backend!r}")
+    place = resolve_device(device)
+    asked, own_length, length = None, length, length or DEFAULT_LENGTH[place.type]
     if tasks is not None:
-        gates.check_questions(len(pictured.drawn) if pictured else _count(tasks, lengths, questions))
+        from ..data import question_sets
+
+        asked = question_sets.of(tasks, image_root and data, sizes or (length,), questions, own_length, seed)
+        gates.check_questions(len(asked), asked.more)
+        asked.check(saved=save_questions is not None)
+        if heat_map is not None and not asked.has_depths():
+            raise UsageError(f"--heat-map draws answers by depth, and no question of {tasks} is asked at one")
     artifact = Thresholds.read(thresholds)
     points = [each.name for each in artifact.points] if point is None else [point]
     artifact.index(points[0])
-
-    from ..console import note, print_json
-    from ..environment import describe
-    from ..files import RESULT, check_writable, write_json
-    from ..models.load import check_positions, load_model, resolve_device
-    from ..verification import FORMAT, KIND
-
-    device = resolve_device(device)
-    own = pictured is not None or tasks is not None and _is_file(tasks)  # questions that have lengths of their own
-    length = length or DEFAULT_LENGTH[device.type]
-    sizes = (length,) if lengths is None else _lengths(lengths)
-    given = None if pictured else joined(data, image_root, frames, repeat_data)
-    if pictured is None:
-        _check_inputs(artifact, given, length, tasks, sizes, questions, save_questions)
+    if asked is None:
+        _check_texts(artifact, data, samples, length)
     for path, kind in ((output, RESULT), (heat_map, None), (save_questions, None)):
         if path is not None:
             check_writable(path, kind)
 
+    from ..models.load import check_positions, load_model
     from ..verification import run  # last: it imports transformers, which takes seconds
 
-    longest, flag = max(sizes), "--length" if lengths is None else "--lengths"
-    positions = partial(check_positions, length=longest, flag=flag)
-    loaded = load_model(model, device=device, dtype=dtype, **({} if own else {"check_config": positions}))
+    longest, flag = length if asked is None else asked.longest, "--length" if sizes is None else "--lengths"
+    loaded = load_model(
+        model, device=place, dtype=dtype, check_config=partial(check_positions, length=longest, flag=flag)
+    )
     if loaded.label:
         note(f"{loaded.identity['id']}: {loaded.label}")
     artifact.check_model(loaded.identity)
-    if seed is None:
-        seed = _held_out_seed(artifact.provenance)
-        pictured = pictured and replace(pictured, seed=seed)
+    seed = _held_out_seed(artifact.provenance) if seed is None else seed
     job = _Job(loaded, artifact, points, gates, negative_control, backend, seed, details, scores)
-    if tasks is None:
-        found, failures = _texts(job, given, samples, length)
+    if asked is None:
+        found, failures = _texts(job, data, samples, length)
     else:
-        found, failures = _tasks(job, pictured or tasks, sizes, questions, heat_map, save_questions)
+        found, failures = _tasks(job, asked, heat_map, save_questions)
     dense = run.dense_notes(loaded.model)
     for reason in sorted({entry["reason"] for entry in dense}):
         count = sum(entry["reason"] == reason for entry in dense)
@@ -184,7 +179,7 @@ def verify(
     result = {
         "kind": KIND, "format": FORMAT, "complete": True, "seed": seed, "model": loaded.identity,
         "label": loaded.label, "thresholds": str(thresholds), "tile": str(artifact.tile),
-        "environment": describe(device), "device": str(device),
+        "environment": describe(place), "device": str(place),
         "dtype": str(loaded.model.dtype).removeprefix("torch."), "backend": backend, "gates": vars(gates),
         "dense": dense, "passed": not failures, **found,
     }  # fmt: skip
@@ -263,11 +258,11 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
 
 
 def _tasks(
-    job: _Job, spec: str | ImagePlan, lengths: tuple[int, ...], count: int, heat_map: Path | None, save: Path | None
-) -> tuple[dict, list[str]]:
+    job: _Job, questions: QuestionSet, heat_map: Path | None, save: Path | None
+) -> tuple[dict, list[str]]:  # fmt: skip
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..console import note, progress
-    from ..data import question_files, ruler
+    from ..data import ruler
     from ..files import write_whole
     from ..models.load import explain_memory
     from ..presentation import figures, tasks_table
@@ -275,20 +270,15 @@ def _tasks(
     from ..suites.run import mode
     from ..verification import tasks
 
-    loaded = job.loaded
-    if isinstance(spec, str):
-        asked = _questions(spec, lengths, count, job.seed, loaded.tokenizer)
-        if _is_file(spec):
-            question_files.check_positions(Path(spec), asked, loaded)
-    else:
-        overlap = _overlap(job.artifact.provenance, spec.data, "")
-        if overlap:
-            note(overlap)
-        asked, spec = _about_images(loaded, spec), str(spec.data)
+    loaded, spec = job.loaded, questions.spec
+    overlap = _overlap(job.artifact.provenance, spec, "")
+    if overlap:
+        note(overlap)
+    asked = questions.questions_for(loaded, job.seed)
     how = mode(asked[0])
     note(f"{len(asked)} questions of {spec}, answers {how}")
     if save is not None:
-        ruler.write(save, asked if how == "generated" else _written(spec, lengths, count, job.seed, loaded.tokenizer))
+        ruler.write(save, questions.written(asked, loaded, job.seed))
     memory = explain_memory("--length, or choose a 16-bit --dtype")
     with memory, progress() as display:
         contenders = 1 + len(job.points) + 2 * job.negative_control
@@ -321,93 +311,14 @@ def _tasks(
     return found, failures
 
 
-def _count(spec: str, lengths: str | None, count: int) -> int:
-    """How many questions will be asked."""
-    from ..data import question_files
-    from ..data.plans import names_of
-
-    if _is_file(spec):
-        return len(question_files.read(Path(spec).expanduser()))
-    return count * len(names_of(spec)) * (1 if lengths is None else len(_lengths(lengths)))
-
-
-def _questions(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> list:
-    from ..data import question_files
-    from ..data.plans import plan
-
-    if _is_file(spec):
-        return question_files.read(Path(spec).expanduser())
-    return list(plan(spec, lengths, count, seed).questions_for(tokenizer))
-
-
-def _pictured(
-    tasks, data, image_root, frames, repeat_data, lengths, save_questions, count: int, length: int | None,
-    seed: int | None,
-) -> ImagePlan | None:  # fmt: skip
-    """The plan of questions about images, checked, where --tasks names annotation files of --image-root."""
-    from ..data.image_questions import ImagePlan
-
-    if tasks is None or image_root is None:
-        return None
-    if data is not None:
-        raise UsageError("--data and --tasks both name what --image-root belongs to; give one")
-    for option, value in (("--lengths", lengths), ("--save-questions", save_questions)):
-        if value is not None:
-            raise UsageError(
-                f"{option} does not go with questions about images" + "; give --length" * (value is lengths)
-            )
-    plan = ImagePlan(joined([tasks], image_root, frames, repeat_data), count, length, seed or 0)
-    plan.check()
-    return plan
-
-
-def _about_images(loaded: LoadedModel, plan: ImagePlan) -> list:
-    """Its questions for this model. Raises InputError for one that reads no images or has too few positions."""
-    if loaded.processor is None:
-        raise InputError(f"{plan.data} asks about images, and {loaded.no_processor or 'this model reads text only'}")
-    from ..models.load import check_positions
-
-    config = loaded.model.config
-    if plan.length is not None:
-        check_positions(config, plan.length, "--length")
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return list(plan.questions_for(loaded.processor, most))
-
-
-def _is_file(spec: str) -> bool:
-    """Whether --tasks names a file of questions."""
-    return spec.endswith(".jsonl")
-
-
-def _check_inputs(
-    artifact: Thresholds, data: str | None, length: int, tasks: str | None, sizes: tuple[int, ...], count: int,
-    save: Path | None,
-) -> None:  # fmt: skip
-    """Raise for texts and questions that can be refused without the model."""
-    from ..data import question_files
-    from ..data.plans import plan
+def _check_texts(artifact: Thresholds, data: str | None, samples: int, length: int) -> None:
+    """Raise for texts that can be refused without the model."""
     from ..data.prompts import check_source
-    from ..data.questions import TextQuestion
 
-    if tasks is None:
-        shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
-        if length < shortest:
-            raise UsageError(f"--length {length} is shorter than two tiles of the thresholds ({shortest} tokens)")
-        check_source(data, length)
-    elif _is_file(tasks):
-        found = question_files.read(Path(tasks).expanduser())
-        if save is not None and not isinstance(found[0], TextQuestion):
-            raise UsageError(f"--save-questions writes RULER's files, and {tasks} is judged by likelihood")
-    else:
-        plan(tasks, sizes, count)
-
-
-def _written(spec: str, lengths: tuple[int, ...], count: int, seed: int, tokenizer) -> Iterator:
-    """The questions of a plan as text, where the model is asked them as tokens."""
-    from ..data.plans import plan
-
-    planned = plan(spec, lengths, count, seed)
-    return (planned.write(*place, tokenizer) for place in planned.places())
+    shortest = 2 * max(artifact.tile.rows, artifact.tile.keys)
+    if length < shortest:
+        raise UsageError(f"--length {length} is shorter than two tiles of the thresholds ({shortest} tokens)")
+    check_source(data, length, samples)
 
 
 def _judge_control(control: dict | None, judge: Callable[[dict], list[str]]) -> list[str]:
@@ -423,20 +334,31 @@ def _judge_control(control: dict | None, judge: Callable[[dict], list[str]]) -> 
     return []
 
 
-def _check_options(tasks, gates: Gates, negative_control: bool, lengths, heat_map, save_questions) -> None:
+def _check_options(context: Context, gates: Gates) -> None:
     """Raise UsageError for options that do not go together."""
-    text_limits = {
-        "--min-top1": gates.min_top1, "--max-perplexity-increase": gates.max_perplexity_increase,
-        "--max-kl-over-floor": gates.max_kl_over_floor, "--max-dropped-mass": gates.max_dropped_mass,
-    }  # fmt: skip
-    task_options = {
-        "--min-retention": gates.min_retention, "--lengths": lengths, "--heat-map": heat_map,
-        "--save-questions": save_questions,
-    }  # fmt: skip
-    for option, value in (task_options if tasks is None else text_limits).items():
-        if value is not None:
-            raise UsageError(f"{option} needs --tasks" if tasks is None else f"{option} judges texts: drop --tasks")
-    if negative_control and not gates.judge_accuracy:
+    given = {name: value for name, value in context.params.items() if value is not None}
+    tasks, pictured = given.get("tasks"), "image_root" in given
+    needs_tasks, judges_texts = ("min_retention", "lengths", "heat_map", "save_questions"), (
+        "min_top1", "max_perplexity_increase", "max_kl_over_floor", "max_dropped_mass",
+    )  # fmt: skip
+    for name in needs_tasks if tasks is None else judges_texts:
+        if name in given:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} needs --tasks" if tasks is None else f"{flag} judges texts: drop --tasks")
+    if tasks is None:
+        refuse_idle(context, ("questions",), "without --tasks")
+    elif pictured:
+        refuse_idle(context, ("samples",), "with --tasks")
+        if "data" in given:
+            raise UsageError("--data and --tasks both name what --image-root belongs to; give one")
+        for name, hint in (("lengths", "; give --length"), ("save_questions", "")):
+            if name in given:
+                raise UsageError(f"--{name.replace('_', '-')} does not go with questions about images{hint}")
+    else:
+        refuse_idle(context, ("samples", "data", "frames", "repeat_data"), "with --tasks")
+        if tasks.endswith(".jsonl"):
+            refuse_idle(context, ("questions", "length", "lengths"), f"with {tasks}, whose questions are all asked")
+    if "negative_control" in given and given["negative_control"] and not gates.judge_accuracy:
         raise UsageError("--negative-control needs an accuracy gate that it can fail: --min-retention")
 
 

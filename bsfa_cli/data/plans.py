@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import frame_tasks
+from .amount import check_amount
 from .frame_questions import FramePlan
 from .questions import Plan, parse_names
 
@@ -19,8 +20,9 @@ def plan(
 ) -> Plan:
     """The plan of what `names_of` reads: tasks of one of the two kinds.
 
-    Raises UsageError as `Plan` and `FramePlan`.
+    Raises UsageError for more questions than are made, and as `Plan` and `FramePlan`.
     """
     names = names_of(spec)
+    check_amount(questions * len(names) * len(lengths), max(lengths), "--questions")
     kind = FramePlan if set(names) & set(frame_tasks.NAMES) else Plan
     return kind(names, lengths, questions, seed, held_out, ask_at)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from ..errors import InputError, UsageError
 from . import frame_tasks, shapes, texts
+from .amount import check_amount
 from .images import ImageData
 from .texts import BUILTIN, Sample
 
@@ -36,8 +37,9 @@ def default_data(loaded) -> str:
     return texts.default_data(loaded.tokenizer)
 
 
-def check_source(spec: str | None, length: int) -> None:
-    """Raise, as `load_prompts`, for what can be refused without a model."""
+def check_source(spec: str | None, length: int, samples: int) -> None:
+    """Raise, as `load_prompts`, for what can be refused without a model; None is the default, which is made here."""
+    _check_amount(spec, length, samples)
     if spec is None or isinstance(spec, ImageData) or not has_images(spec):
         texts.check_source(spec, length)
         return
@@ -50,8 +52,10 @@ def load_prompts(spec: str, loaded, *, samples: int, length: int, seed: int = 0,
     """Up to `samples` samples of at most `length` tokens for the model in `loaded` (models.load.LoadedModel); images
     are whole, so that a sample may end up to an image short of it.
 
-    Raises InputError and UsageError as `load_texts`, and InputError for images where the checkpoint has no processor.
+    Raises UsageError for more than is made, InputError and UsageError as `load_texts`, and InputError for images where
+    the checkpoint has no processor.
     """
+    _check_amount(spec, length, samples)
     if not has_images(spec):
         return texts.load_texts(
             spec, samples=samples, length=length, tokenizer=loaded.tokenizer, seed=seed, shortest=shortest
@@ -66,6 +70,12 @@ def load_prompts(spec: str, loaded, *, samples: int, length: int, seed: int = 0,
     taken = inspect.signature(loaded.model.forward).parameters
     found = [replace(pack, extra={name: x for name, x in pack.extra.items() if name in taken}) for pack in packed]
     return [pack for pack in found if len(pack.tokens) >= shortest] or _refuse(spec, found, shortest)
+
+
+def _check_amount(spec: str | None, length: int, samples: int) -> None:
+    """Raise UsageError for more data than is made, or read again. Files hold what they hold."""
+    if spec is None or (spec.repeat if isinstance(spec, ImageData) else texts.makes(spec)):
+        check_amount(samples, length, "--samples")
 
 
 def _stories(processor, samples: int, length: int, seed: int) -> list[Sample]:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ..models.load import LoadedModel
 
 
+def is_named(spec: str) -> bool:
+    """Whether --tasks names such a file."""
+    return spec.endswith(".jsonl")
+
+
 def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
     """The questions of a .jsonl file, all of one kind. Raises InputError, naming the line."""
     kinds = {likelihood.is_likelihood(record): number for number, record in records(path, read_text(path))}
@@ -28,7 +33,9 @@ def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
 
 def check_positions(path: Path, questions: list[TextQuestion] | list[LikelihoodQuestion], loaded: LoadedModel) -> None:
     """Raise InputError for a question that does not fit, its answer included, into the model's positions."""
-    most = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    from bsfa_kernels.integrations.modules import most_positions
+
+    most = most_positions(loaded.model.config)
     for number, question in enumerate(questions, 1):
         tokens = question.tokens(loaded.tokenizer)
         if most is not None and tokens > most:

@@ -130,6 +130,11 @@ class Plan:
                 "only the bundled model can be asked before the end of a text; others generate their answer"
             )
 
+    @property
+    def has_depths(self) -> bool:
+        """Whether any question is asked at a depth."""
+        return not set(self.tasks) <= set(tasks.WITHOUT_DEPTH)
+
     def places(self) -> Iterator[tuple[str, int, int]]:
         """(task, length, number) of every question."""
         for index in range(self.questions):
@@ -141,7 +146,7 @@ class Plan:
         name = f"bsfa {self.seed} {task} {length} {index}"
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT
         generator = torch.Generator().manual_seed(seed + (HELD_OUT if self.held_out else 0))
-        depth = index % tasks.DEPTHS if task != tasks.FREQUENT_WORDS else None
+        depth = index % tasks.DEPTHS if task not in tasks.WITHOUT_DEPTH else None
         size = tokens or length
         tail = self._tail(size)
         batch = tasks.make(task, length=size - tail, rows=1, generator=generator, depth=depth)

@@ -190,6 +190,7 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 FREQUENT_WORDS = "frequent-words"
 NAMES = (*TASKS, FREQUENT_WORDS)
+WITHOUT_DEPTH = (FREQUENT_WORDS,)  # the whole document is asked about
 
 
 def make(

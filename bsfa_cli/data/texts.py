@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from bsfa_kernels.words import kind
+
 from ..errors import InputError, UsageError
 from . import frame_tasks, generated_text, plans, questions, shapes
 from .images import ImageData
@@ -224,6 +226,11 @@ def is_generated(spec: str) -> bool:
     return all(map(_generated, _parts(spec)))
 
 
+def makes(spec: str) -> bool:
+    """Whether `spec` names data made here, of which there is no end."""
+    return any(map(_generated, _parts(spec)))
+
+
 def _generated(part: str) -> bool:
     return part.startswith((BUILTIN, TASKS))
 
@@ -265,7 +272,8 @@ def _tokenize(tokenizer, text: str, length: int | None = None) -> list[int]:
 
 
 def _tasks(spec: str, samples: int, length: int, seed: int, tokenizer) -> list[Sample]:
-    plan = plans.plan(spec.removeprefix(TASKS), (length,), samples, seed, held_out=False)
+    names = spec.removeprefix(TASKS)
+    plan = plans.plan(names, (length,), -(-samples // len(plans.names_of(names))), seed, held_out=False)
     plan.check(tokenizer)
     found = []
     for i in range(samples):
@@ -382,7 +390,7 @@ def records(path: Path, content: str) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {kind(record)}")
         yield number, record
 
 

@@ -36,7 +36,7 @@ def check(path: Path) -> None:
     except OSError as error:
         raise InputError(f"model {path} cannot be read: {error.strerror or error}") from error
     if magic != MAGIC:
-        raise InputError(f"model {path} is no GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
+        raise InputError(f"model {path} is no GGUF file: its first bytes are not {MAGIC.decode()}")
     check_packages(str(path))
 
 

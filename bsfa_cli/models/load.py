@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bsfa_kernels import words
 from bsfa_kernels.integrations.visual_tokens import visual_ids
 
 from ..environment import resolve_device
-from ..errors import BsfaError, InputError, MachineError, UsageError
+from ..errors import BsfaError, InputError, MachineError, UsageError, memory_wanted, said
 from . import gguf
 from .bundled import Bundled, find_bundled
 from .processor import read_processor
@@ -64,13 +65,13 @@ def explain_memory(option_to_lower: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MachineError(f"out of GPU memory ({_sentence(error)}); lower {option_to_lower}") from error
+        raise MachineError(f"out of GPU memory{memory_wanted(error)}; lower {option_to_lower}") from error
     except MemoryError as error:
         raise MachineError(f"out of memory; lower {option_to_lower}") from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise MachineError(f"out of memory ({_sentence(error)}); lower {option_to_lower}") from error
+        raise MachineError(f"out of memory{memory_wanted(error)}; lower {option_to_lower}") from error
 
 
 def load_model(
@@ -132,10 +133,12 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
     return model, bundled.name if bundled else _name(source), getattr(config, "_commit_hash", None)
 
 
-def check_positions(config, length: int, flag: str) -> None:
+def check_positions(config, length: int | None, flag: str) -> None:
     """Raise UsageError, naming `flag`, when `length` tokens are more than the model has positions for."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
+    from bsfa_kernels.integrations.modules import most_positions
+
+    most = most_positions(config)
+    if most is not None and length is not None and length > most:
         raise UsageError(f"{flag} {length} is past the model's {most} positions (max_position_embeddings)")
 
 
@@ -186,7 +189,7 @@ def _read_config(source: str):
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source}/config.json is not valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise InputError(f"{source}/config.json must hold a JSON object, got {type(content).__name__}")
+            raise InputError(f"{source}/config.json must hold a JSON object, got {words.kind(content)}")
     try:
         place, options = _pretrained(source)
         config = AutoConfig.from_pretrained(place, **options)
@@ -327,8 +330,7 @@ def _explain(source: str, part: str, error: Exception) -> BsfaError:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    sentence = re.sub(r"\s+", " ", text.splitlines()[0]).split(". ")[0].rstrip(". ")
+    sentence = re.sub(r"\s+", " ", said(error)).split(". ")[0].rstrip(". ")
     return sentence if len(sentence) <= 300 else sentence[:297] + "..."
 
 

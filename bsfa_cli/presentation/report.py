@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import verification
 from ..comparison import matching
-from ..errors import InputError, UsageError
+from ..errors import UsageError, unlike_its_format
 from . import figures, summary, verify_report
 from .compare_table import METRICS, break_even_rows, matched_tables, number, present, rows_table
 from .dense_kernels import fastest, without_flash_attention_3
@@ -56,7 +56,7 @@ def page(results: list[tuple[Path, dict]]) -> str:
         try:
             sentences, content = told(result), section(path, result)
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-            raise InputError(f"{path} lacks or breaks what its format promises: {error}") from error
+            raise unlike_its_format(path, error) from error
         cut = "" if result.get("complete") else " This run was cut short."
         heads.append(f'<li><a href="#{name}">{escape(f"{kind}: {path.name}")}</a>{escape(cut)}{_list(sentences)}</li>')
         parts.append(f'<section id="{name}">{content}</section>')

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import said
 from .lead import Lead
 
 FLUSH_BYTES = 256 * 2**20
@@ -68,7 +69,7 @@ class Timing:
 
 def first_call(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor | None, str | None]:
     """(output, None), or (None, the reason) when the call fails. Whatever it compiles is compiled here."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             out = call()
@@ -77,9 +78,8 @@ def first_call(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[
         except torch.OutOfMemoryError:
             reason = "out of memory"
         except Exception as error:  # noqa: BLE001 - a baseline may fail in any way; the reason goes into the result
-            lines = str(error).strip().splitlines() or [""]
-            notes = [str(w.message).splitlines()[0] for w in said if issubclass(w.category, UserWarning)]
-            reason = "; ".join(dict.fromkeys([f"{type(error).__name__}: {lines[0]}", *notes]))
+            notes = [str(w.message).splitlines()[0] for w in warned if issubclass(w.category, UserWarning)]
+            reason = "; ".join(dict.fromkeys([said(error), *notes]))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None, reason

@@ -8,6 +8,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 
+from ..errors import said
+
 
 @dataclass(frozen=True)
 class Library:
@@ -24,8 +26,7 @@ def installed(name: str, distributions: tuple[str, ...]) -> Library | str | None
     except Exception as error:  # noqa: BLE001 - an extension built for another PyTorch fails in any way
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             return None
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{_version(distributions) or name} is installed but does not import: {said}"
+        return f"{_version(distributions) or name} is installed but does not import: {said(error)}"
     return Library(module, _version(distributions) or f"{name} {getattr(module, '__version__', 'of unknown version')}")
 
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from bsfa_kernels.words import quoted
+
 from ..errors import UsageError
 
 GATES = ("gap", "absolute")
@@ -35,16 +37,16 @@ class Shape:
 
     def __post_init__(self):
         if not isinstance(self.name, str):
-            raise UsageError(f"a shape's name must be text, got {self.name!r}")
+            raise UsageError(f"a shape's name must be text, got {quoted(self.name)}")
         for name in ("heads", "kv_heads", "head_dim", "batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"{name} must be a positive whole number, got {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be a positive whole number, got {quoted(getattr(self, name))}")
         if self.heads % self.kv_heads:
             raise UsageError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if not isinstance(self.causal, bool):
-            raise UsageError(f"causal must be true or false, got {self.causal!r}")
+            raise UsageError(f"causal must be true or false, got {quoted(self.causal)}")
         if self.data is not None and self.data not in DATA:
-            raise UsageError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
+            raise UsageError(f"data must be one of {', '.join(DATA)}, got {quoted(self.data)}")
 
     def describe(self) -> dict:
         return {key: value for key, value in asdict(self).items() if key not in ("lengths", "data")}
@@ -74,11 +76,11 @@ class Plan:
             raise UsageError(f"profile {self.name} has no shapes")
         for lengths in (self.lengths, *(shape.lengths for shape in self.shapes if shape.lengths)):
             if not lengths or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in lengths):
-                raise UsageError(f"lengths must be positive whole numbers, got {list(lengths)}")
+                raise UsageError(f"lengths must be positive whole numbers, got {quoted(lengths)}")
         if any(not isinstance(rate, (int, float)) or not 0 < rate < 1 for rate in self.skip):
-            raise UsageError(f"skip rates must lie between 0 and 1, got {list(self.skip)}; 0 is always timed")
+            raise UsageError(f"skip rates must lie between 0 and 1, got {quoted(self.skip)}; 0 is always timed")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed must be a whole number from 0 on, below 2^63, got {self.seed!r}")
+            raise UsageError(f"seed must be a whole number from 0 on, below 2^63, got {quoted(self.seed)}")
         for name in self.baselines:
             if name not in BASELINES:
                 raise UsageError(f"baselines must be among {', '.join(BASELINES)}, got {name!r}")
@@ -88,9 +90,9 @@ class Plan:
             )
         for name, allowed in (("gate", GATES), ("dtype", DTYPES), ("data", DATA)):
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {quoted(getattr(self, name))}")
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", str(self.tile)):
-            raise UsageError(f"tile must be ROWSxKEYS, such as 64x128, got {self.tile!r}")
+            raise UsageError(f"tile must be ROWSxKEYS, such as 64x128, got {quoted(self.tile)}")
 
     def data_of(self, shape: Shape) -> str:
         return shape.data or self.data
@@ -168,7 +170,7 @@ def _known(content, kind: type, profile: str, exclude: str = "") -> dict:
 def _make(kind: type, content: dict, profile: str):
     for key in ("lengths", "skip", "baselines", "scores"):
         if not isinstance(content.get(key) or (), tuple):
-            raise UsageError(f"profile {profile}: '{key}' must be a list, got {content[key]!r}")
+            raise UsageError(f"profile {profile}: '{key}' must be a list, got {quoted(content[key])}")
     try:
         return kind(**content)
     except TypeError as error:

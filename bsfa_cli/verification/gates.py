@@ -101,15 +101,17 @@ class Gates:
             + (f"; about {enough} such questions would show more" if enough else "")
         ]
 
-    def check_questions(self, count: int) -> None:
-        """Raise UsageError where `count` questions cannot show `--min-retention`, whatever the answers."""
+    def check_questions(self, count: int, more: str) -> None:
+        """Raise UsageError where `count` questions cannot show `--min-retention`, whatever the answers; `more` says how
+        to get more of them.
+        """
         least = None if self.min_retention is None else statistics.least_answers(self.min_retention)
         if self.min_retention == 1:
             raise UsageError("--min-retention 1 is more than any number of questions can show; give less")
         if least is not None and count < least:
             raise UsageError(
                 f"--min-retention {self.min_retention:g} needs at least {least} questions that the dense model answers "
-                f"right, and {count} would be asked; raise --questions"
+                f"right, and {count} would be asked; {more}"
             )
 
     def task_failures(self, result: dict) -> list[str]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import numpy
 import torch
 
+from .words import kind, short
+
 MAX_HEADER_BYTES = 4 << 20
 _DTYPES = {
     "F32": ("<f4", torch.float32),
@@ -87,7 +89,7 @@ def canonical_json(value) -> str:
 def exact_keys(what: str, value, keys) -> None:
     """Raise Malformed unless `value` is a mapping with exactly these keys."""
     if not isinstance(value, Mapping):
-        raise Malformed(f"{what} must be a JSON object, got {type(value).__name__}")
+        raise Malformed(f"{what} must be a JSON object, got {kind(value)}")
     missing, unknown = sorted(set(keys) - set(value)), sorted(set(value) - set(keys))
     if missing or unknown:
         parts = [f"lacks {', '.join(missing)}"] * bool(missing)
@@ -108,18 +110,6 @@ def integer(what: str, value, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise Malformed(f"{what} must hold whole numbers from {low} to {high}, got {short(value)}")
     return value
-
-
-def short(value) -> str:
-    """`value` as a message can quote it: on one line, at most 80 characters."""
-    text = value if isinstance(value, str) else repr(value)
-    text = one_line(text[:81])
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def one_line(text: str) -> str:
-    """`text` with whatever does not print (line ends, control characters, half surrogate pairs) escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def difference(name: str, ours, theirs) -> str | None:
@@ -198,5 +188,5 @@ def _loads(what: str, text: str | bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise Malformed(f"{what} must be a JSON object, got {type(value).__name__}")
+        raise Malformed(f"{what} must be a JSON object, got {kind(value)}")
     return value

@@ -167,3 +167,8 @@ def section_kv_heads(v: torch.Tensor, keys: int) -> int:
     _, heads, _, head_dim = v.shape
     fit = SECTION_BYTES // (2 * keys * head_dim * v.element_size())
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(fit, 1))
+
+
+def section_limits(kv_heads: int, head_dim: int, itemsize: int) -> set[int]:
+    """The longest Tk of each value of `section_kv_heads` but 1, which has none; elements have `itemsize` bytes."""
+    return {SECTION_BYTES // (2 * n * head_dim * itemsize) for n in range(2, kv_heads + 1) if kv_heads % n == 0}

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 import torch
 
 from . import container
-from .container import exact_keys, integer, sequence, short
+from .container import exact_keys, integer, sequence
 from .files import write_whole
 from .gates import Gate
 from .modality import MODALITIES
 from .request import SCORES
 from .tiles import TileShape
+from .words import short
 
 # 1 lacks the model's `config`: of a configuration it tells that it differs, by config_hash, but not where.
 # 2 lacks a point's `scores` and `exact_heads`: it is exact. 3 has no thresholds by modality.

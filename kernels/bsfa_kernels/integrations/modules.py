@@ -35,6 +35,11 @@ class AttentionModule:
     plain: bool = True  # neither softcap nor attention sinks, which PyTorch's own attention lacks
 
 
+def most_positions(config) -> int | None:
+    """Tokens that a model of this transformers configuration has positions for; None where it sets no end."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def attention_modules(model: nn.Module) -> dict[str, AttentionModule]:
     """{module path: AttentionModule} of every module of `model` that attends through transformers' AttentionInterface,
     in the model's order. Paths are those of the model's `named_modules()` without what torch.compile wraps around it.

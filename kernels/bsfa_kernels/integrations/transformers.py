@@ -30,7 +30,7 @@ from .groups import exact_attention
 from .head_shards import head_shards
 from .identity import model_identity
 from .masks import SpanMask, decode, mask_function, visible
-from .modules import AttentionModule, attends, attention_modules, named_modules, unwrapped
+from .modules import AttentionModule, attends, attention_modules, most_positions, named_modules, unwrapped
 from .plan import NO_THRESHOLDS, Call, Route, Step, plan
 from .sparse import SparseAttention
 
@@ -329,7 +329,7 @@ def apply(
     thresholds.check_model(model_identity(model))
     modules = attention_modules(model)
     if longest is None:
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = most_positions(model.config)
     shards = head_shards(model, modules)
     handlers = SparseAttention.for_model(
         thresholds, modules, point, shards, count=count, longest=longest, scores=scores

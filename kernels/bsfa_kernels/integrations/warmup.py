@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..tiles import TileShape
-from .modules import attention_modules
+from .modules import attention_modules, most_positions
 from .transformers import active, named_modules
 from .visual_tokens import visual_ids
 
@@ -28,21 +28,16 @@ SHORTEST = 4 * TileShape().keys
 
 def lengths(model: nn.Module, longest: int) -> list[int]:
     """One prompt length, up to `longest`, of each kind that compiles anew; the longest of its kind."""
+    from ..hopper import section_limits  # not at the top: it needs Triton
+
     found = {longest}
     for kv_heads, head_dim, size in {
         (module.kv_heads, module.head_dim, model.dtype.itemsize)
         for module in attention_modules(model).values()
         if not module.tower and module.dense_reason is None
     }:
-        found |= {most for most in _limits(kv_heads, head_dim, size) if SHORTEST <= most < longest}
+        found |= {most for most in section_limits(kv_heads, head_dim, size) if SHORTEST <= most < longest}
     return sorted(found)
-
-
-def _limits(kv_heads: int, head_dim: int, size: int) -> set[int]:
-    """The most keys at which so many KV heads run together, for every number of them but one, which any keys do."""
-    from ..hopper import SECTION_BYTES
-
-    return {SECTION_BYTES // (2 * n * head_dim * size) for n in range(2, kv_heads + 1) if kv_heads % n == 0}
 
 
 @torch.inference_mode()
@@ -56,7 +51,7 @@ def warmup(
     libraries compile are not warmed up. Counters of `apply(count=True)` start anew. Raises ValueError for a length
     that the model has no positions for, or is shorter than four tiles.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model.config)
     if longest < SHORTEST or positions is not None and longest > positions:
         raise ValueError(
             f"prompts to warm up with have {SHORTEST} tokens or more"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ...thresholds import Thresholds, ThresholdsError
+from ...words import kind
 
 TESTED = ((0, 32),)  # with a real engine on a CPU, by tests/test_vllm_engine.py
 READ = ((0, 33),)  # its source agrees with TESTED in all that is used here
@@ -36,7 +37,7 @@ class Options:
         if found is None:
             return None
         if not isinstance(found, Mapping):
-            raise OptionsError(f'additional_config "bsfa" must be an object, got {type(found).__name__}')
+            raise OptionsError(f'additional_config "bsfa" must be an object, got {kind(found)}')
         for name, value in found.items():
             if name not in FORMS:
                 raise OptionsError(f'additional_config "bsfa" has no key {name!r}; it knows {", ".join(FORMS)}')
