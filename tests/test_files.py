@@ -151,7 +151,7 @@ def test_an_output_replaces_its_like_alone(tmp_path, kind):
 def test_no_output_option_replaces_a_named_pipe(run, one_sentence, tmp_path):
     out = tmp_path / "pipe"
     pipe(out)
-    result = Path(__file__).parent.parent / "profiles/results/methods-frames.nvidia-h100.json"
+    result = Path(__file__).parent.parent / "profiles/results/methods-frames.nvidia-h200.json"
     for command in (
         ("calibrate", "-o", out),
         ("capture", "-o", out),

@@ -54,7 +54,7 @@ def test_both_kinds_of_thresholds_skip_alike_and_tiles_add_up(begun, tmp_path, m
                 assert sum(pair["share"] for pair in pairs) == pytest.approx(1)
                 assert sum(pair["share"] * pair["skip"] for pair in pairs) == pytest.approx(reached["skip"])
         assert point["by_modality"]["fitted"]["skip"] >= point["shared"]["fitted"]["skip"] - 1e-9
-    lines = research_modality.block(found, "found.json").splitlines()
+    lines = research_modality.block([found], ["found.json"]).splitlines()
     assert sum(line.startswith(f"| {begun.plan.longest} | 30%") for line in lines) == 2
 
 

@@ -136,21 +136,31 @@ def test_what_is_said_of_questions_asked_earlier_is_so(said):
 
 
 def test_what_is_said_of_frames_is_so(said):
-    cell = cells_of("methods-frames.nvidia-h100.json")[43968]
+    cell = cells_of("methods-frames.nvidia-h200.json")[43968]
     mean, worst = matched(cell, "recall.mean"), matched(cell, "recall.worst")
-    assert matching.best(mean, 1, True) == ["bsfa"] and matching.best(mean, 0, True) == ["global_attention"]
-    assert sorted(kept[0] for kept in mean.values() if kept[0] is not None and kept[0] < 1)[-2] == mean["bsfa"][0]
-    ahead = [f"{mean[name][2]:.3f} and {mean[name][3]:.3f}" for name in ("pooled_top_p", "bsfa")]
-    assert f"({ahead[0]} against {ahead[1]})" in said
+    alone = {name: row for name, row in mean.items() if "+" not in name}
+    gate, eight, pooled, rule = (mean[name] for name in ("bsfa", "bsfa_int8", "pooled_top_p", "global_attention"))
+    assert cell["fastest_dense"] == "FlashAttention-3" and matching.best(mean, 0, True) == ["bsfa_int8"]
+    assert f"at 90 % of FlashAttention-3's time ({eight[0]:.3f})" in said
+    assert gate[0] < pooled[0] and f"exact scores ({gate[0]:.3f}) is behind pooled top-p ({pooled[0]:.3f})" in said
+    assert [matching.best(alone, column, True) for column in (1, 2, 3)] == [["pooled_top_p"]] * 3
+    words = [", ".join(f"{kept:.3f}" for kept in row[1:3]) for row in (pooled, gate, eight)]
+    shares = f"{words[0]} and {pooled[3]:.3f} at 75, 60 and 50 %, bsfa {words[1]} and none"
+    assert gate[3] is None and f"{shares}, with int8 scores {words[2]} and {eight[3]:.3f}" in said
+    assert matching.best(mean, 1, True) == ["pooled_top_p+bsfa"]
+    assert f"with bsfa's gate on top is first ({mean['pooled_top_p+bsfa'][1]:.3f})" in said
+    assert rule[1] is None and f"keeps {rule[0]:.3f} at 90 % and does not get to 75 %" in said
     spent = [row["selection_ms"] for row in cell["rows"] if row["method"] == "pooled_top_p"]
     assert f"whose selection takes {statistics.median(spent):.2f} ms" in said
-    beforehand = [row for row in cell["rows"] if row["method"] not in ("dense", "bsfa", "bsfa_top_k", "blasst")]
+    beforehand = [
+        row for row in cell["rows"] if row["method"] not in ("dense", "bsfa", "bsfa_int8", "bsfa_top_k", "blasst")
+    ]
     sparse = [row for row in beforehand if row["density"] < 0.999]
     tri = max(row["recall"]["worst"] for row in sparse if row["method"] == "tri_shape")
     assert f"({tri:.3f} Tri-shape, 0.000 all others)" in said
     assert max(row["recall"]["worst"] for row in sparse if row["method"] != "tri_shape") < 5e-4
-    assert worst["bsfa"][1] == worst["blasst"][1] and f"gates keep {worst['bsfa'][1]:.3f} at 75 %" in said
-    assert f"at 60 % bsfa keeps {worst['bsfa'][2]:.3f} and BLASST {worst['blasst'][2]:.3f}" in said
+    kept = [f"{worst[name][1]:.3f}" for name in ("bsfa", "bsfa_int8", "blasst")]
+    assert f"At 75 % bsfa keeps {kept[0]}, with int8 scores {kept[1]}, and BLASST {kept[2]}" in said
 
 
 def test_what_is_said_of_faster_lists_is_so(said):

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from ..comparison import matching
 from ..files import read_result
-from . import figures, research_global, research_modality
+from . import figures, research_global, research_modality, research_timing
 from .compare_table import matched_tables
 from .marked import filled
 from .research_plot import research_plot
 from .versions import versions
 
 PAGE = "research-question.md"
-COMPARISONS = ("methods-vision-32k.nvidia-h200.json", "methods-vision-64k.nvidia-h200.json")
-MODALITY = "checks/modality-frames.nvidia-h200.json"
-TENSORS, SPEED = "methods-frames.nvidia-h100.json", "global-attention.nvidia-h200.json"
+COMPARISONS = tuple(f"methods-vision-{length}.nvidia-h200.json" for length in ("32k", "64k", "128k"))
+MODALITY = ("checks/modality-frames.nvidia-h200.json", "checks/modality-frames-128k.nvidia-h200.json")
+TENSORS, SPEED = "methods-frames.nvidia-h200.json", "global-attention.nvidia-h200.json"
+TIMING = "vision-timing.nvidia-h200.json"
 FAST = 1.5  # attention's speedup from which a setting counts as fast
 TASKS = ("video-needle", "vqa", "retrieval", "captioning", "subtitles")
 METHODS = {  # name in results: (name here, where it takes scores from)
@@ -47,18 +48,24 @@ def rendered(root: Path) -> dict[Path, str]:
     Raises InputError for a bad file, MachineError where plots cannot be drawn.
     """
     results, page = root / "profiles" / "results", root / "docs" / PAGE
-    if not all((results / name).exists() for name in (*COMPARISONS, MODALITY, TENSORS, SPEED)) or not page.exists():
+    if (
+        not all((results / name).exists() for name in (*COMPARISONS, *MODALITY, TENSORS, SPEED, TIMING))
+        or not page.exists()
+    ):
         return {}
     compared = [read_result(results / name, {matching.KIND: matching.FORMAT}) for name in COMPARISONS]
     tensors = read_result(results / TENSORS, {matching.KIND: matching.FORMAT})
-    modality, speed = (json.loads((results / name).read_text(encoding="utf-8")) for name in (MODALITY, SPEED))
+    *modality, speed, timing = (
+        json.loads((results / name).read_text(encoding="utf-8")) for name in (*MODALITY, SPEED, TIMING)
+    )
     cells = [result["cells"][0] for result in compared]
     parts = {
         "setup": setup(compared),
         **{part: matched(cells, title) for part, title in MATCHED.items()},
         "tasks": "\n\n".join(by_task(cell) for cell in cells),
         "settings": "\n\n".join(settings(cell) for cell in cells),
-        "modality": research_modality.block(modality, f"../profiles/results/{MODALITY}"),
+        "modality": research_modality.block(modality, [f"../profiles/results/{name}" for name in MODALITY]),
+        "timing": research_timing.block(timing, f"../profiles/results/{TIMING}"),
         "global": research_global.block(speed, f"../profiles/results/{SPEED}", tensors,
                                         f"../profiles/results/{TENSORS}"),
     }  # fmt: skip
@@ -72,14 +79,15 @@ def rendered(root: Path) -> dict[Path, str]:
 def setup(compared: list[dict]) -> str:
     """What was measured: length, questions, the fastest dense kernel, what the dense model answers, the files."""
     lines = [
-        "| tokens | questions a point | asked at | dense answers | fastest dense | attention | TTFT with it | file |",
-        "| ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |",
+        "| tokens | model | questions a point | asked at | dense answers | fastest dense | attention | TTFT with it "
+        "| file |",
+        "| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     for name, result in zip(COMPARISONS, compared, strict=True):
         cell = result["cells"][0]
         asked = matching.questions(cell, matching.ACCURACY)
         lines.append(
-            f"| {cell['length']:,} | {asked} | {cell['asked_at']:.0%} of the text "
+            f"| {cell['length']:,} | {cell['source']['model']['id']} | {asked} | {cell['asked_at']:.0%} of the text "
             f"| {interval(cell['dense_accuracy'])} | {cell['fastest_dense']} | {cell['fastest_dense_ms']:.2f} ms "
             f"| {cell['fastest_ttft_ms']:.2f} ms | [{name}](../profiles/results/{name}) |"
         )
@@ -105,7 +113,7 @@ def matched(cells: list[dict], title: str) -> str:
         for i, heading in enumerate(headings):
             values = {name: row[i] for name, row in table.items()}
             if any(value is not None for value in values.values()):
-                heading = heading.rpartition("density ")[2]  # the text above names the axis
+                heading = heading.rpartition("density ")[2].removesuffix(" of dense")  # the text above names the axis
                 columns.append((f"{_k(cell)}: {heading}", values, matching.best(table, i, True, asked)))
     lines = [
         "| method | scores | " + " | ".join(heading for heading, *_ in columns) + " |",

@@ -8,7 +8,7 @@ from .dense_kernels import without_flash_attention_3
 
 FRAME = 1374  # tokens: 37 x 37 patches and 5 special ones
 NAMES = {
-    "bsfa": "bsfa", "bsfa_top_k": "BSFA paper's top-k", "blasst": "BLASST",
+    "bsfa": "bsfa", "bsfa_int8": "bsfa, int8 scores", "bsfa_top_k": "BSFA paper's top-k", "blasst": "BLASST",
     "global_attention": "arXiv 2509.07120's rule", "pooled_top_p": "pooled top-p", "pooled_top_k": "pooled top-k",
     "xattention": "XAttention", "sliding_window": "sliding window", "tri_shape": "Tri-shape", "strided": "strided",
 }  # fmt: skip
@@ -19,7 +19,7 @@ def block(speed: dict, speed_source: str, compared: dict, source: str) -> str:
     shape = speed["cells"][0]["shape"]
     lines = [
         f"Speed of skipping, {speed['environment']['gpu']}, {shape['heads']} heads of {shape['head_dim']}, not causal, "
-        f"skip rates imposed on synthetic data ([file]({speed_source})). {without_flash_attention_3(speed)}",
+        f"skip rates imposed on synthetic data ([file]({speed_source})). {without_flash_attention_3(speed)}".rstrip(),
         "",
         "| tokens | frames | fastest dense timed | " + " | ".join(f"{t:.0%} skipped" for t in targets(speed)) + " |",
         "| ---: | ---: | --- |" + " ---: |" * len(targets(speed)),
@@ -36,7 +36,7 @@ def block(speed: dict, speed_source: str, compared: dict, source: str) -> str:
         "",
         f"Softmax mass kept at equal time, {cell['length']:,} tokens ({cell['length'] // FRAME} frames), "
         f"{compared['environment']['gpu']}, {cell['label']}, {cell['fastest_dense']} {cell['fastest_dense_ms']:.2f} ms "
-        f"([file]({source})). {without_flash_attention_3(compared)}",
+        f"([file]({source})). {without_flash_attention_3(compared)}".rstrip(),
         "",
     ]
     columns = []

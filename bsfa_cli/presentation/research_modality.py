@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-def block(result: dict, source: str) -> str:
-    """Skip rates by modality of query and key tile, then what thresholds by modality save. `source` is a link."""
+
+def block(results: Sequence[dict], sources: Sequence[str]) -> str:
+    """Skip rates by modality of query and key tile, then what thresholds by modality save. `sources` are links."""
+    runs = [run for result in results for run in result["runs"]]
     pairs = sorted({
-        (query, key) for run in result["runs"] for point in run["points"]
+        (query, key) for run in runs for point in run["points"]
         for query, keys in _tiles(point).items() for key in keys
     })  # fmt: skip
-    counts = ", ".join(
-        f"{run['length']:,} tokens: fitted to {run['samples']['fit']} prompts, judged on {run['samples']['heldout']}"
-        for run in result["runs"]
-    )
+    heads = "; ".join(_head(result, source) for result, source in zip(results, sources, strict=True))
     lines = [
-        f"{result['model']['id']} on {result['gpu']}; {result['gate']} gate, tiles of "
-        f"{'x'.join(map(str, result['tile']))}; {counts} ([file]({source})). Skipped of the held-out prompts' tiles "
-        "with the same thresholds for all modalities, by query tile and key tile (share of the candidates):",
+        f"{heads}. Skipped of the held-out prompts' tiles with the same thresholds for all modalities, by query tile "
+        "and key tile (share of the candidates):",
         "",
         "| tokens | asked for | all | " + " | ".join(f"{query} x {key}" for query, key in pairs) + " |",
         "| ---: | ---: | ---: |" + " ---: |" * len(pairs),
     ]
-    for run in result["runs"]:
+    for run in runs:
         for point in run["points"]:
             tiles = _tiles(point)
             cells = [tiles.get(query, {}).get(key) for query, key in pairs]
@@ -36,13 +35,24 @@ def block(result: dict, source: str) -> str:
         "| tokens | asked for | shared: skipped | mass dropped | by modality: skipped | mass dropped | less mass |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for run in result["runs"]:
+    for run in runs:
         for point in run["points"]:
             shared, apart = (point[kind]["held_out"] for kind in ("shared", "by_modality"))
             fields = [f"{each['skip']:.2%} | {each['dropped_mass']:.5f}" for each in (shared, apart)]
             saved = f"{saving(point):+.1%}"
             lines.append(f"| {run['length']:,} | {point['target']:.0%} | " + " | ".join([*fields, saved]) + " |")
     return "\n".join(lines)
+
+
+def _head(result: dict, source: str) -> str:
+    counts = ", ".join(
+        f"{run['length']:,} tokens: fitted to {run['samples']['fit']} prompts, judged on {run['samples']['heldout']}"
+        for run in result["runs"]
+    )
+    return (
+        f"{result['model']['id']} on {result['gpu']}, {result['gate']} gate, tiles of "
+        f"{'x'.join(map(str, result['tile']))}, {counts} ([file]({source}))"
+    )
 
 
 def saving(point: dict, role: str = "held_out") -> float:
