@@ -93,7 +93,7 @@ class Request:
         return self.want_lse or self.gate.absolute is not None or self.softcap is not None or self.sinks is not None
 
     def new_output(self) -> torch.Tensor:
-        """An output [B, Hq, Tq, Dv] that lies in memory as [B, Tq, Hq, Dv], as the layer behind an attention reads it."""
+        """An output [B, Hq, Tq, Dv], in memory [B, Tq, Hq, Dv]: the layer behind an attention reads it so."""
         batch, heads, rows, _ = self.q.shape
         return self.v.new_empty(batch, rows, heads, self.v.shape[3]).transpose(1, 2)
 
