@@ -46,10 +46,12 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    v_head_dim: int | None = None  # where V's heads are narrower than Q's and K's
 
     def __str__(self):
         parts = [
-            f"B{self.batch}-H{self.heads}-KV{self.kv_heads}-Tq{self.q_rows}-Tk{self.k_rows}-D{self.head_dim}",
+            f"B{self.batch}-H{self.heads}-KV{self.kv_heads}-Tq{self.q_rows}-Tk{self.k_rows}-D{self.head_dim}"
+            + (f"-Dv{self.v_head_dim}" if self.v_head_dim else ""),
             str(self.tile),
             "causal" if self.causal else "full",
             f"{self.gate or 'open'}{self.skip if self.gate else ''}",
@@ -64,11 +66,12 @@ class Case:
         """q, k, v as transformers hands them over: [B, H, T, D] views of [B, T, H, D]."""
         generator = torch.Generator().manual_seed(seed)
 
-        def draw(heads, rows):
-            x = torch.randn(self.batch, rows, heads, self.head_dim, generator=generator)
+        def draw(heads, rows, head_dim):
+            x = torch.randn(self.batch, rows, heads, head_dim, generator=generator)
             return x.to(device, self.dtype).transpose(1, 2)
 
-        return draw(self.heads, self.q_rows), draw(self.kv_heads, self.k_rows), draw(self.kv_heads, self.k_rows)
+        q, k = draw(self.heads, self.q_rows, self.head_dim), draw(self.kv_heads, self.k_rows, self.head_dim)
+        return q, k, draw(self.kv_heads, self.k_rows, self.v_head_dim or self.head_dim)
 
     def block_lists(self, device, seed=0) -> BlockLists | None:
         """Lists of every length from empty to full; past their counts stand tiles that must not be visited."""
@@ -195,7 +198,7 @@ def on_device(case: Case, q, k, v, gate: Gate, backend: str, device: str, seed: 
     """The call on `device`, its results back on the CPU."""
     q, k, v = (x.transpose(1, 2).to(device).transpose(1, 2) for x in (q, k, v))
     options = case.options(device) | dict(scores=scores)
-    poison(q)
+    poison(q, v)
     result = block_sparse_attention(
         q, k, v, gate.to(device), blocks=case.block_lists(device, seed), return_lse=True, return_counts=True,
         backend=backend, **options, **attention_sinks(case, device),
@@ -311,8 +314,8 @@ def _check_statistics(case: Case, backend: str, device: str, scores: str):
         assert torch.allclose(a[finite], e[finite], atol=2e-4, rtol=2e-4), name
 
 
-def poison(q: torch.Tensor) -> None:
+def poison(q: torch.Tensor, v: torch.Tensor) -> None:
     """Leave NaN in the memory that the next call's outputs, out and lse, are likely to get."""
-    outputs = (q.shape, q.dtype), (q.shape[:3], torch.float32)
+    outputs = ((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], torch.float32)
     held = [torch.full(shape, SENTINEL, dtype=dtype, device=q.device) for shape, dtype in outputs * 2]
     held.clear()

@@ -96,10 +96,23 @@ def compile_kernel(
     return MachineCode(compiled.metadata.shared, said.getvalue(), sass)
 
 
+def both(head_dim: int | tuple[int, int]) -> tuple[int, int]:
+    """Head dims of Q and K, and of V."""
+    return head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+
+
+def hopper_shape(head_dim: int | tuple[int, int], int8: bool = False):
+    """hopper.Shape of such heads."""
+    from bsfa_kernels import hopper
+
+    k, v = (torch.empty(1, 1, 1, n, device="meta") for n in both(head_dim))
+    return hopper.shape_of(SimpleNamespace(scores="int8" if int8 else "exact", k=k, v=v))
+
+
 def hopper(
     folder: Path,
     dtype: torch.dtype,
-    head_dim: int,
+    head_dim: int | tuple[int, int],
     causal: bool,
     gate: str,
     spans: bool,
@@ -109,26 +122,25 @@ def hopper(
     paged: bool = False,
     packed: bool = False,
 ) -> MachineCode:
-    """The hopper backend's kernel as it is launched; `gate` holds an a (absolute), a g (gap), both or neither, and
-    `scoring` a w (window), a c (softcap), an s (attention sinks).
+    """The hopper backend's kernel as it is launched; `head_dim` is that of Q, K and V, or those of Q and K and of V;
+    `gate` holds an a (absolute), a g (gap), both or neither, and `scoring` a w (window), a c (softcap), an s (attention
+    sinks).
     """
     from bsfa_kernels import hopper, hopper_kernel, hopper_stream
 
-    shape = hopper.shape_of(
-        SimpleNamespace(scores="int8" if int8 else "exact", v=torch.empty(1, 1, 1, head_dim, device="meta"))
-    )
+    shape = hopper_shape(head_dim, int8)
     kinds = (causal, True, "a" in gate, "g" in gate, spans, lists, *(x in scoring for x in "wcs"), int8)
     shifted = int8 and ("a" in gate or "s" in scoring)
-    variant = hopper.variant_of(shape, 8, 32, 4, head_dim, *kinds, shifted, paged, packed)
+    variant = hopper.variant_of(shape, 8, 32, 4, min(both(head_dim)), *kinds, shifted, paged, packed)
 
-    def descriptor(rows, element):
-        layout = hopper.tile_layout(rows.value, shape.columns, element)
-        return f"tensordesc<{NAMES[element]}[1, 1, {rows.value}, {shape.columns}],{layout!r}>"
+    def descriptor(rows, element, columns=shape.columns):
+        layout = hopper.tile_layout(rows.value, columns, element)
+        return f"tensordesc<{NAMES[element]}[1, 1, {rows.value}, {columns}],{layout!r}>"
 
     rounded = torch.int8 if int8 else dtype
     signature = RUNTIME | dict(
         q_desc=descriptor(hopper_stream.ROWS, rounded), k_desc=descriptor(hopper_stream.KEYS, rounded),
-        v_desc=descriptor(hopper_stream.KEYS, dtype), out_ptr=f"*{NAMES[dtype]}",
+        v_desc=descriptor(hopper_stream.KEYS, dtype, shape.v_columns), out_ptr=f"*{NAMES[dtype]}",
     )  # fmt: skip
     options = dict(num_warps=4, maxnreg=shape.registers)
     return compile_kernel(hopper_kernel.forward, signature, dict(VARIANT=variant), 90, folder, **options)
@@ -144,22 +156,24 @@ def portable(
     lists: bool = False,
     scoring: str = "",
     int8: bool = False,
+    v_head_dim: int | None = None,
 ) -> MachineCode:
     """The triton backend's kernel as it is launched: causal, gap gate, no spans; with `lists`, block lists; `scoring`
-    as in `hopper`; with `int8`, int8 scores.
+    as in `hopper`; with `int8`, int8 scores; `v_head_dim` where V's heads are narrower.
     """
     from bsfa_kernels import portable as module
 
     operand = torch.int8 if int8 else dtype
-    name, block_d = NAMES[dtype], module.columns(head_dim, operand)
+    v_head_dim = v_head_dim or head_dim
+    name, block_d, block_v = NAMES[dtype], module.columns(head_dim, operand), module.columns(v_head_dim, dtype)
     q, k, v = (
-        f"tensordesc<{NAMES[element]}[1, 1, {n}, {block_d}]>"
-        for element, n in ((operand, rows), (operand, keys), (dtype, keys))
+        f"tensordesc<{NAMES[element]}[1, 1, {n}, {wide}]>"
+        for element, n, wide in ((operand, rows, block_d), (operand, keys, block_d), (dtype, keys, block_v))
     )
     signature = RUNTIME | dict(q_desc=q, k_desc=k, v_desc=v, out_ptr=f"*{name}")
     constants = dict(
-        absolute_ptr=None, spans_ptr=None, table_ptr=None, packed_ptr=None, HEADS=32, GROUP=4, D=head_dim,
-        BLOCK_D=block_d, ROWS=rows, KEYS=keys, CAUSAL=True, KEEP_SINK=True, WINDOWED="w" in scoring,
+        absolute_ptr=None, spans_ptr=None, table_ptr=None, packed_ptr=None, HEADS=32, GROUP=4, D=v_head_dim,
+        BLOCK_D=block_d, BLOCK_V=block_v, ROWS=rows, KEYS=keys, CAUSAL=True, KEEP_SINK=True, WINDOWED="w" in scoring,
         CAPPED="c" in scoring,
     )  # fmt: skip
     if "s" not in scoring:

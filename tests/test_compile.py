@@ -14,11 +14,14 @@ KB = 1024
 HOPPER_SHARED = 227 * KB
 SMALLEST_SHARED = 99 * KB  # what any GPU since sm_80 gives one program (sm_86, sm_89, sm_120)
 A100_SHARED = 163 * KB
-# Bytes of spill stores a Hopper variant may have, by head dim, from Triton 3.6 and 3.7. At 64 and 192 there are
-# registers to spare; at 128, consumers hold 128 accumulators in 160 registers, at 256 192 in 240 (kernels/NOTES.md).
-HOPPER_SPILLS = {64: 0, 96: 56, 128: 56, 192: 0, 256: 260}
+# Bytes of spill stores a Hopper variant may have, by head dim (of Q and K, and of V, where they differ), from Triton
+# 3.6 and 3.7. At 64 and 192 there are registers to spare; at 128, and with V of 128, consumers hold 128 accumulators in
+# 160 registers, at 256 192 in 240 (kernels/NOTES.md).
+MLA = (192, 128)
+HOPPER_SPILLS = {64: 0, 96: 56, 128: 56, 192: 0, 256: 260, MLA: 64, (128, 64): 56}
 # Accesses to spilled values in the loop over key tiles, of 2,048 cycles of products a tile.
 HOPPER_SPILLED_IN_LOOPS = {256: 75}
+MLA_LISTS_IN_LOOPS = 4
 
 RESERVED = {0, 1, 2, 3}  # Triton's hardware barriers; those after them are the kernel's
 
@@ -44,11 +47,18 @@ HOPPER = [
     (BF16, 256, True, "g", False, False),
     (FP16, 256, False, "a", True, False),
     (BF16, 256, True, "ag", True, True),
+    (BF16, MLA, True, "", False, False),
+    (BF16, MLA, True, "g", False, False),
+    (FP16, MLA, True, "ag", True, False),
+    (BF16, MLA, True, "g", True, True),
+    (FP16, (128, 64), True, "a", False, False),
 ]
 
 
 def label(value) -> str:
     names = {True: "causal", False: "full", "g": "gap", "a": "absolute", "ag": "both", "": "open"}
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
     return sass.NAMES[value] if isinstance(value, torch.dtype) else str(names.get(value, value))
 
 
@@ -63,7 +73,7 @@ SCORING = [
 
 def hopper_label(variant) -> str:
     dtype, head_dim, causal, gate, spans, lists = variant
-    return "-".join([label(dtype), str(head_dim), label(causal), label(gate), *["spans"] * spans, *["lists"] * lists])
+    return "-".join([label(dtype), label(head_dim), label(causal), label(gate), *["spans"] * spans, *["lists"] * lists])
 
 
 @pytest.mark.parametrize("variant", HOPPER, ids=hopper_label)
@@ -77,9 +87,11 @@ def test_hopper_runs_wgmma_asynchronously_within_its_registers(variant, tmp_path
     # The output by 16 bytes, whatever its strides; narrow stores are of lse and counts, 4 a consumer.
     wide = code.count("STG.E.128")
     assert wide >= 12 and code.count("STG") <= wide + 12
-    assert len(code.product_loops) == (2 if variant[1] > 128 else 3)
+    assert len(code.product_loops) == sass.hopper_shape(variant[1]).consumers
     # 20 bytes in the loop over key tiles cost 4 % at 0 % skipped (kernels/NOTES.md); not causal, one value is read.
     in_loops = HOPPER_SPILLED_IN_LOOPS.get(variant[1], 0 if variant[2] else 2)
+    if variant[1] == MLA and variant[5]:
+        in_loops = MLA_LISTS_IN_LOOPS
     assert code.spilled_in_loops <= in_loops
     assert code.shared <= HOPPER_SHARED
     assert triton_barriers(code) <= RESERVED
@@ -137,9 +149,10 @@ def test_what_windows_softcap_and_sinks_spill_is_known(scoring, dtype, head_dim,
 )  # fmt: skip
 def test_a_section_is_as_many_equal_parts_of_the_heads_as_fit(heads, keys, head_dim, expected):
     k = torch.empty(3, heads, keys, head_dim, dtype=BF16, device="meta")
-    assert hopper.section_kv_heads(k, keys) == expected
+    assert hopper.section_kv_heads(k, k, keys) == expected
     each = 2 * keys * head_dim * 2
     assert expected == 1 or expected * each <= hopper.SECTION_BYTES
+    assert hopper.section_kv_heads(k, k[..., :1], keys) >= expected
 
 
 # (capability, head dim, rows, keys, block lists): tiles of every width and shape. Those of head dims 96 and 128 are

@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, schedule
+from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans, schedule
+from bsfa_kernels.launch import Launches
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
 
 ROOM = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
 IGNORED = 9  # a launcher's arguments before the kernel's: grid, stream, function, metadata and hooks
@@ -54,6 +57,8 @@ class Driver:
 def gpu(monkeypatch):
     monkeypatch.setattr(hopper, "unsupported", lambda request: None)
     monkeypatch.setattr(hopper, "device_guard", lambda x: nullcontext())
+    for launches in (hopper.launches, schedule.launches):
+        monkeypatch.setattr(launches, "kernels", {})
     for kernel in (hopper.forward, schedule._schedule):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     fake = Driver()
@@ -68,11 +73,24 @@ def call(length: int, columns: int, head_dim: int = 128, mask: torch.Tensor | No
     return block_sparse_attention(q, k, k, gate, backend="hopper", blocks=blocks, return_counts=True)
 
 
-def test_one_kernel_serves_every_length_and_threshold(gpu):
+@pytest.fixture
+def front_end(monkeypatch):
+    """The calls that Triton's front end serves: [kernel name]."""
+    seen, run = [], JITFunction.run
+
+    def watched(self, *arguments, **options):
+        seen.append(self.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(JITFunction, "run", watched)
+    return seen
+
+
+def test_one_kernel_serves_every_length_and_threshold(gpu, front_end):
     for length, columns in ((192, 3), (1000, 16), (4099, 1)):
         result = call(length, columns)
         assert result.out.shape == (2, 8, length, 128) and result.kept.shape == (2, 8, -(-length // 64))
-    assert gpu.loaded == ["forward"]
+    assert gpu.loaded == ["forward"] and front_end == ["forward"]
     assert [grid for _, grid, _ in gpu.launched] == [(8, 1, 2), (8, 6, 2), (8, 22, 2)]
     for _, _, arguments in gpu.launched:
         q, k, v = arguments[:3]
@@ -118,8 +136,85 @@ def test_pages_are_described_as_they_lie(gpu):
     assert given["k_rows"] == 256 and gpu.launched[-1][1] == (4, 2, 2)
 
 
-def test_block_lists_are_scheduled_first(gpu):
-    call(1000, 16, head_dim=64, mask=torch.rand(2, 8, 16, 8) < 0.5)
-    (first, streams, _), (second, grid, arguments) = gpu.launched
-    assert (first, second) == ("_schedule", "forward") and streams[:2] == (16, 6) and grid == (8, 6, 2)
-    assert arguments[0].block_shape == [1, 1, 64, 64]
+def test_block_lists_are_scheduled_first(gpu, front_end):
+    mask = torch.rand(2, 8, 16, 8) < 0.5
+    for _ in range(2):
+        call(1000, 16, head_dim=64, mask=mask)
+    assert front_end == ["_schedule", "forward"]
+    for (first, streams, lists), (second, grid, arguments) in (gpu.launched[:2], gpu.launched[2:]):
+        assert (first, second) == ("_schedule", "forward") and streams[:2] == (16, 6) and grid == (8, 6, 2)
+        assert arguments[0].block_shape == [1, 1, 64, 64]
+        assert [type(x) for x in lists] == [type(x) for x in gpu.launched[0][2]]
+        assert [type(x) for x in arguments[3:]] == [type(x) for x in gpu.launched[1][2][3:]]
+    for mine, checked in zip(gpu.launched[3][2][:3], gpu.launched[1][2][:3], strict=True):
+        assert vars(mine).keys() == vars(checked).keys() and mine.layout == checked.layout
+        assert (mine.shape, mine.strides, mine.padding) == (checked.shape, checked.strides, checked.padding)
+
+
+class Function:
+    """A JIT function that compiles nothing: what its front end, and what its compiled kernels were called with."""
+
+    def __init__(self, kernels: bool = True):
+        self.front_end, self.by_hand, self.kernels = [], [], kernels
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.front_end.append((grid, arguments))
+            return Kernel(self) if self.kernels else None
+
+        return run
+
+
+class Kernel:
+    def __init__(self, function: Function):
+        self.function = function
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.function.by_hand.append((grid, arguments))
+
+
+def test_what_makes_another_kernel_is_seen_by_the_front_end(gpu, monkeypatch):
+    function = Function()
+    monkeypatch.setattr(hopper.launches, "function", function)
+    q, k = (torch.randn(2, heads, 200, 128, dtype=torch.bfloat16) for heads in (8, 2))
+    gap = torch.full((8, 5), -3.0)
+    calls = [
+        dict(),
+        dict(q=q.half(), k=k.half(), v=k.half()),
+        dict(v=k[..., :64]),
+        dict(q=q[:, :4], gate=Gate()),
+        dict(causal=False),
+        dict(keep_sink=False),
+        dict(window=100),
+        dict(softcap=5.0),
+        dict(sinks=torch.zeros(8)),
+        dict(spans=make_spans(2)),
+        dict(gate=Gate(absolute=gap)),
+    ]
+    for options in calls:
+        for _ in range(2):
+            block_sparse_attention(**dict(q=q, k=k, v=k, gate=Gate(gap=gap), backend="hopper") | options)
+    assert len(function.front_end) == len(function.by_hand) == len(calls)
+
+
+def test_addresses_that_are_no_multiples_of_16_are_left_to_the_front_end():
+    function = Function()
+    launches, even = Launches(function), torch.zeros(64)
+    assert even.data_ptr() % 16 == 0
+    for x in (even[1:], even, even[2:], even[4:], even):
+        launches.of("key", (None, x))((1, 2, 3), x, 5, num_warps=4)
+    assert [arguments[0].data_ptr() % 16 for _, arguments in function.front_end] == [4, 0, 8]
+    assert [arguments[0].data_ptr() % 16 for _, arguments in function.by_hand] == [0, 0]
+    assert function.by_hand[0][0] == (1, 2, 3) and function.by_hand[0][1][1:] == (5,)
+
+
+def test_a_triton_whose_kernels_cannot_be_launched_by_hand_keeps_its_front_end():
+    function = Function(kernels=False)
+    for _ in range(2):
+        Launches(function).of("key", ())((1, 1, 1), 5)
+    assert len(function.front_end) == 2
+
+
+def test_kernels_of_this_triton_can_be_launched_by_hand():
+    """Where not, calls take a fifth more of the host's time: see launch.Launches."""
+    assert hasattr(CompiledKernel, "__getitem__")

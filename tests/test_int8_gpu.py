@@ -42,6 +42,16 @@ def test_hopper(case, blocks):
     check(replace(case, blocks=blocks), "hopper", "cuda", scores="int8")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dims", ((128, 64), (72, 40)), ids=str)
+def test_values_narrower_than_keys(head_dims, backend):
+    head_dim, v_head_dim = head_dims
+    check(
+        Case(2, 4, 2, 500, 500, head_dim, gate="both", dtype=torch.bfloat16, v_head_dim=v_head_dim), backend, "cuda",
+        scores="int8",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("case", cases("triton", 12))
 def test_statistics(case):
     check_statistics(case, "triton", "cuda", scores="int8")

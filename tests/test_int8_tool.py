@@ -99,7 +99,7 @@ def test_apply_runs_the_points_scores_or_others_and_notes_it(run, begun, tmp_pat
 
 
 def test_a_gpu_without_int8_scores_runs_exact_ones_and_says_so(monkeypatch):
-    def fused(device, dtype, head_dim, rows, keys, scores="exact"):
+    def fused(device, dtype, head_dim, v_head_dim, rows, keys, scores="exact"):
         return ("triton", "") if scores == "exact" else (None, "it has no int8 scores")
 
     monkeypatch.setattr(planner, "fused", fused)
@@ -108,7 +108,7 @@ def test_a_gpu_without_int8_scores_runs_exact_ones_and_says_so(monkeypatch):
     step = planner.plan(planner.Call(q, q, q, True, False, False, None, None, False), handler)
     assert step.route is planner.Route.GATED and step.expected
     assert step.reason == "exact scores instead of int8 ones: no fused kernel: it has no int8 scores"
-    assert bsfa.SparseAttention.scores_of(handler, q) == "exact"
+    assert bsfa.SparseAttention.scores_of(handler, q, q) == "exact"
     verified = {"scores": "int8", "modules": [{"scores": "exact"}], "kept": 1, "candidates": 2, "skip": 0.5}
     verified |= {"logits": {"top1": 1, "perplexity_increase": 0, "kl_over_floor": {"value": 0}}, "finite": True}
     failures = Gates().failures(verified | {"dropped_mass": {"p99": 0}, "kernel": []})

@@ -122,6 +122,32 @@ def test_the_output_goes_to_any_place(padded, head_dim, backend, place):
     check_place(case, backend, place, "cuda")
 
 
+# Head dims of Q and K, and of V: MLA's, those that share its kernel, and others.
+NARROW = ((192, 128), (192, 128), (160, 96), (192, 72), (256, 128), (128, 64), (72, 40))
+
+
+def narrow(backend: str, count: int) -> list:
+    rng = random.Random(f"narrow {backend}")
+    drawn = []
+    for i in range(count):
+        case, (head_dim, v_head_dim) = draw(rng, backend), NARROW[i % len(NARROW)]
+        dtype = torch.bfloat16 if case.dtype == torch.float32 and head_dim > 128 else case.dtype
+        case = replace(case, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, blocks=rng.choice(("", "shuffled")))
+        drawn.append(pytest.param(case, id=f"{i}-{head_dim}-{v_head_dim}"))
+    return drawn
+
+
+@pytest.mark.parametrize("case", narrow("triton", 63))
+def test_triton_with_values_narrower_than_keys(case):
+    check(case, "triton", "cuda")
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("case", narrow("hopper", 140))
+def test_hopper_with_values_narrower_than_keys(case):
+    check(case, "hopper", "cuda")
+
+
 @pytest.mark.parametrize("blocks", ("ordered", "shuffled"))
 @pytest.mark.parametrize("case", cases("triton", 48))
 def test_triton_with_block_lists(case, blocks):
@@ -145,7 +171,7 @@ def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, b
     calls = []
     for fits in (kv_heads, 6):
         monkeypatch.setattr(hopper, "SECTION_BYTES", fits * 2 * 777 * 128 * 2)
-        assert hopper.section_kv_heads(k, 777) == fits
+        assert hopper.section_kv_heads(k, v, 777) == fits
         check(case, "hopper", "cuda")
         calls.append(block_sparse_attention(q, k, v, gate, blocks=case.block_lists("cuda"), return_lse=True))
     assert torch.equal(calls[0].out, calls[1].out) and torch.equal(calls[0].lse, calls[1].lse)

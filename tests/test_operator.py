@@ -25,10 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 TILE = TileShape(16, 16)
 
 
-def tensors(heads=4, kv_heads=2, rows=40, keys=40, head_dim=16, dtype=torch.float32, batch=2):
+def tensors(heads=4, kv_heads=2, rows=40, keys=40, head_dim=16, dtype=torch.float32, batch=2, v_head_dim=None):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, h, n, head_dim) for h, n in ((heads, rows), (kv_heads, keys), (kv_heads, keys))]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    last = v_head_dim or head_dim
+    shapes = ((heads, rows, head_dim), (kv_heads, keys, head_dim), (kv_heads, keys, last))
+    return [torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def thresholds(value: float, heads=4, tiles=3) -> torch.Tensor:
@@ -90,6 +91,7 @@ ATTENTION = {
     "packed": lambda: packed_arguments(gap=thresholds(-1.0)),
     "int8": lambda: operator_arguments(*tensors(), gap=thresholds(-1.0), lse=False, scores="int8"),
     "int8-spans": lambda: operator_arguments(*tensors(), spans=make_spans(2), sinks=torch.zeros(4), scores="int8"),
+    "narrow-values": lambda: operator_arguments(*tensors(head_dim=24, v_head_dim=16), gap=thresholds(-1.0)),
     "half-strided": lambda: operator_arguments(
         *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(dtype=torch.bfloat16)), gap=thresholds(-1.0)
     ),
@@ -117,6 +119,17 @@ def test_tile_statistics_is_a_sound_operator(causal, spans, scores):
     lse = block_sparse_attention(q, k, v, causal=causal, spans=spans, return_lse=True, tile=TILE).lse
     arguments = (q, k, lse, spans, 0, 0.25, None, None, causal, TILE.rows, TILE.keys, True, scores, "auto")
     torch.library.opcheck(torch.ops.bsfa.tile_statistics, arguments)
+
+
+def test_there_is_no_backward_pass_and_it_says_so():
+    q, k, v = tensors()
+    v.requires_grad_()
+    out = block_sparse_attention(q, k, v, tile=TILE, return_lse=True, return_counts=True)
+    assert out.out.requires_grad and not out.kept.requires_grad
+    with pytest.raises(NotImplementedError, match="block_sparse_attention has no backward pass"):
+        out.out.sum().backward()
+    with torch.no_grad():
+        assert not block_sparse_attention(q, k, v, tile=TILE).out.requires_grad
 
 
 def test_fake_tensors_have_the_shapes_and_types_of_the_result():
@@ -222,10 +235,13 @@ REFUSED = [
         dict(q=Q.int(), k=K.int(), v=V.int()),
         r"q must be float16, bfloat16, float32 or float64, got torch.int32",
     ),
-    (dict(v=LONG), r"k and v must have the same shape, got \[2, 2, 40, 16\] and \[2, 2, 48, 16\]"),
+    (dict(v=LONG), r"k and v must agree in all but their last axis, got \[2, 2, 40, 16\] and \[2, 2, 48, 16\]"),
+    (dict(v=torch.cat([V, V], -1)), r"v must not be wider than k, got head dims 32 and 16"),
+    (dict(v=V[..., :0]), r"empty input: q \[2, 4, 40, 16\], k \[2, 2, 40, 16\], v \[2, 2, 40, 0\]"),
+    (dict(v=V[..., :8], out=torch.empty_like(Q)), r"out must be torch.float32 \[2, 4, 40, 8\] on cpu, got .*"),
     (dict(q=Q[:1]), r"q \[1, 4, 40, 16\] and k \[2, 2, 40, 16\] must agree in batch size and head dim"),
     (dict(q=Q[:, :3]), r"query heads \(3\) must be a multiple of key/value heads \(2\)"),
-    (dict(q=Q[:, :, :0]), r"empty input: q \[2, 4, 0, 16\], k \[2, 2, 40, 16\]"),
+    (dict(q=Q[:, :, :0]), r"empty input: q \[2, 4, 0, 16\], k \[2, 2, 40, 16\], v \[2, 2, 40, 16\]"),
     (dict(scale=0.0), r"scale must be positive and finite, got 0.0"),
     (dict(scale=float("nan")), r"scale must be positive and finite, got nan"),
     (dict(q_offset=-1), r"q_offset must not be negative, got -1; left padding is described by spans"),
@@ -347,7 +363,8 @@ def test_a_gpu_with_little_shared_memory_is_a_reason(monkeypatch, room, served):
         return SimpleNamespace(shared_memory_per_block_optin=room)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
-    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 64, 256))
-    reason = portable.unsupported(SimpleNamespace(q=q, tile=TileShape(64, 128), query_tiles=1, scores="exact"))
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 64, 256))
+    reason = portable.unsupported(SimpleNamespace(q=x, v=x, tile=TileShape(64, 128), query_tiles=1, scores="exact"))
     assert reason is None if served else "head dim 256" in reason and "101376" in reason
-    assert portable.unsupported(SimpleNamespace(q=q, tile=TileShape(128, 64), query_tiles=1, scores="exact")) is None
+    tall = SimpleNamespace(q=x, v=x, tile=TileShape(128, 64), query_tiles=1, scores="exact")
+    assert portable.unsupported(tall) is None

@@ -15,7 +15,7 @@ def test_one_length_of_every_kind_of_section():
     heads, head_dim = 2, 64
     found = lengths(model, 1 << 18)
     kinds = {
-        n: hopper.section_kv_heads(torch.empty(1, heads, n, head_dim, dtype=torch.bfloat16, device="meta"), n)
+        n: hopper.section_kv_heads(*[torch.empty(1, heads, n, head_dim, dtype=torch.bfloat16, device="meta")] * 2, n)
         for n in (*found, *range(1000, 1 << 18, 1000))
     }
     assert found == [1 << 16, 1 << 18]

@@ -22,7 +22,14 @@ MODELS = {
     "gemma3": ("Gemma3ForCausalLM", dict(**ALTERNATE, query_pre_attn_scalar=64)),
     "gpt-oss": ("GptOssForCausalLM", dict(**ALTERNATE, num_local_experts=2, num_experts_per_tok=1)),
 }
+MLA = dict(  # heads of 48 for Q and K, of 32 for V
+    num_key_value_heads=4, head_dim=16, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16,
+    v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_group=1, topk_group=1,
+    first_k_dense_replace=1,
+)  # fmt: skip
 OTHERS = {  # not part of every test
+    "deepseek-v2": ("DeepseekV2ForCausalLM", MLA),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", MLA),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "granite-swa": ("GraniteSWAForCausalLM", dict(**ALTERNATE, attention_multiplier=64**-0.5)),
 }

@@ -21,7 +21,9 @@ LAYER_STRIDE = 7919
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention call. q [1, Hq, T, D]; k, v [1, Hkv, T, D]; `planted` says what a structured one holds."""
+    """One attention call. q [1, Hq, T, D]; k [1, Hkv, T, D]; v [1, Hkv, T, Dv]; `planted` says what a structured one
+    holds.
+    """
 
     name: str
     q: torch.Tensor
@@ -88,7 +90,8 @@ class CapturedSource:
                     q, k, v = (file.get_tensor(f"{entry['name']}/{part}") for part in "qkv")
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{self.path}: cannot read {entry['name']}: {error}") from error
-            if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[2] < self.length:
+            fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and v.shape[3] <= k.shape[3]
+            if not fits or q.shape[2] < self.length:
                 raise InputError(f"{self.path}: {entry['name']} holds shapes that no attention can have")
             q, k, v = (x[:, :, : self.length].to(self.device).contiguous() for x in (q, k, v))
             yield Layer(entry["name"], q, k, v, entry["scale"], entry["causal"])

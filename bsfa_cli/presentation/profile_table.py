@@ -50,8 +50,9 @@ def head_shape(cell: dict) -> str:
     """One cell's heads, direction, dtype, gate and, where it is not unit-normal, data."""
     shape = cell["shape"]
     structured = "structured data, " if "structured" in cell["data"] else ""
+    values = f" (V: {shape['v_head_dim']})" if "v_head_dim" in shape else ""
     return (
-        f"{shape['name']}: {structured}{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
+        f"{shape['name']}: {structured}{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}{values}, "
         f"{'causal' if shape['causal'] else 'not causal'}, {cell['dtype']}, {cell['gate']} gate"
     )
 

@@ -24,7 +24,9 @@ BASELINES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call's heads. `lengths` and `data` override the plan's for this shape."""
+    """One attention call's heads. `lengths` and `data` override the plan's for this shape; `v_head_dim` where V's heads
+    are narrower than those of Q and K.
+    """
 
     name: str
     heads: int
@@ -34,6 +36,7 @@ class Shape:
     batch: int = 1
     lengths: tuple[int, ...] | None = None
     data: str | None = None
+    v_head_dim: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str):
@@ -41,6 +44,10 @@ class Shape:
         for name in ("heads", "kv_heads", "head_dim", "batch"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise UsageError(f"{name} must be a positive whole number, got {quoted(getattr(self, name))}")
+        if self.v_head_dim is not None and (
+            not isinstance(self.v_head_dim, int) or not 1 <= self.v_head_dim <= self.head_dim
+        ):
+            raise UsageError(f"v_head_dim must be from 1 to head_dim ({self.head_dim}), got {quoted(self.v_head_dim)}")
         if self.heads % self.kv_heads:
             raise UsageError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if not isinstance(self.causal, bool):
@@ -48,8 +55,14 @@ class Shape:
         if self.data is not None and self.data not in DATA:
             raise UsageError(f"data must be one of {', '.join(DATA)}, got {quoted(self.data)}")
 
+    @property
+    def values(self) -> int:
+        """V's head dim."""
+        return self.v_head_dim or self.head_dim
+
     def describe(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key not in ("lengths", "data")}
+        left_out = ("lengths", "data", *(["v_head_dim"] if self.v_head_dim is None else []))
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,8 @@ class Plan:
         head_flags = {key: value for key, value in head_flags.items() if value is not None}
         if "heads" in head_flags:
             head_flags.setdefault("kv_heads", heads)
+        if "head_dim" in head_flags:
+            head_flags["v_head_dim"] = None
         changes = {key: value for key, value in changes.items() if value is not None}
         if head_flags:
             changes["shapes"] = (replace(self.shapes[0], name="custom", lengths=None, **head_flags),)

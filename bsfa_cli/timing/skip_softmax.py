@@ -106,9 +106,11 @@ def _said(text: str) -> str:
 
 def _unfit(laid: TokensFirst) -> str | None:
     """What FlashInfer does not check: without a kernel for a shape it launches nothing and returns what memory held."""
-    q = laid.given[0]
+    q, _, v = laid.given
     if q.dtype not in DTYPES:
         return f"serves float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if v.shape[-1] != q.shape[-1]:
+        return f"serves values as wide as keys, not head dims {q.shape[-1]} and {v.shape[-1]}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"serves head dims {', '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}"
     capability = torch.cuda.get_device_capability(q.device)

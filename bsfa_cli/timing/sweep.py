@@ -111,7 +111,7 @@ def cell(plan: Plan, shape: Shape, length: int, device: torch.device, seconds: f
         "error_tolerance": tolerance,
         "unavailable": entrants.unavailable,
     }
-    return result | summarise(entrants.rows, timings, flops)
+    return result | summarise(entrants.rows, timings, flops, shape.head_dim / (shape.head_dim + shape.values))
 
 
 def int8_backend(plan: Plan, shape: Shape, q, k, v, tile: TileShape, entrants: Entrants) -> str | None:
@@ -138,8 +138,12 @@ def int8_backend(plan: Plan, shape: Shape, q, k, v, tile: TileShape, entrants: E
 
 
 def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: torch.dtype, seed: int):
-    """q [batch, heads, length, head_dim], k and v [batch, kv_heads, length, head_dim] of the kind `data`."""
+    """q [batch, heads, length, head_dim], k and v [batch, kv_heads, length, head_dim] of the kind `data`; V's own head
+    dim where the shape has one.
+    """
     if data == "structured":
+        if shape.values != shape.head_dim:
+            raise UsageError(f"shape {shape.name}: structured data have no v_head_dim of their own")
         try:
             return structured.generate(
                 heads=shape.heads, kv_heads=shape.kv_heads, length=length, head_dim=shape.head_dim, batch=shape.batch,
@@ -149,8 +153,12 @@ def tensors(data: str, shape: Shape, length: int, device: torch.device, dtype: t
             raise UsageError(f"shape {shape.name}: {error}") from error
     generator = torch.Generator(device=device).manual_seed(seed)
     return tuple(
-        torch.randn(shape.batch, heads, length, shape.head_dim, generator=generator, device=device, dtype=dtype)
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        torch.randn(shape.batch, heads, length, head_dim, generator=generator, device=device, dtype=dtype)
+        for heads, head_dim in (
+            (shape.heads, shape.head_dim),
+            (shape.kv_heads, shape.head_dim),
+            (shape.kv_heads, shape.values),
+        )
     )
 
 
@@ -190,8 +198,10 @@ def gates(plan: Plan, shape: Shape, q, k, v, tile: TileShape, backend: str, unav
             yield name, skip, gate
 
 
-def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:
-    """Times, rates, speedups and bounds of one cell from its contenders' facts and samples."""
+def summarise(rows: list[dict], timings: dict[str, Timing], flops: int, qk_share: float = 0.5) -> dict:
+    """Times, rates, speedups and bounds of one cell from its contenders' facts and samples; `qk_share` of the flops are
+    QK^T's.
+    """
     dense = [row["name"] for row in rows if row["kind"] == "dense"]
     fastest = min(dense, key=lambda name: timings[name].median, default=None)
     fastest_ms = timings[fastest].median if fastest else None
@@ -200,13 +210,14 @@ def summarise(rows: list[dict], timings: dict[str, Timing], flops: int) -> dict:
         timing = timings[row["name"]]
         kept, whole = row.get("kept_share", 1.0), row["kind"] != PREPARATION
         # QK^T of every tile and PV of those kept; int8 products run at twice the rate.
-        bound = 2 / ((0.5 if row["kind"] == OURS[INT8] else 1) + kept)
+        pv = (1 - qk_share) * kept
+        bound = 1 / ((0.5 if row["kind"] == OURS[INT8] else 1) * qk_share + pv)
         speedup = fastest_ms / timing.median if fastest and whole else None
         contenders.append(
             row
             | {
                 "tflops_dense_equivalent": flops / timing.median / 1e9 if whole else None,
-                "tflops_executed": flops * (1 + kept) / 2 / timing.median / 1e9 if whole else None,
+                "tflops_executed": flops * (qk_share + pv) / timing.median / 1e9 if whole else None,
                 "speedup": speedup,
                 "bound": bound,
                 "suspect": row["kind"] in OURS.values() and speedup is not None and speedup > bound,
@@ -248,7 +259,7 @@ def break_even(points: list[tuple[float, float]], dense_ms: float | None) -> flo
 def dense_flops(shape: Shape, length: int) -> int:
     """Of dense attention: two for each product's multiply and add, over the pairs of positions that see each other."""
     pairs = length * (length + 1) // 2 if shape.causal else length * length
-    return 4 * shape.batch * shape.heads * shape.head_dim * pairs
+    return 2 * shape.batch * shape.heads * (shape.head_dim + shape.values) * pairs
 
 
 def skipped(result, causal: bool, length: int, tile: TileShape) -> dict:

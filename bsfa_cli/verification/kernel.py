@@ -53,7 +53,7 @@ def check_kernel(handler: SparseAttention, q, k, v, scoring: Scoring, sinks: tor
     sinks = None if sinks is None else sinks[heads]
     options = dict(tile=tile, keep_sink=handler.thresholds.keep_sink, sinks=sinks)
     call = dict(q_offset=start, **scoring._asdict(), **options)
-    scores = handler.scores_of(q)
+    scores = handler.scores_of(q, v)
     kernel = block_sparse_attention(q, k, v, gate, scores=scores, return_counts=True, backend=handler.backend, **call)
     backend = handler.backend
     if backend == "auto":

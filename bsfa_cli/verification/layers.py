@@ -87,7 +87,7 @@ class MeasuringAttention:
         common = dict(scale=scale, causal=causal, spans=spans, return_lse=True, **scoring)
         sparse = self.sparse.attend(q, k, v, return_counts=True, **common)
         dense = whole = exact_attention(q, k, v, backend=self.sparse.backend, **common)
-        self.scores = self.sparse.scores_of(q)
+        self.scores = self.sparse.scores_of(q, v)
         if self.scores != "exact":  # the same scores with nothing skipped: what they cost by themselves
             whole = self.sparse.run(q, k, v, Gate(), **common)
         if self._sums is None:

@@ -30,7 +30,7 @@ class Attention(NamedTuple):
     the call does not hold whole) are in neither.
     """
 
-    out: torch.Tensor  # [B, Hq, Tq, D], the dtype of q; `out` where it was given
+    out: torch.Tensor  # [B, Hq, Tq, Dv], the dtype of q; `out` where it was given
     lse: torch.Tensor | None  # float32 [B, Hq, Tq], natural log, -inf where a query saw nothing
     kept: torch.Tensor | None  # int32 [B, Hq, query tiles]
     candidates: torch.Tensor | None  # int32 [B, Hq, query tiles]
@@ -71,9 +71,10 @@ def block_sparse_attention(
 ) -> Attention:
     """Exact scores, softmax and PV only for the tiles that `gate` keeps (BSFA, arXiv 2512.07011).
 
-    q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], Hq a multiple of Hkv; float16, bfloat16, float32 or float64; any
-    strides with a contiguous last axis. `scale` defaults to D ** -0.5. `q_offset` is the absolute position of query
-    row 0 while key row 0 stands at 0; batches whose sequences differ give `spans` (see `make_spans`) instead.
+    q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv], Hq a multiple of Hkv, Dv at most D; float16, bfloat16,
+    float32 or float64; any strides with a contiguous last axis. `scale` defaults to D ** -0.5. `q_offset` is the
+    absolute position of query row 0 while key row 0 stands at 0; batches whose sequences differ give `spans` (see
+    `make_spans`) instead.
     Gates judge query tiles that the call holds whole, by absolute position: of a first or last tile that lacks rows,
     and in a call of fewer than `tile.rows` rows, every tile is kept, but for a last tile behind whose rows the
     sequence ends, which only the lengths of `make_spans` can say.
@@ -84,10 +85,10 @@ def block_sparse_attention(
     are not visited). `softcap` c: scores become c * tanh(scores / c). `sinks` [Hq]: attention sinks, one more logit a
     head in the softmax, of value 0. `scores`: "exact", or "int8", from Q and K rounded to 8 bits, so no longer BSFA's
     exact scores (quantise.py says how, and what of it depends on the call). `backend`: "auto" takes the fastest that
-    can serve the call, a name demands that one. `out` [B, Hq, Tq, D], dtype of q: where the output goes, such as a view
-    of an engine's [tokens, Hq, D]. Kernels write there by its strides; where it shares memory with q, k or v, or
+    can serve the call, a name demands that one. `out` [B, Hq, Tq, Dv], dtype of q: where the output goes, such as a
+    view of an engine's [tokens, Hq, Dv]. Kernels write there by its strides; where it shares memory with q, k or v, or
     16-byte stores do not reach its rows, the output is copied there. Without it the output lies in memory as
-    [B, Tq, Hq, D].
+    [B, Tq, Hq, Dv].
 
     `block_table` int32 [B, n]: k and v are pages [pages, Hkv, page, D] of a cache, and position p of sequence b is row
     p % page of page block_table[b, p // page]; every entry must be a page of the cache, and the k_offset of `spans` 0.
@@ -124,9 +125,11 @@ def block_sparse_attention(
         sequences, packed_rows,
     )  # fmt: skip
     if out is None:
-        out, lse, kept, candidates = torch.ops.bsfa.attend(*call)
+        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        attend = _NoBackward.apply if differentiable else torch.ops.bsfa.attend.default
+        out, lse, kept, candidates = attend(*call)
     else:
-        lse, kept, candidates = torch.ops.bsfa.attend_into(out, *call)
+        lse, kept, candidates = torch.ops.bsfa.attend_into.default(out, *call)
     return Attention(
         out, lse if return_lse else None, kept if return_counts else None, candidates if return_counts else None
     )
@@ -208,21 +211,49 @@ _CALL = (
 )
 
 
-@torch.library.custom_op("bsfa::attend", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY = torch.library.Library("bsfa", "FRAGMENT")
+
+
+def _operator(schema: str):
+    """Registers an operator by hand: what torch.library.custom_op wraps around one took a fifth of a call's host time
+    (NOTES.md, Host).
+    """
+
+    def register(function):
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # torch.compile must not look into it where a frame that it gave up calls it.
+        hidden = getattr(torch, "_disable_dynamo", lambda f: f)(function)
+        _LIBRARY.impl(schema.partition("(")[0], hidden, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+@_operator(f"attend({_CALL}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _attend(*call):
-    """(out, lse, kept, candidates); what is not wanted is empty."""
+    """(out, lse, kept, candidates); what is not wanted means nothing."""
     return _run(*_request(*call))
 
 
-@_attend.register_fake
+class _NoBackward(torch.autograd.Function):
+    """The operator for tensors that require gradients, which it has none of: said where they are asked for."""
+
+    @staticmethod
+    def forward(ctx, *call):
+        return torch.ops.bsfa.attend.default(*call)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("block_sparse_attention has no backward pass")
+
+
+@torch.library.register_fake("bsfa::attend", lib=_LIBRARY)
 def _(*call):
     request, _ = _request(*call)
     return request.new_output(), *_fake_rest(request)
 
 
-@torch.library.custom_op(
-    "bsfa::attend_into", mutates_args=("out",), schema=f"(Tensor(a!) out, {_CALL}) -> (Tensor, Tensor, Tensor)"
-)
+@_operator(f"attend_into(Tensor(a!) out, {_CALL}) -> (Tensor, Tensor, Tensor)")
 def _attend_into(out, *call):
     """The same with the output's place given."""
     request, backend = _request(*call)
@@ -235,7 +266,7 @@ def _attend_into(out, *call):
     return tuple(rest)
 
 
-@_attend_into.register_fake
+@torch.library.register_fake("bsfa::attend_into", lib=_LIBRARY)
 def _(out, *call):
     return _fake_rest(_request(*call)[0])
 
@@ -265,12 +296,7 @@ def _run(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
             if request.packed is not None:
                 return _run_one_by_one(request, backend)
             request = request.gathered()
-    out, lse, kept, candidates = module.attention(request)
-    if not request.want_lse:
-        lse = request.q.new_empty(0, dtype=torch.float32)
-    if not request.want_counts:
-        kept, candidates = (request.q.new_empty(0, dtype=torch.int32) for _ in range(2))
-    return out, lse, kept, candidates
+    return module.attention(request)
 
 
 def _run_one_by_one(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
@@ -278,24 +304,17 @@ def _run_one_by_one(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
     out, lse, kept, candidates = request.new_outputs()
     for i, (rows, own) in enumerate(replace(request, out=out).one_by_one()):
         _, own_lse, *counts = _run(own, backend)
-        if request.want_lse:
-            lse[:, :, rows] = own_lse
+        lse[:, :, rows] = own_lse
         for total, count in zip((kept, candidates), counts, strict=True):
-            if request.want_counts:
-                total[i, :, : count.shape[2]] = count[0]
-    empty = request.q.new_empty
-    if not request.want_lse:
-        lse = empty(0, dtype=torch.float32)
-    if not request.want_counts:
-        kept, candidates = (empty(0, dtype=torch.int32) for _ in range(2))
+            total[i, :, : count.shape[2]] = count[0]
     return out, lse, kept, candidates
 
 
 def _fake_rest(request: Request) -> tuple[torch.Tensor, ...]:
     """(lse, kept, candidates) without values."""
     q = request.q
-    lse = q.new_empty(q.shape[:3] if request.want_lse else (0,), dtype=torch.float32)
-    tiles = (request.batch, q.shape[1], request.query_tiles) if request.want_counts else (0,)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tiles = (request.batch, q.shape[1], request.query_tiles)
     return lse, *(q.new_empty(tiles, dtype=torch.int32) for _ in range(2))
 
 

@@ -49,10 +49,11 @@ def reason_against(module: str, request: Request) -> str | None:
 
 
 def fused(
-    device: torch.device, dtype: torch.dtype, head_dim: int, rows: int, keys: int, scores: str = "exact"
-) -> tuple[str | None, str]:
+    device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int, rows: int, keys: int,
+    scores: str = "exact",
+) -> tuple[str | None, str]:  # fmt: skip
     """(the fused backend that serves such calls with tiles of rows x keys, ""), or (None, why there is none)."""
-    return _fused(device, dtype, head_dim, TileShape(rows, keys), scores)
+    return _fused(device, dtype, head_dim, v_head_dim, TileShape(rows, keys), scores)
 
 
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds.
@@ -60,9 +61,10 @@ fused._dynamo_marked_constant = True
 
 
 @cache
-def _fused(device, dtype, head_dim, tile, scores) -> tuple[str | None, str]:
+def _fused(device, dtype, head_dim, v_head_dim, tile, scores) -> tuple[str | None, str]:
     x = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
-    request = Request(x, x, x, Gate(), 1.0, True, tile, True, 0, None, False, False, scores=scores)
+    v = x[..., :v_head_dim]
+    request = Request(x, x, v, Gate(), 1.0, True, tile, True, 0, None, False, False, scores=scores)
     for name in FUSED:
         reason = reason_against(ATTENTION[name], request)
         if reason is None:

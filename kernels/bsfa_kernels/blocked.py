@@ -161,9 +161,9 @@ def _keep(plan: Visit, passed: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(request: Request, scores, values, keep) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [Hq, rows, D] in the dtype of v, lse float32 [Hq, rows]) over the key tiles that each head keeps.
+    """(out [Hq, rows, Dv] in the dtype of v, lse float32 [Hq, rows]) over the key tiles that each head keeps.
 
-    scores [Hq, rows, keys] are overwritten; values [Hkv, keys, D]; keep bool [Hq, key tiles].
+    scores [Hq, rows, keys] are overwritten; values [Hkv, keys, Dv]; keep bool [Hq, key tiles].
     """
     heads, count, visible = scores.shape
     sinks = None if request.sinks is None else request.sinks.to(scores.dtype)[:, None, None]
@@ -183,7 +183,7 @@ def _attend(request: Request, scores, values, keep) -> tuple[torch.Tensor, torch
 
 
 def _softmax_pv(request: Request, s, values, sinks) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [H, rows, D] in the dtype of v, lse float32 [H, rows]) of scores [H, rows, keys], overwritten."""
+    """(out [H, rows, Dv] in the dtype of v, lse float32 [H, rows]) of scores [H, rows, keys], overwritten."""
     largest = s.amax(-1, keepdim=True)
     if sinks is not None:
         largest = torch.maximum(largest, sinks)

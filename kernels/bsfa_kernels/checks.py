@@ -8,28 +8,34 @@ from .request import SCORES, query_tiles
 
 
 def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
+    dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {dtype} on {device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name} must be contiguous along its last axis, got strides {list(x.stride())}")
-    batch = q.shape[0] if sequences is None else len(sequences)
-    if not q.dtype.is_floating_point or q.dtype.itemsize < 2:
-        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    batch = of_q[0] if sequences is None else len(sequences)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"q must be float16, bfloat16, float32 or float64, got {dtype}")
+    if of_k[:3] != of_v[:3]:
+        raise ValueError(f"k and v must agree in all but their last axis, got {list(of_k)} and {list(of_v)}")
+    if of_v[3] > of_k[3]:
+        raise ValueError(f"v must not be wider than k, got head dims {of_v[3]} and {of_k[3]}")
     if block_table is not None:
         check_table(q, block_table, batch)
-        if q.shape[3] != k.shape[3]:
-            raise ValueError(f"q {list(q.shape)} and pages {list(k.shape)} must agree in head dim")
-    elif q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch size and head dim")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})")
-    if min(q.shape) < 1 or min(k.shape) < 1:
-        raise ValueError(f"empty input: q {list(q.shape)}, k {list(k.shape)}")
+        if of_v != of_k:
+            raise ValueError(f"pages of K and V must be alike, got {list(of_k)} and {list(of_v)}")
+        if of_q[3] != of_k[3]:
+            raise ValueError(f"q {list(of_q)} and pages {list(of_k)} must agree in head dim")
+    elif of_q[0] != of_k[0] or of_q[3] != of_k[3]:
+        raise ValueError(f"q {list(of_q)} and k {list(of_k)} must agree in batch size and head dim")
+    if of_k[1] < 1 or of_q[1] % of_k[1]:
+        raise ValueError(f"query heads ({of_q[1]}) must be a multiple of key/value heads ({of_k[1]})")
+    if min(*of_q, *of_k, *of_v) < 1:
+        raise ValueError(f"empty input: q {list(of_q)}, k {list(of_k)}, v {list(of_v)}")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if spans is None and q_offset < 0:
@@ -68,9 +74,10 @@ def check_table(q, block_table, batch):
 
 
 def check_out(out, q, k, v):
-    if (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+    wanted = (*q.shape[:3], v.shape[3])
+    if (out.shape, out.dtype, out.device) != (wanted, q.dtype, q.device):
         raise ValueError(
-            f"out must be {q.dtype} {list(q.shape)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
+            f"out must be {q.dtype} {list(wanted)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
         )
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(f"out has more than one element in one place: shape {list(out.shape)}, strides {out.stride()}")

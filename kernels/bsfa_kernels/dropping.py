@@ -51,20 +51,21 @@ def drop_costs(
 ) -> list[torch.Tensor]:
     """int64 [B, Hq, query tiles, entries], in units of 1 / unit, for each of `cells`; see the module docstring.
 
-    q, out and gradient [B, Hq, T, D], k and v [B, Hkv, T, D], of one dtype: whole sequences that start at position 0,
-    and dense attention's output. `lse` float32 [B, Hq, T] is its log-sum-exp; attention sinks count by way of `out` and
-    `lse`. Each of `cells` int32 [B, Hq, query tiles, key tiles], values from 0; with its number of `entries`. Tiles of
-    cell entries - 1 and above are never dropped. `scale`, `causal`, `window` and `softcap` as in
-    `block_sparse_attention`. Inputs must be finite.
+    q [B, Hq, T, D], out and gradient [B, Hq, T, Dv], k [B, Hkv, T, D] and v [B, Hkv, T, Dv], Dv at most D, of one
+    dtype: whole sequences that start at position 0, and dense attention's output. `lse` float32 [B, Hq, T] is its
+    log-sum-exp; attention sinks count by way of `out` and `lse`. Each of `cells` int32 [B, Hq, query tiles, key tiles],
+    values from 0; with its number of `entries`. Tiles of cell entries - 1 and above are never dropped. `scale`,
+    `causal`, `window` and `softcap` as in `block_sparse_attention`. Inputs must be finite.
 
     Raises ValueError for shapes that do not fit together, BackendUnavailable when `backend`, "triton" or "torch",
     cannot serve them.
     """
-    alike = q.dim() == k.dim() == 4 and min(q.shape) > 0 and q.shape == out.shape == gradient.shape
-    if not alike or lse.shape != q.shape[:3]:
+    alike = q.dim() == k.dim() == out.dim() == 4 and min(q.shape) > 0 and q.shape[:3] == out.shape[:3]
+    if not alike or out.shape != gradient.shape or lse.shape != q.shape[:3]:
         shapes = [list(x.shape) for x in (q, out, gradient, lse)]
         raise ValueError(f"q, out and gradient must be alike [B, Hq, T, D] and lse [B, Hq, T], got {shapes}")
-    if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], *q.shape[2:]):
+    fits = k.shape[:3] == v.shape[:3] and v.shape[3] == out.shape[3] <= k.shape[3]
+    if not fits or (k.shape[0], k.shape[2], k.shape[3]) != (q.shape[0], *q.shape[2:]):
         raise ValueError(f"k and v must be alike and as long as q {list(q.shape)}, got {list(k.shape)} {list(v.shape)}")
     if any(x.dtype != q.dtype for x in (k, v, out, gradient)):
         raise ValueError(f"all must be {q.dtype}, got {[str(x.dtype) for x in (k, v, out, gradient)]}")
@@ -77,6 +78,9 @@ def drop_costs(
         if cell.shape != tiles or cell.dtype != torch.int32:
             raise ValueError(f"cells must be int32 {list(tiles)}, got {cell.dtype} {list(cell.shape)}")
     q, k, v, out, gradient = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out, gradient))
+    narrower = q.shape[3] - v.shape[3]
+    if narrower:  # columns of zeros change no product
+        v, out, gradient = (torch.nn.functional.pad(x, (0, narrower)) for x in (v, out, gradient))
     request = Request(
         q, k, v, Gate(), scale, causal, tile, True, 0, None, True, False, window=window, softcap=softcap
     )  # fmt: skip

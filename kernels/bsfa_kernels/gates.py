@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+WANTED = "must be a number or a float32 tensor [query heads] or [query heads, query tiles]"
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -37,14 +39,13 @@ class Gate:
         for name, value in (("absolute", self.absolute), ("gap", self.gap)):
             if value is None:
                 continue
-            wanted = f"gate '{name}' must be a number or a float32 tensor [query heads] or [query heads, query tiles]"
             if isinstance(value, torch.Tensor):
                 if value.dtype != torch.float32 or value.dim() not in (1, 2) or min(value.shape) < 1:
-                    raise ValueError(f"{wanted}, got {value.dtype} {list(value.shape)}")
+                    raise ValueError(f"gate '{name}' {WANTED}, got {value.dtype} {list(value.shape)}")
             elif isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{wanted}, got {type(value).__name__}")
+                raise TypeError(f"gate '{name}' {WANTED}, got {type(value).__name__}")
             elif math.isnan(value):
-                raise ValueError(f"{wanted}, got {value}")
+                raise ValueError(f"gate '{name}' {WANTED}, got {value}")
 
     def expanded(self, heads: int, device: torch.device | str) -> Gate:
         """The same gate as kernels see it: float32 tensors [heads, query tiles], numbers filled in on `device`."""

@@ -1,6 +1,6 @@
 """The hopper backend: a warp-specialized Gluon kernel for sm_90a (H100, H200), launched.
 
-One program computes 192 query rows of one head, or 128 where the head dim is over 128: consumer warpgroups of 64 rows,
+One program computes 192 query rows of one head, or 128 where V's head dim is over 128: consumer warpgroups of 64 rows,
 each deciding for its own 64 x 128 tiles, and one producer warp that streams K and V tiles through shared memory by TMA.
 The consumers share one stream and run out of step, so that one's softmax hides behind another's products. V is always
 streamed: fetching it after the vote would expose its latency (measured: 10-20 % slower at every skip rate). The kernel
@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_kernel import CHUNK, forward
 from .hopper_stream import KEYS, ROWS, Variant
 from .int8 import prepare
-from .launch import aligned, device_guard
+from .launch import Launches, aligned, device_guard, interpreted
 from .portable import MAX_GRID_Y
 from .request import SCORES as SCORES
 from .request import Request
 from .schedule import schedule
+from .tiles import TileShape
 
 SECTION_BYTES = 32 << 20  # of K and V that the programs running at one time stream; L2 holds 50 MB (H200: 60)
+launches = Launches(forward)
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
 
 
@@ -39,8 +40,10 @@ ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: 
 class Shape:
     """How heads fit a multiprocessor: 227 KB of shared memory and 65,536 registers."""
 
-    columns: int  # of a slab
-    slabs: int  # of a tile of Q, K or V
+    columns: int  # of a slab of Q or K
+    slabs: int  # of a tile of Q or K
+    v_columns: int  # of a slab of V, and of the output
+    v_slabs: int
     parts: int  # of a tile's keys that are worked on by themselves
     consumers: int
     k_stages: int  # slabs in flight
@@ -52,35 +55,48 @@ class Shape:
         return 128 if self.consumers == 3 else 168
 
 
-SHAPES = {  # by the largest head dim; TMA fills what is more than the head dim with zeros
-    64: Shape(64, 1, 4, 3, 4, 4),
-    128: Shape(128, 1, 2, 3, 3, 2),
-    192: Shape(64, 3, 2, 2, 5, 4),
-    256: Shape(128, 2, 2, 2, 3, 2),
+# By the largest head dims of Q and K, and of V, narrow ones first; TMA fills what is more than the head dim with zeros.
+SHAPES = {
+    (64, 64): Shape(64, 1, 64, 1, 4, 3, 4, 4),
+    (128, 128): Shape(128, 1, 128, 1, 2, 3, 3, 2),
+    (192, 128): Shape(64, 3, 128, 1, 2, 3, 5, 2),
+    (192, 192): Shape(64, 3, 64, 3, 2, 2, 5, 4),
+    (256, 256): Shape(128, 2, 128, 2, 2, 2, 3, 2),
 }
-INT8_SHAPES = {64: Shape(64, 1, 4, 3, 5, 4), 128: Shape(128, 1, 2, 3, 4, 3)}
+INT8_SHAPES = {(64, 64): Shape(64, 1, 64, 1, 4, 3, 5, 4), (128, 128): Shape(128, 1, 128, 1, 2, 3, 4, 3)}
 
 
 def unsupported(request: Request) -> str | None:
-    q, tile = request.q, request.tile
-    if q.device.type != "cuda":
-        return f"tensors are on {q.device.type}; the Hopper kernel needs an H100 or H200"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return f"{torch.cuda.get_device_name(q.device)} is not a Hopper GPU (compute capability 9.0)"
-    if triton.knobs.runtime.interpret:
+    q, v = request.q, request.v
+    capped = request.softcap is not None
+    reason = unfit(q.device, q.dtype, q.shape[3], v.shape[3], request.scores, capped, request.tile)
+    if reason is not None:
+        return reason
+    axes = (blocks(request, shape_of(request)), sections(request))
+    if max(axes) > MAX_GRID_Y:
+        return f"{axes[0]:,} blocks of rows in {axes[1]:,} sections: a launch can have {MAX_GRID_Y:,} of each"
+    return None
+
+
+@cache
+def unfit(device, dtype, head_dim: int, v_head_dim: int, scores: str, capped: bool, tile: TileShape) -> str | None:
+    """Why such calls, of whatever lengths, are not for the kernel."""
+    if device.type != "cuda":
+        return f"tensors are on {device.type}; the Hopper kernel needs an H100 or H200"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU (compute capability 9.0)"
+    if interpreted():
         return "Gluon kernels do not run in Triton's interpreter (TRITON_INTERPRET=1)"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"{q.dtype} is neither float16 nor bfloat16"
-    largest = max(shapes(request))
-    if q.shape[3] % 8 or q.shape[3] > largest:
-        return f"head dim {q.shape[3]} is not a multiple of 8 up to {largest}"
-    if request.scores == "int8" and request.softcap is not None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype} is neither float16 nor bfloat16"
+    largest = max(shapes(scores))[0]
+    for n in (head_dim, v_head_dim):
+        if n % 8 or n > largest:
+            return f"head dim {n} is not a multiple of 8 up to {largest}"
+    if scores == "int8" and capped:
         return "int8 scores lack q . mean(k) here, which softcap would have to see"
     if (tile.rows, tile.keys) != (ROWS.value, KEYS.value):
         return f"tile {tile}: a consumer warpgroup decides for {ROWS.value}x{KEYS.value} tiles"
-    axes = (triton.cdiv(request.query_tiles, shape_of(request).consumers), sections(request))
-    if max(axes) > MAX_GRID_Y:
-        return f"{axes[0]:,} blocks of rows in {axes[1]:,} sections: a launch can have {MAX_GRID_Y:,} of each"
     return None
 
 
@@ -96,7 +112,7 @@ def attention(request: Request):
     else:
         q, k, scales = aligned(request.q), aligned(request.k), (None, None, None)
     batch, (heads, rows), table = request.batch, q.shape[1:3], request.block_table
-    gate = request.gate.map(torch.Tensor.contiguous)
+    absolute, gap = (x if x is None else x.contiguous() for x in (request.gate.absolute, request.gate.gap))
     out, lse, kept, candidates = request.new_outputs()
     written = aligned(out)
     with device_guard(q):
@@ -107,20 +123,22 @@ def attention(request: Request):
             order = lengths.view(count, -1).argsort(descending=True)
         variant = variant_of(
             shape, batch * heads // count, heads, heads // k.shape[1], v.shape[3], request.causal, request.keep_sink,
-            *(x is not None for x in (gate.absolute, gate.gap, request.spans, entries, request.window)),
+            *(x is not None for x in (absolute, gap, request.spans, entries, request.window)),
             *(x is not None for x in (request.softcap, request.sinks, scales[0], scales[1], table, request.packed)),
         )  # fmt: skip
         optional = (
-            gate.absolute, gate.gap, request.spans, entries, lengths, order, table, request.packed, request.sinks,
-            *scales,
+            absolute, gap, request.spans, entries, lengths, order, table, request.packed, request.sinks, *scales,
         )  # fmt: skip
-        forward[(variant.section, triton.cdiv(request.query_tiles, shape.consumers), count)](
-            *(descriptor(x, n.value, shape.columns) for x, n in ((q, ROWS), (k, KEYS), (v, KEYS))),
-            written, lse, kept, candidates, *(lse if x is None else x for x in optional),
+        launch = launches.of((variant, v.dtype, v.device), (written, lse, *optional))
+        kind = Aligned if launch.compiled else TensorDescriptor
+        launch(
+            (variant.section, blocks(request, shape), count),
+            descriptor(q, ROWS.value, shape.columns, kind), descriptor(k, KEYS.value, shape.columns, kind),
+            descriptor(v, KEYS.value, shape.v_columns, kind),
+            written, lse, kept, candidates, *[lse if x is None else x for x in optional],
             request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, request.k_rows,
-            request.query_tiles,
-            *(0 if x is None else x.shape[-1] for x in (gate.absolute, gate.gap, scales[2], entries)),
-            0 if table is None else table.stride(0), *(stride // CHUNK.value for stride in written.stride()[:3]),
+            request.query_tiles, *[0 if x is None else x.shape[-1] for x in (absolute, gap, scales[2], entries)],
+            0 if table is None else table.stride(0), *[stride // CHUNK.value for stride in written.stride()[:3]],
             variant, num_warps=4, maxnreg=shape.registers,
         )  # fmt: skip
     if written.data_ptr() != out.data_ptr():
@@ -128,25 +146,41 @@ def attention(request: Request):
     return out, lse, kept, candidates
 
 
-def shapes(request: Request) -> dict[int, Shape]:
-    return INT8_SHAPES if request.scores == "int8" else SHAPES
+def blocks(request: Request, shape: Shape) -> int:
+    """Of query tiles, one a program."""
+    return -(-request.query_tiles // shape.consumers)
+
+
+def shapes(scores: str) -> dict[tuple[int, int], Shape]:
+    return INT8_SHAPES if scores == "int8" else SHAPES
 
 
 def shape_of(request: Request) -> Shape:
-    found = shapes(request)
-    return found[min(largest for largest in found if request.v.shape[3] <= largest)]
+    return narrowest(request.scores, request.k.shape[3], request.v.shape[3])
+
+
+@cache
+def narrowest(scores: str, head_dim: int, v_head_dim: int) -> Shape:
+    return next(shape for (d, v_d), shape in shapes(scores).items() if head_dim <= d and v_head_dim <= v_d)
 
 
 @cache
 def variant_of(shape: Shape, section: int, heads: int, group: int, head_dim: int, *kinds: bool) -> Variant:
     return Variant(
-        section, heads, group, head_dim, shape.columns, shape.slabs, shape.parts, shape.consumers, shape.k_stages,
-        shape.v_stages, *kinds,
+        section, heads, group, head_dim, shape.columns, shape.slabs, shape.v_columns, shape.v_slabs, shape.parts,
+        shape.consumers, shape.k_stages, shape.v_stages, *kinds,
     )  # fmt: skip
 
 
-def descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns], tile_layout(rows, columns, x.dtype))
+class Aligned(TensorDescriptor):
+    """A descriptor of what `aligned` returned, not looked at again: three take a tenth of a call's host time."""
+
+    def __post_init__(self):
+        pass
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int, kind: type[TensorDescriptor]) -> TensorDescriptor:
+    return kind(x, x.shape, x.stride(), [1, 1, rows, columns], tile_layout(rows, columns, x.dtype))
 
 
 @cache
@@ -157,18 +191,24 @@ def tile_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLa
 
 def sections(request: Request) -> int:
     """Sections of a call."""
-    return request.batch * (request.v.shape[1] // section_kv_heads(request.v, request.k_rows))
+    return request.batch * (request.k.shape[1] // section_kv_heads(request.k, request.v, request.k_rows))
 
 
-def section_kv_heads(v: torch.Tensor, keys: int) -> int:
-    """KV heads of a section: as many of a sequence's `keys` in K and V [.., Hkv, .., D] as L2 holds, equally many in
-    each.
+def section_kv_heads(k: torch.Tensor, v: torch.Tensor, keys: int) -> int:
+    """KV heads of a section: as many of a sequence's `keys` in K [.., Hkv, .., D] and V [.., Hkv, .., Dv] as L2 holds,
+    equally many in each.
     """
-    _, heads, _, head_dim = v.shape
-    fit = SECTION_BYTES // (2 * keys * head_dim * v.element_size())
-    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(fit, 1))
+    fit = SECTION_BYTES // (keys * (k.shape[3] + v.shape[3]) * v.element_size())
+    return largest_divisor(k.shape[1], max(1, min(fit, k.shape[1])))
 
 
-def section_limits(kv_heads: int, head_dim: int, itemsize: int) -> set[int]:
-    """The longest Tk of each value of `section_kv_heads` but 1, which has none; elements have `itemsize` bytes."""
-    return {SECTION_BYTES // (2 * n * head_dim * itemsize) for n in range(2, kv_heads + 1) if kv_heads % n == 0}
+@cache
+def largest_divisor(n: int, most: int) -> int:
+    return max(divisor for divisor in range(1, most + 1) if n % divisor == 0)
+
+
+def section_limits(kv_heads: int, columns: int, itemsize: int) -> set[int]:
+    """The longest Tk of each value of `section_kv_heads` but 1, which has none; a key and its value together have
+    `columns` elements of `itemsize` bytes.
+    """
+    return {SECTION_BYTES // (n * columns * itemsize) for n in range(2, kv_heads + 1) if kv_heads % n == 0}

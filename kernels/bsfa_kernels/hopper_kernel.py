@@ -112,14 +112,14 @@ def in_parts(x, COUNT: gl.constexpr):
 def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
     """Starts QK^T of a tile, unscaled."""
     SLABS: gl.constexpr = VARIANT.slabs
-    wait_for(buffers.k_full, i, VARIANT.k_stages, VARIANT)
+    wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
     if VARIANT.int8:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
         s = gl.full([ROWS, KEYS], 0, gl.int32, layout)
     else:
         s = gl.full([ROWS, KEYS], 0.0, gl.float32, score_layout(KEYS))
     for c in gl.static_range(SLABS):
-        slot, phase = slot_of(i, c, VARIANT.k_stages, VARIANT)
+        slot, phase = slot_of(i, c, VARIANT.slabs, VARIANT.k_stages)
         q = buffers.q.index(WG * VARIANT.slabs + c).reshape([ROWS, VARIANT.columns])
         k = buffers.k.index(slot).reshape([KEYS, VARIANT.columns])
         s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
@@ -165,7 +165,7 @@ def cap_scores(s, scale, softcap):
 @gluon.jit
 def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
     """One tile joins the softmax, its keys in parts: a part's product runs behind the next one's exponentials."""
-    SLABS: gl.constexpr = VARIANT.slabs
+    SLABS: gl.constexpr = VARIANT.v_slabs
     PARTS: gl.constexpr = VARIANT.parts
     new_max = larger(row.maximum, gl.reduce(largest * by_row(unit, VARIANT), 1, larger))
     shift = new_max
@@ -174,13 +174,13 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
     alpha = gl.exp2(row.maximum - shift)
     total = row.total * alpha[:, None]
     rescaled = ()
-    o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.columns))
+    o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.v_columns))
     for c in gl.static_range(SLABS):
         rescaled = rescaled + (acc[c] * trivially(alpha, o_rows)[:, None],)
     acc = rescaled
     PART: gl.constexpr = KEYS // VARIANT.parts
     s_rows: gl.constexpr = gl.SliceLayout(1, score_layout(PART))
-    operand: gl.constexpr = gl.DotOperandLayout(0, score_layout(VARIANT.columns), 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, score_layout(VARIANT.v_columns), 2)
     if VARIANT.int8:
         factor = trivially(unit, s_rows)[:, None]
         subtracted = trivially(shift, s_rows)[:, None] + MAGIC_FLOAT * factor
@@ -197,8 +197,8 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
         weights = gl.convert_layout(p.to(buffers.v.dtype), operand)
         started = ()
         for c in gl.static_range(SLABS):
-            slot, phase = slot_of(i, c, VARIANT.v_stages, VARIANT)
-            v = buffers.v.index(slot).reshape([KEYS, VARIANT.columns]).slice(h * PART, PART)
+            slot, phase = slot_of(i, c, VARIANT.v_slabs, VARIANT.v_stages)
+            v = buffers.v.index(slot).reshape([KEYS, VARIANT.v_columns]).slice(h * PART, PART)
             started = started + (warpgroup_mma(weights, v, acc[c], is_async=True),)
         acc = started
     return finished(acc, VARIANT), Row(new_max, total)
@@ -207,9 +207,9 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
 @gluon.jit
 def finished(acc, VARIANT: gl.constexpr):
     """Products that have run to their end."""
-    if VARIANT.slabs == 1:
+    if VARIANT.v_slabs == 1:
         return (warpgroup_mma_wait(0, deps=[acc[0]]),)
-    elif VARIANT.slabs == 2:
+    elif VARIANT.v_slabs == 2:
         return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
     else:
         return warpgroup_mma_wait(0, deps=[acc[0], acc[1], acc[2]])
@@ -232,7 +232,7 @@ def hide(s, tile, query_tile, call, span, VARIANT: gl.constexpr):
 
 @gluon.jit
 def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.constexpr):
-    SLABS: gl.constexpr = VARIANT.slabs
+    SLABS: gl.constexpr = VARIANT.v_slabs
     rows: gl.constexpr = gl.SliceLayout(1, partial_layout())
     query_tile = place.first + WG
     alive = query_tile * ROWS < gl.minimum(span.q_length, span.q_first + span.q_rows)
@@ -267,7 +267,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
     row = Row(gl.full([ROWS], -float("inf"), gl.float32, rows), gl.full([ROWS, 4], 0.0, gl.float32, partial_layout()))
     acc = ()
     for _ in gl.static_range(SLABS):
-        acc = acc + (gl.full([ROWS, VARIANT.columns], 0.0, gl.float32, score_layout(VARIANT.columns)),)
+        acc = acc + (gl.full([ROWS, VARIANT.v_columns], 0.0, gl.float32, score_layout(VARIANT.v_columns)),)
     kept = gl.where(whole, 0, UNCOUNTED)  # forced tiles too; a flag of its own would be one more register
     if stream.length > 0:
         mbarrier.wait(buffers.q_full, 0)
@@ -298,7 +298,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             if VARIANT.int8:  # behind the start: a load in flight holds up products that have not started
                 unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)
             s = trivially(warpgroup_mma_wait(0, deps=[s]), score_layout(KEYS))
-            give_back_tile(i, 0, VARIANT.k_stages, VARIANT)
+            give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
             if masked:
                 s = hide(s, tile, query_tile, call, span, VARIANT)
             largest = largest_per_thread(s)
@@ -308,7 +308,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
                 largest = cap_scores(largest, call.scale, call.softcap)
                 unit = LOG2E
             passes = vote(largest, valid, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT)
-            wait_for(buffers.v_full, i, VARIANT.v_stages, VARIANT)
+            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
             passes = forced | (candidate & passes)
             if VARIANT.lists:
                 following = entry_after(stream.entries, i, stream.length)
@@ -318,11 +318,11 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
                 acc, row = accumulate(s, largest, acc, row, unit, buffers, i, VARIANT)
                 kept += 1
         else:
-            wait_for(buffers.k_full, i, VARIANT.k_stages, VARIANT)
-            give_back_tile(i, 0, VARIANT.k_stages, VARIANT)
-            wait_for(buffers.v_full, i, VARIANT.v_stages, VARIANT)
+            wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
+            give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
+            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
             following = entry_after(stream.entries, i, stream.length)
-        give_back_tile(i, VARIANT.k_stages, VARIANT.v_stages, VARIANT)
+        give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
 
     if alive & (stream.length > 0):
         total = gl.sum(row.total, 1)
@@ -351,7 +351,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
         for c in gl.static_range(SLABS):
             staging = buffers.q.index(WG * VARIANT.slabs + c)
             store_output(
-                acc[c], inverse, staging, call, first_chunk, c * VARIANT.columns, first_valid, end_valid, VARIANT
+                acc[c], inverse, staging, call, first_chunk, c * VARIANT.v_columns, first_valid, end_valid, VARIANT
             )
         row_index = gl.arange(0, ROWS, layout=rows)
         valid = (row_index >= first_valid) & (row_index < end_valid)
@@ -376,9 +376,9 @@ def store_output(acc, inverse, staging, call, first_chunk, first_column, first_v
     dtype: gl.constexpr = call.out.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.columns))
+    o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.v_columns))
     staging = staging._reinterpret(dtype, [ROWS, WIDTH], layout)
-    PARTS: gl.constexpr = VARIANT.columns // WIDTH
+    PARTS: gl.constexpr = VARIANT.v_columns // WIDTH
     parts = in_parts(acc * gl.convert_layout(inverse, o_rows)[:, None], PARTS)
     for part in gl.static_range(PARTS):
         staging.store(parts[part].to(dtype))

@@ -1,7 +1,8 @@
 """How the producer warp and the consumer warpgroups of the Hopper kernel hand over slabs of Q, K and V, and vote.
 
 The producer brings Q and then, for every key tile of the program's stream, K and V by TMA, in slabs of 64 or 128
-columns, as many as the head dim needs. Barriers, for each of K's and V's slots, i the number of a slab in the stream:
+columns, as many as the head dim needs, of V its own. Barriers, for each of K's and V's slots, i the number of a slab
+in the stream:
 
     producer                                          consumer
     returned: all consumers arrived for i - stages    wait full(i), products read the slab
@@ -68,25 +69,23 @@ def threads(variant) -> str:
 
 
 @gluon.jit
-def slot_of(i, c: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
-    """Slot and phase of slab c of the stream's i-th tile."""
-    slab = i * VARIANT.slabs + c
+def slot_of(i, c: gl.constexpr, slabs: gl.constexpr, stages: gl.constexpr):
+    """Slot and phase of slab c of the stream's i-th tile of `slabs`."""
+    slab = i * slabs + c
     return slab % stages, slab // stages & 1
 
 
 @gluon.jit
-def wait_for(full, i, stages: gl.constexpr, VARIANT: gl.constexpr):
-    SLABS: gl.constexpr = VARIANT.slabs
-    for c in gl.static_range(SLABS):
-        slot, phase = slot_of(i, c, stages, VARIANT)
+def wait_for(full, i, slabs: gl.constexpr, stages: gl.constexpr):
+    for c in gl.static_range(slabs):
+        slot, phase = slot_of(i, c, slabs, stages)
         mbarrier.wait(full.index(slot), phase)
 
 
 @gluon.jit
-def give_back_tile(i, first: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
-    SLABS: gl.constexpr = VARIANT.slabs
-    for c in gl.static_range(SLABS):
-        slot, phase = slot_of(i, c, stages, VARIANT)
+def give_back_tile(i, first: gl.constexpr, slabs: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
+    for c in gl.static_range(slabs):
+        slot, phase = slot_of(i, c, slabs, stages)
         give_back(first + slot, VARIANT)
 
 
@@ -100,6 +99,7 @@ def fetch(desc, batch, head, row, column, full, buffer):
 def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.constexpr):
     CONSUMERS: gl.constexpr = VARIANT.consumers
     SLABS: gl.constexpr = VARIANT.slabs
+    V_SLABS: gl.constexpr = VARIANT.v_slabs
     if stream.length > 0:
         mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
@@ -127,18 +127,19 @@ def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.c
                 wait_returned(slot, VARIANT)
             fetch(k_desc, sequence, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
                   buffers.k.index(slot))  # fmt: skip
-        for c in gl.static_range(SLABS):
-            slab = i * VARIANT.slabs + c
+        for c in gl.static_range(V_SLABS):
+            slab = i * VARIANT.v_slabs + c
             slot = slab % VARIANT.v_stages
             if slab >= VARIANT.v_stages:
                 wait_returned(VARIANT.k_stages + slot, VARIANT)
-            fetch(v_desc, sequence, place.kv_head, row, c * VARIANT.columns, buffers.v_full.index(slot),
+            fetch(v_desc, sequence, place.kv_head, row, c * VARIANT.v_columns, buffers.v_full.index(slot),
                   buffers.v.index(slot))  # fmt: skip
     # A program ends with its barriers as it found them.
     slabs = stream.length * VARIANT.slabs
     for slab in range(gl.maximum(slabs - VARIANT.k_stages, 0), slabs):
         wait_returned(slab % VARIANT.k_stages, VARIANT)
-    for slab in range(gl.maximum(slabs - VARIANT.v_stages, 0), slabs):
+    v_slabs = stream.length * VARIANT.v_slabs
+    for slab in range(gl.maximum(v_slabs - VARIANT.v_stages, 0), v_slabs):
         wait_returned(VARIANT.k_stages + slab % VARIANT.v_stages, VARIANT)
 
 
@@ -175,11 +176,12 @@ def allocate_buffers(q_desc, k_desc, v_desc, VARIANT: gl.constexpr):
     K_STAGES: gl.constexpr = VARIANT.k_stages
     V_STAGES: gl.constexpr = VARIANT.v_stages
     COLUMNS: gl.constexpr = VARIANT.columns
+    V_COLUMNS: gl.constexpr = VARIANT.v_columns
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     buffers = Buffers(
         gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * VARIANT.slabs, 1, 1, ROWS, COLUMNS], q_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [K_STAGES, 1, 1, KEYS, COLUMNS], k_desc.layout),
-        gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, KEYS, COLUMNS], v_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, KEYS, V_COLUMNS], v_desc.layout),
         gl.allocate_shared_memory(gl.int64, [1], bars),
         gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars),
         gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars),

@@ -35,9 +35,11 @@ class Variant:
     section: int  # query heads that run at one time
     heads: int
     group: int  # query heads of a KV head
-    head_dim: int
-    columns: int  # of a slab
-    slabs: int  # of a tile
+    head_dim: int  # of V and the output
+    columns: int  # of a slab of Q or K
+    slabs: int  # of a tile of Q or K
+    v_columns: int  # of a slab of V, and of the output
+    v_slabs: int
     parts: int  # of a tile's keys, each of whose products starts before the next one's exponentials
     consumers: int
     k_stages: int  # slabs of K and of V in flight
@@ -59,7 +61,7 @@ class Variant:
     @property
     def width(self) -> int:
         """Columns of the output that fit a slab of Q."""
-        return self.columns // 2 if self.int8 else self.columns
+        return min(self.v_columns, self.columns // 2 if self.int8 else self.columns)
 
 
 class Call(NamedTuple):

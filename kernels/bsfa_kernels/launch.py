@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -24,12 +25,60 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     The strides of axes of size 1 address nothing, but are held to the rule all the same: those are replaced.
     """
     size = x.element_size()
+    bits = x.data_ptr()
+    for n in x.stride()[:-1]:
+        bits |= n * size
+    if bits % 16 == 0:
+        return x
     odd = [axis for axis, n in enumerate(x.stride()[:-1]) if n * size % 16]
     if x.data_ptr() % 16 or any(x.shape[axis] > 1 for axis in odd):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
     return x.as_strided(x.shape, [16 if axis in odd else n for axis, n in enumerate(x.stride())]) if odd else x
 
 
-def device_guard(x: torch.Tensor):
+def device_guard(x: torch.Tensor) -> AbstractContextManager:
     """Make the tensor's GPU current while a kernel is launched."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+class Launches:
+    """Launches of a JIT function without Triton's front end, where it compiled for the like before.
+
+    The front end looks at every argument anew: a fifth of a call's host time or more. Here the caller says by `key`
+    what it would have found: all constants, dtypes, options and the device; integers have to be among the function's
+    do_not_specialize. What is left are addresses: the front end tells multiples of 16 from others, which it serves
+    itself. A compiled kernel's own launcher is public: Triton's tutorials call `kernel[grid](...)` with all arguments
+    of the function in their order.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.kernels: dict[Hashable, object] = {}
+
+    def of(self, key: Hashable, pointers: Iterable[torch.Tensor | None]) -> Launch:
+        """The launch of such a call."""
+        address = 0
+        for x in pointers:
+            if x is not None:
+                address |= x.data_ptr()
+        return Launch(self, None if address % 16 else key)
+
+
+class Launch:
+    """Of a call: `launch(grid, *arguments, **options)`, all arguments in order; `compiled` where the front end is not
+    asked, nor the options.
+    """
+
+    def __init__(self, launches: Launches, key: Hashable | None):
+        self.launches, self.key = launches, key
+        self.compiled = launches.kernels.get(key)
+
+    def __call__(self, grid: tuple[int, int, int], *arguments, **options) -> None:
+        if self.compiled is not None:
+            self.compiled[grid](*arguments)
+            return
+        kernel = self.launches.function[grid](*arguments, **options)
+        if self.key is not None and hasattr(kernel, "__getitem__"):
+            self.launches.kernels[self.key] = kernel

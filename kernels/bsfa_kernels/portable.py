@@ -39,8 +39,9 @@ def unsupported(request: Request) -> str | None:
         return f"tensors are on {q.device.type}; the Triton kernel needs a CUDA device"
     if q.dtype not in dtypes:
         return f"{q.dtype} is not one of {', '.join(str(d) for d in dtypes)}"
-    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
-        return f"head dim {q.shape[3]} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    for head_dim in (q.shape[3], request.v.shape[3]):
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            return f"head dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
     if request.tile.rows not in TILE_SIZES or request.tile.keys not in TILE_SIZES:
         return f"tile {request.tile}: both sides must be one of {', '.join(map(str, TILE_SIZES))}"
     if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
@@ -73,7 +74,7 @@ def attention(request: Request):
     batch, (heads, q_rows, head_dim) = request.batch, request.q.shape[1:]
     tiles, gate = request.query_tiles, request.gate.map(torch.Tensor.contiguous)
     out, lse, kept, candidates = request.new_outputs()
-    block_d = columns(head_dim, q.dtype)
+    block_d, block_v = columns(head_dim, q.dtype), columns(v.shape[3], v.dtype)
     rows, keys = request.tile.rows, request.tile.keys
     with device_guard(q):
         entries = lengths = None
@@ -82,7 +83,7 @@ def attention(request: Request):
         _forward[(batch * heads, tiles)](
             TensorDescriptor.from_tensor(q, [1, 1, rows, block_d]),
             TensorDescriptor.from_tensor(k, [1, 1, keys, block_d]),
-            TensorDescriptor.from_tensor(v, [1, 1, keys, block_d]),
+            TensorDescriptor.from_tensor(v, [1, 1, keys, block_v]),
             out, lse, kept, candidates, gate.absolute, gate.gap, request.spans, entries, lengths, request.block_table,
             request.packed, request.sinks, q_scale, k_scale, q_shift, request.scale, request.softcap or 0.0,
             request.window or 0, request.q_offset, q_rows, request.k_rows, tiles,
@@ -90,8 +91,8 @@ def attention(request: Request):
             *(0 if thresholds is None else thresholds.shape[1] for thresholds in (gate.absolute, gate.gap)),
             0 if entries is None else entries.shape[2],
             0 if request.block_table is None else request.block_table.stride(0),
-            HEADS=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=block_d, ROWS=rows, KEYS=keys,
-            CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
+            HEADS=heads, GROUP=heads // k.shape[1], D=v.shape[3], BLOCK_D=block_d, BLOCK_V=block_v, ROWS=rows,
+            KEYS=keys, CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
             CAPPED=request.softcap is not None, **launch_shape(v.dtype, head_dim, rows),
         )  # fmt: skip
     return out, lse, kept, candidates
@@ -181,11 +182,11 @@ def tile_scores(
 
 
 @triton.jit
-def tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
+def tile_values(v_desc, b, kv_head, row, j, length, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
     """One tile of V. Rows past the tensor are zero; padding inside it may hold anything, and 0 * NaN is NaN: MASKED
     zeroes it.
     """
-    v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_D])
+    v = v_desc.load([b, kv_head, row, 0]).reshape([KEYS, BLOCK_V])
     if MASKED:
         v = tl.where((j * KEYS + tl.arange(0, KEYS) < length)[:, None], v, 0.0)
     return v
@@ -230,8 +231,8 @@ def online_softmax_update(s, row_max, v, running_max, row_sum, acc, scale_log2):
 def visit_candidate(
     q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length, q_position, valid,
     scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASK_V: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
     b, k_offset = find_tile(table_ptr, b, j, k_offset, KEYS)
@@ -254,13 +255,13 @@ def visit_candidate(
         if gap is not None:
             keep = keep & (not (largest(vote * (unit * LOG2E) - running_max, 0) < gap))
         if keep:
-            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
+            v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_V, KEYS, MASK_V and not CAUSAL)
             if CAPPED:
                 s = cap_scores(s, scale, softcap)
             running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, unit * LOG2E)
             kept += 1
     else:
-        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_D, KEYS, MASK_V and not CAUSAL)
+        v = tile_values(v_desc, b, kv_head, row, j, length, BLOCK_V, KEYS, MASK_V and not CAUSAL)
         if CAPPED:
             s = cap_scores(s, scale, softcap)
         running_max, row_sum, acc = online_softmax_update(s, row_max, v, running_max, row_sum, acc, unit * LOG2E)
@@ -287,7 +288,7 @@ def _forward(
     entries_ptr, lengths_ptr, table_ptr, packed_ptr, sinks_ptr, q_scale_ptr, k_scale_ptr, q_shift_ptr,
     scale, softcap, window, q_offset, q_rows, k_rows, tiles, k_scales, out_batch, out_head, out_row, absolute_tiles,
     gap_tiles, room, table_row,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, KEEP_SINK: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -327,7 +328,7 @@ def _forward(
     PADDED: tl.constexpr = (spans_ptr is not None) or (table_ptr is not None)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
 
     # Ascending, so that the first tile already shows every row a key and no maximum stays at -inf.
     first_diagonal, end_diagonal, sink, first_tile, end_tiles = visited(
@@ -338,7 +339,7 @@ def _forward(
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         page, offset = find_tile(table_ptr, b, j, k_offset, KEYS)
         s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, j, offset, BLOCK_D, KEYS)
-        v = tile_values(v_desc, page, kv_head, j * KEYS - offset, j, length, BLOCK_D, KEYS, PADDED)
+        v = tile_values(v_desc, page, kv_head, j * KEYS - offset, j, length, BLOCK_V, KEYS, PADDED)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:
             s = cap_scores(s, scale, softcap)
@@ -360,7 +361,7 @@ def _forward(
             running_max, row_sum, acc, kept = visit_candidate(
                 q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length,
                 q_position, valid, scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D,
-                KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
+                BLOCK_V, KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
             )  # fmt: skip
     else:
         entries_ptr += (plane * tiles + t) * room
@@ -373,7 +374,7 @@ def _forward(
             running_max, row_sum, acc, kept = visit_candidate(
                 q, q_scale, q_shift, k_desc, k_scale_ptr, v_desc, table_ptr, b, kv_head, j, k_offset, length,
                 q_position, valid, scale, softcap, window, absolute, gap, running_max, row_sum, acc, kept, BLOCK_D,
-                KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
+                BLOCK_V, KEYS, CAUSAL, PADDED, WINDOWED, CAPPED,
             )  # fmt: skip
 
     if sinks_ptr is not None:
@@ -385,7 +386,7 @@ def _forward(
         running_max = new_max
     acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
     row_in_plane = q_plane * q_rows + rows
-    columns = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_V)
     inside = valid[:, None] & (columns < D)[None, :]
     if packed_ptr is None:
         out_ptr += b.to(tl.int64) * out_batch

@@ -78,7 +78,7 @@ class Span(NamedTuple):
 
 
 class ReferenceOutput(NamedTuple):
-    out: torch.Tensor  # [B, Hq, Tq, D] in the compute dtype
+    out: torch.Tensor  # [B, Hq, Tq, Dv] in the compute dtype
     lse: torch.Tensor  # [B, Hq, Tq], natural log
     kept: torch.Tensor  # int32 [B, Hq, query tiles]: candidate tiles of whole query tiles that passed the gate
     candidates: torch.Tensor  # int32 [B, Hq, query tiles]: candidate tiles of whole query tiles
@@ -138,7 +138,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> ReferenceOutput:
-    """The module docstring, literally. q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; computed in `dtype`."""
+    """The module docstring, literally. q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv]; computed in `dtype`."""
     batch, heads, q_rows, _ = q.shape
     group = heads // k.shape[1]
     q, k, v = (x.to(dtype) for x in (q, k, v))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -19,9 +20,10 @@ UNBOUNDED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """q [B, Hq, Tq, D]; k, v [B, Hkv, Tk, D]; `spans` int32 [B, 4] or None, where `q_offset` serves all sequences;
-    `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py; `out` like q, with a contiguous last axis, where the
-    caller has a place for the output. With `block_table` int32 [B, n], k and v are pages [pages, Hkv, page, D]. With
+    """q [B, Hq, Tq, D]; k [B, Hkv, Tk, D]; v [B, Hkv, Tk, Dv], Dv <= D; `spans` int32 [B, 4] or None, where `q_offset`
+    serves all sequences; `sinks` float32 [Hq]; `scores` one of SCORES, see quantise.py; `out` [B, Hq, Tq, Dv], with a
+    contiguous last axis, where the caller has a place for the output. With `block_table` int32 [B, n], k and v are
+    pages [pages, Hkv, page, D] and [pages, Hkv, page, Dv]. With
     `packed` int32 [B, 2] (first row, rows), q is [1, Hq, tokens, D] and no sequence has more than `packed_rows` of it.
     """
 
@@ -51,7 +53,7 @@ class Request:
     def scoring(self) -> Scoring:
         return Scoring(self.scale, self.causal, self.window, self.softcap)
 
-    @property
+    @cached_property
     def query_tiles(self) -> int:
         rows = self.q.shape[2] if self.packed is None else self.packed_rows
         return query_tiles(rows, self.q_offset, self.spans is not None, self.tile)
@@ -80,7 +82,7 @@ class Request:
         return plain and all(reached_by_descriptors(x) for x in (self.k, self.v))
 
     def gathered(self) -> Request:
-        """The same call with K and V [B, Hkv, k_rows, D] out of their pages."""
+        """The same call with K and V [B, Hkv, k_rows, D or Dv] out of their pages."""
         pairs = [gather_pages(self.k, self.v, row, self.k_rows) for row in self.block_table]
         k, v = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*pairs, strict=True))
         return replace(self, k=k, v=v, block_table=None)
@@ -91,7 +93,7 @@ class Request:
         return self.want_lse or self.gate.absolute is not None or self.softcap is not None or self.sinks is not None
 
     def new_output(self) -> torch.Tensor:
-        """An output [B, Hq, Tq, D] that lies in memory as [B, Tq, Hq, D]: the layer behind an attention reads it so."""
+        """An output [B, Hq, Tq, Dv], in memory [B, Tq, Hq, Dv]: the layer behind an attention reads it so."""
         batch, heads, rows, _ = self.q.shape
         return self.v.new_empty(batch, rows, heads, self.v.shape[3]).transpose(1, 2)
 
@@ -108,8 +110,7 @@ class Request:
                 out.zero_()
             lse.fill_(-torch.inf)
         shape = (self.batch, self.q.shape[1], self.query_tiles)
-        kept, candidates = (new(shape, dtype=torch.int32) for _ in range(2))
-        return out, lse, kept, candidates
+        return out, lse, new(shape, dtype=torch.int32), new(shape, dtype=torch.int32)
 
     def one_by_one(self) -> Iterator[tuple[slice, Request]]:
         """(rows of q, the call) of each packed sequence. Waits for the device."""

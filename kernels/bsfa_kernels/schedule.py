@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .geometry import load_span, query_rows, visited
+from .launch import Launches
 from .request import Request
 
 BLOCK = 256
@@ -36,18 +37,19 @@ def schedule(request: Request, width: int, forced: bool) -> Schedule:
     """
     indices, counts = request.blocks.indices.contiguous(), request.blocks.counts.contiguous()
     batch, heads, tiles, capacity = indices.shape
-    planes, streams, keys = batch * heads, triton.cdiv(tiles, width), request.key_tiles
+    planes, streams, keys = batch * heads, -(-tiles // width), request.key_tiles
     # Forced tiles beside the listed ones: each query tile's diagonal, and the sink.
     room = min(width * capacity, keys) + (width + 1 if forced else 0)
     new = indices.new_empty
     entries, lengths = new(planes, streams, max(room, 1)), new(planes, streams)
     candidates = torch.zeros_like(counts)
     listed = torch.zeros(planes, tiles, keys, dtype=torch.int8, device=indices.device)
-    _schedule[(planes, streams)](
-        indices, counts, request.spans, listed, entries, lengths, candidates,
-        request.q_offset, request.q.shape[2], request.k.shape[2], tiles, keys, capacity, entries.shape[2],
-        request.window or 0, HEADS=heads, ROWS=request.tile.rows, KEYS=request.tile.keys, CAUSAL=request.causal,
-        KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None, WIDTH=width, FORCED=forced, BLOCK=BLOCK,
+    tile, windowed = request.tile, request.window is not None
+    constants = (heads, tile.rows, tile.keys, request.causal, request.keep_sink, windowed, width, forced, BLOCK)
+    pointers = (indices, counts, request.spans, listed, entries, lengths, candidates)
+    launches.of((constants, request.spans is None, indices.device), pointers)(
+        (planes, streams, 1), *pointers, request.q_offset, request.q.shape[2], request.k.shape[2], tiles, keys,
+        capacity, entries.shape[2], request.window or 0, *constants,
     )  # fmt: skip
     return Schedule(entries, lengths, candidates)
 
@@ -151,3 +153,6 @@ def _schedule(
         tl.store(entries_ptr + slot, (j << 2 * WIDTH) | wanting, mask=wanted == 1)
         count += tl.sum(wanted, 0)
     tl.store(lengths_ptr + plane * tl.num_programs(1) + stream, count)
+
+
+launches = Launches(_schedule)

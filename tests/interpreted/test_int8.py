@@ -100,6 +100,7 @@ CASES = [
     Case(1, 2, 1, 70, 70, 16, WIDE, True, "absolute", window=40, sinks=True),
     Case(1, 2, 1, 90, 90, 16, WIDE, True, "gap", blocks="shuffled"),
     Case(1, 1, 1, 1, 1, 16, WIDE),
+    Case(1, 2, 1, 70, 70, 48, WIDE, True, "gap", v_head_dim=16),
     Case(1, 1, 1, 200, 200, 96, TileShape(64, 128), gate="gap", dtype=torch.float16),
 ]
 

@@ -31,6 +31,10 @@ def grid():
         yield Case(1, 2, 1, 100, 100, 16, tile, False, "gap", softcap=1.5, sinks=True)
     for head_dim in (8, 40, 72):
         yield Case(1, 2, 1, 90, 90, head_dim, WIDE)
+    for head_dim, v_head_dim in ((24, 16), (96, 64), (40, 8)):
+        yield Case(1, 2, 1, 90, 90, head_dim, WIDE, v_head_dim=v_head_dim)
+    yield Case(3, 2, 1, 60, 90, 48, TALL, True, "both", padded=True, sinks=True, v_head_dim=32)
+    yield Case(1, 2, 2, 100, 100, 192, TileShape(64, 128), dtype=torch.float16, v_head_dim=128)
     yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "gap", window=1)
     yield Case(1, 2, 1, 90, 90, 16, WIDE, True, "", window=33, blocks="shuffled")
     yield Case(1, 2, 1, 141, 141, 96, WIDE, dtype=torch.float16)
@@ -49,6 +53,7 @@ def listed():
         yield Case(1, 2, 2, 120, 50, 16, tile, causal, "", keep_sink=False, blocks="shuffled")
         yield Case(1, 1, 1, 1, 1, 16, tile, causal, "gap", blocks="shuffled")
     yield Case(1, 2, 1, 141, 141, 96, WIDE, dtype=torch.float16, blocks="shuffled")
+    yield Case(1, 2, 1, 100, 100, 48, WIDE, False, "gap", blocks="shuffled", v_head_dim=32)
     yield Case(1, 1, 1, 700, 700, 64, TileShape(64, 128), gate="", blocks="ordered")
 
 

@@ -12,7 +12,7 @@ from types import CodeType
 import torch
 from torch import nn
 
-from .plan import HEAD_DIMS, SINKS, softcap_reason, window_reason
+from .plan import SINKS, WIDER, softcap_reason, window_reason
 
 WRAPPED = "_orig_mod"  # torch.compile's name for what it wraps
 
@@ -25,13 +25,14 @@ class AttentionModule:
     layer: int | None  # index in its decoder; vision towers have none
     query_heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int  # of Q and K
     scale: float
     causal: bool
     dense_reason: str | None  # why no tile is ever skipped in it, in words; None where tiles may be
     scoring: str | None = None  # its window, softcap or attention sinks, in words: other methods do not know them
     device: torch.device | str = "cpu"  # of its weights
     tower: bool = False  # in a vision or audio tower, called per image or clip, not in the language model
+    v_head_dim: int | None = None  # of V; that of Q and K where it is None
     plain: bool = True  # neither softcap nor attention sinks, which PyTorch's own attention lacks
 
 
@@ -115,6 +116,7 @@ def describe(path: str, module: nn.Module) -> AttentionModule:
     head_dim = _first(module, "head_dim", "qk_head_dim") or _first(config, "head_dim")
     if head_dim is None:
         head_dim = _first(config, "hidden_size", "d_model", "embed_dim") // configured
+    v_head_dim = _first(module, "v_head_dim") or head_dim
     query_heads = _first(module, "num_heads", "num_attention_heads") or configured
     kv_heads = _first(module, "num_key_value_heads")
     if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
@@ -126,21 +128,20 @@ def describe(path: str, module: nn.Module) -> AttentionModule:
     scale = _first(module, "scaling", "scale", "softmax_scale") or head_dim**-0.5
     return AttentionModule(
         path, getattr(module, "layer_idx", None), query_heads, kv_heads, head_dim, float(scale),
-        bool(getattr(module, "is_causal", True)), _dense_reason(module), _scoring(module),
+        bool(getattr(module, "is_causal", True)), _dense_reason(module, head_dim, v_head_dim), _scoring(module),
         next((weight.device for weight in module.parameters()), "cpu"),
         plain=not _first(module, "attn_logit_softcapping") and getattr(module, "sinks", None) is None,
+        v_head_dim=v_head_dim,
     )  # fmt: skip
 
 
-def _dense_reason(module: nn.Module) -> str | None:
+def _dense_reason(module: nn.Module, head_dim: int, v_head_dim: int) -> str | None:
     implementation = module.config._attn_implementation
     if implementation != "bsfa":
         return f"attn_implementation is {implementation!r}"
     if getattr(module, "is_cross_attention", False):
         return "cross-attention"
-    if _first(module, "v_head_dim") not in (None, _first(module, "qk_head_dim", "head_dim")):
-        return HEAD_DIMS
-    return None
+    return WIDER if v_head_dim > head_dim else None
 
 
 def _scoring(module: nn.Module) -> str | None:

@@ -19,10 +19,10 @@ from ..backends import fused
 from ..tiles import TileShape
 
 SINKS = "attention sinks"
-HEAD_DIMS = "keys and values differ in head dim"
+WIDER = "values are wider than keys"
 MASK = "its mask is not plain causal or bidirectional with padding at the ends (custom, packed, chunked or with holes)"
 GROUPS = "the tokens of an image see one another both ways"
-WIDEST_GAIN = 128  # head dim; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
+WIDEST_GAIN = 128  # head dim of Q and K; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
 INSTEAD = "exact scores instead of"
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
@@ -59,7 +59,7 @@ class Call(NamedTuple):
 
     q: torch.Tensor  # [B, Hq, Tq, D]
     k: torch.Tensor  # [B, Hkv, Tk, D]
-    v: torch.Tensor  # [B, Hkv, Tk, Dv]
+    v: torch.Tensor  # [B, Hkv, Tk, Dv]; a fused kernel takes Dv <= D
     causal: bool
     spans: bool  # sequences stand at places of their own
     masked: bool  # an ordinary mask says who sees whom
@@ -81,8 +81,8 @@ class Gated(Protocol):
 def plan(call: Call, handler: Gated | None) -> Step:
     """The step for `call` in a module with `handler`."""
     rows, scoring = call.q.shape[2], _scoring(call)
-    if call.k.shape[-1] != call.v.shape[-1]:
-        return Step(Route.FALLBACK, HEAD_DIMS, expected=False)
+    if call.v.shape[-1] > call.k.shape[-1]:
+        return Step(Route.FALLBACK, WIDER, expected=False)
     if call.masked and rows > 1:
         return Step(Route.FALLBACK, MASK, expected=False)
     if handler is None:
@@ -93,14 +93,14 @@ def plan(call: Call, handler: Gated | None) -> Step:
         reason, expected = scoring, False
     else:
         tile = getattr(handler, "fused_tile", None)
-        reason, expected = no_kernel(call.q, tile), False
+        reason, expected = no_kernel(call.q, call.v, tile), False
         if reason is None and scoring is None:
             reason = _no_gain(call, tile)
         if reason is None:
             return Step(Route.GATED, _other_scores(call, tile, getattr(handler, "scores", "exact")), True)
     if not (call.spans or call.masked or scoring) and (not call.causal or rows == call.k.shape[2]):
         return Step(Route.LIBRARY, reason, expected)
-    if not call.masked and call.q.is_cuda and no_kernel(call.q, TileShape()) is None:
+    if not call.masked and call.q.is_cuda and no_kernel(call.q, call.v, TileShape()) is None:
         return Step(Route.KEPT, reason, expected)
     return Step(Route.FALLBACK, reason, expected)
 
@@ -116,17 +116,17 @@ def _scoring(call: Call) -> str | None:
     return None if call.window is None else window_reason(call.window)
 
 
-def no_kernel(q: torch.Tensor, tile: TileShape | None, scores: str = "exact") -> str | None:
+def no_kernel(q: torch.Tensor, v: torch.Tensor, tile: TileShape | None, scores: str = "exact") -> str | None:
     """Why no fused kernel of this tile can serve a call on its GPU; None where one can, and where none is needed."""
     if tile is None or not q.is_cuda:
         return None
-    backend, reason = fused(q.device, q.dtype, q.shape[-1], tile.rows, tile.keys, scores)
+    backend, reason = fused(q.device, q.dtype, q.shape[-1], v.shape[-1], tile.rows, tile.keys, scores)
     return None if backend else f"no fused kernel: {reason}"
 
 
 def _other_scores(call: Call, tile: TileShape | None, scores: str) -> str | None:
     """Why a gated call runs exact scores although others were asked for."""
-    reason = None if scores == "exact" else no_kernel(call.q, tile, scores)
+    reason = None if scores == "exact" else no_kernel(call.q, call.v, tile, scores)
     return None if reason is None else f"{INSTEAD} {scores} ones: {reason}"
 
 
@@ -134,7 +134,8 @@ def _no_gain(call: Call, tile: TileShape | None) -> str | None:
     """Why a gate would cost time: with wide heads the portable kernel, at any skip rate, is behind what PyTorch has."""
     if tile is None or not call.q.is_cuda or call.q.shape[-1] <= WIDEST_GAIN:
         return None
-    backend, _ = fused(call.q.device, call.q.dtype, call.q.shape[-1], tile.rows, tile.keys)
+    q, v = call.q, call.v
+    backend, _ = fused(q.device, q.dtype, q.shape[-1], v.shape[-1], tile.rows, tile.keys)
     if backend == "hopper":
         return None
     return f"head dim {call.q.shape[-1]}: PyTorch's dense attention is faster than the Triton kernel with any gate"

@@ -197,7 +197,7 @@ class SparseAttention:
         """`block_sparse_attention` with this handler's tile and scores, and the gate given, of rows that may stand in
         groups.
         """
-        scores = self.scores_of(q)
+        scores = self.scores_of(q, v)
         options |= dict(
             scale=scale, tile=self.thresholds.tile, keep_sink=self.thresholds.keep_sink, backend=self.backend
         )
@@ -209,11 +209,11 @@ class SparseAttention:
 
         return attend(part, q, k, v, groups, scale=scale, softcap=options.get("softcap"), want_lse=return_lse)
 
-    def scores_of(self, q: torch.Tensor) -> str:
-        """What a call with these queries runs: exact scores where a GPU has no kernel with others, see plan.py."""
+    def scores_of(self, q: torch.Tensor, v: torch.Tensor) -> str:
+        """What a call with such Q and V runs: exact scores where a GPU has no kernel with others, see plan.py."""
         if self.scores == "exact" or not q.is_cuda or self.fused_tile is None:
             return self.scores
-        return self.scores if no_kernel(q, self.fused_tile, self.scores) is None else "exact"
+        return self.scores if no_kernel(q, v, self.fused_tile, self.scores) is None else "exact"
 
     def __call__(self, q, k, v, *, scale: float, causal: bool, spans: torch.Tensor | None, **scoring) -> torch.Tensor:
         counting = self._totals is not None

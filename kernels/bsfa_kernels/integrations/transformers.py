@@ -79,10 +79,10 @@ class Handler(Protocol):
         causal: bool,
         spans: torch.Tensor | None,
     ) -> torch.Tensor:
-        """q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], spans as in `block_sparse_attention` (None: both start at
-        position 0, no padding); returns [B, Hq, Tq, D] in the dtype of q. A handler that says `knows_scoring` is given
-        `window`, `softcap` and `sinks` besides where a module has them, as in `block_sparse_attention`, and `groups`
-        (groups.py) where rows see one another both ways.
+        """q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv], Dv at most D, spans as in `block_sparse_attention`
+        (None: both start at position 0, no padding); returns [B, Hq, Tq, Dv] in the dtype of q. A handler that says
+        `knows_scoring` is given `window`, `softcap` and `sinks` besides where a module has them, as in
+        `block_sparse_attention`, and `groups` (groups.py) where rows see one another both ways.
         """
         ...
 
@@ -115,9 +115,10 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Registered with transformers' AttentionInterface; its signature and calls are transformers'.
 
-    query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D]; `attention_mask` from `masks.mask_function` or the user's own
-    [B, 1 or Hq, Tq, Tk], bool or additive. Returns [B, Tq, Hq, D] and no attention weights. Raises ValueError for
-    training, dropout, position biases, output_attentions, other masks and every keyword that is not known.
+    query [B, Hq, Tq, D], key [B, Hkv, Tk, D], value [B, Hkv, Tk, Dv]; `attention_mask` from `masks.mask_function` or
+    the user's own [B, 1 or Hq, Tq, Tk], bool or additive. Returns [B, Tq, Hq, Dv] and no attention weights. Raises
+    ValueError for training, dropout, position biases, output_attentions, other masks and every keyword that is not
+    known.
     """
     masked = attention_mask is not None and not isinstance(attention_mask, SpanMask)
     _refuse(module, dropout, {k: v for k, v in kwargs.items() if not (masked and k in PACKED)})

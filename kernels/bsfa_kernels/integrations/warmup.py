@@ -31,12 +31,12 @@ def lengths(model: nn.Module, longest: int) -> list[int]:
     from ..hopper import section_limits  # not at the top: it needs Triton
 
     found = {longest}
-    for kv_heads, head_dim, size in {
-        (module.kv_heads, module.head_dim, model.dtype.itemsize)
+    for kv_heads, columns, size in {
+        (module.kv_heads, module.head_dim + (module.v_head_dim or module.head_dim), model.dtype.itemsize)
         for module in attention_modules(model).values()
         if not module.tower and module.dense_reason is None
     }:
-        found |= {most for most in section_limits(kv_heads, head_dim, size) if SHORTEST <= most < longest}
+        found |= {most for most in section_limits(kv_heads, columns, size) if SHORTEST <= most < longest}
     return sorted(found)
 
 

@@ -33,7 +33,7 @@ from .blocks import block_count, cover, last_attention, pooled_scores, to_tiles,
 
 
 class Arranged(NamedTuple):
-    """`k`, `v` [B, Hkv, P + T, D] and what `block_sparse_attention` must be told beside them."""
+    """`k` [B, Hkv, P + T, D], `v` [B, Hkv, P + T, Dv] and what `block_sparse_attention` must be told beside them."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -62,7 +62,7 @@ class PBS(Settings):
     def arrange(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, causal: bool, tile: TileShape
     ) -> Arranged:
-        """Permuted keys and values and the tiles to compute. q [B, Hq, T, D], k and v [B, Hkv, T, D].
+        """Permuted keys and values and the tiles to compute. q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv].
 
         Raises ValueError for shapes that do not fit together, non-causal attention, and segments that do not fit the
         tile.
@@ -72,14 +72,14 @@ class PBS(Settings):
             if self.segment % size:
                 raise ValueError(f"pbs: segment ({self.segment}) must be a multiple of the tile's {name} ({size})")
         length = k.shape[2]
-        order = self._order(q, k, scale)[..., None].expand(-1, -1, -1, k.shape[3])
+        order = self._order(q, k, scale)
         padding = -length % self.segment
-        permuted_k = k.gather(2, order)
+        permuted_k, permuted_v = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[3])) for x in (k, v))
         keys, values = (
             torch.cat([F.pad(permuted, (0, 0, 0, padding)), original], dim=2)
-            for permuted, original in ((permuted_k, k), (v.gather(2, order), v))
+            for permuted, original in ((permuted_k, k), (permuted_v, v))
         )
-        earlier, own = self._earlier(q, permuted_k, order[..., 0], scale, tile), self._own(q, tile)
+        earlier, own = self._earlier(q, permuted_k, order, scale, tile), self._own(q, tile)
         unused = (length + padding) // tile.keys - earlier.shape[-1]
         blocks = BlockLists.from_mask(torch.cat([F.pad(earlier, (0, unused)), own.expand_as(earlier)], -1))
         return Arranged(keys, values, {"blocks": blocks, "q_offset": length + padding, "keep_sink": False})
