@@ -140,11 +140,16 @@ def verify(
     place = resolve_device(device)
     asked, own_length, length = None, length, length or DEFAULT_LENGTH[place.type]
     if tasks is not None:
-        from ..data import question_sets
+        from ..data.question_sets import ImageTasks, NamedTasks, QuestionFile
 
-        asked = question_sets.of(tasks, image_root and data, sizes or (length,), questions, own_length, seed)
-        gates.check_questions(len(asked), asked.more)
+        if image_root is not None:
+            asked = ImageTasks(data, questions, own_length, seed or 0)
+        elif _is_file(tasks):
+            asked = QuestionFile(tasks)
+        else:
+            asked = NamedTasks(tasks, sizes or (length,), questions)
         asked.check(saved=save_questions is not None)
+        gates.check_questions(len(asked), asked.more)
         if heat_map is not None and not asked.has_depths():
             raise UsageError(f"--heat-map draws answers by depth, and no question of {tasks} is asked at one")
     artifact = Thresholds.read(thresholds)
@@ -257,9 +262,7 @@ def _texts(job: _Job, given: str | None, samples: int, length: int) -> tuple[dic
     return {"data": drawn, "points": results, "negative_control": control}, failures
 
 
-def _tasks(
-    job: _Job, questions: QuestionSet, heat_map: Path | None, save: Path | None
-) -> tuple[dict, list[str]]:  # fmt: skip
+def _tasks(job: _Job, questions: QuestionSet, heat_map: Path | None, save: Path | None) -> tuple[dict, list[str]]:
     """(JSON, failures) of dense against sparse answers to questions."""
     from ..console import note, progress
     from ..data import ruler
@@ -356,10 +359,15 @@ def _check_options(context: Context, gates: Gates) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} does not go with questions about images{hint}")
     else:
         refuse_idle(context, ("samples", "data", "frames", "repeat_data"), "with --tasks")
-        if tasks.endswith(".jsonl"):
+        if _is_file(tasks):
             refuse_idle(context, ("questions", "length", "lengths"), f"with {tasks}, whose questions are all asked")
-    if "negative_control" in given and given["negative_control"] and not gates.judge_accuracy:
+    if given["negative_control"] and not gates.judge_accuracy:
         raise UsageError("--negative-control needs an accuracy gate that it can fail: --min-retention")
+
+
+def _is_file(tasks: str) -> bool:
+    """Whether --tasks names a file of questions."""
+    return tasks.endswith(".jsonl")
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from ..models.load import LoadedModel
 
 
-def is_named(spec: str) -> bool:
-    """Whether --tasks names such a file."""
-    return spec.endswith(".jsonl")
-
-
 def read(path: Path) -> list[TextQuestion] | list[LikelihoodQuestion]:
     """The questions of a .jsonl file, all of one kind. Raises InputError, naming the line."""
     kinds = {likelihood.is_likelihood(record): number for number, record in records(path, read_text(path))}

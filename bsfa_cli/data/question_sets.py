@@ -20,8 +20,6 @@ from .questions import TextQuestion
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
 
-MORE = "raise --questions"
-
 
 class QuestionSet(ABC):
     """`spec` is what --tasks says, `more` how the user gets more questions than its `len`, `longest` the tokens of a
@@ -29,7 +27,7 @@ class QuestionSet(ABC):
     """
 
     spec: str
-    more: str = MORE
+    more: str = "raise --questions"
     longest: int | None = None
 
     @abstractmethod
@@ -154,12 +152,3 @@ class ImageTasks(QuestionSet):
 
         plan = self._plan if seed == self.seed else replace(self._plan, seed=seed)
         return list(plan.questions_for(loaded.processor, most_positions(loaded.model.config)))
-
-
-def of(
-    tasks: str, images: ImageData | None, lengths: tuple[int, ...], count: int, longest: int | None, seed: int | None
-) -> QuestionSet:
-    """What --tasks asks: annotation files where there are `images`, a file, or tasks of `lengths`."""
-    if images is not None:
-        return ImageTasks(images, count, longest, seed or 0)
-    return QuestionFile(tasks) if question_files.is_named(tasks) else NamedTasks(tasks, lengths, count)
