@@ -36,7 +36,8 @@ def recipes_plot(result: dict) -> Figure:
     )
     panel.set_xlim(-0.05, right)
     panel.set_yscale("log")
-    panel.set_ylim(1, min([1 - dense, *(1 - point["exact_interval"][1] for point in points), 0.1]) / 1.2)
+    least = [1 - dense, *(1 - point["exact_interval"][1] for point in points), 0.1]
+    panel.set_ylim(1, max(min(least), LEAST) / 1.2)
     panel.minorticks_off()
     panel.set_yticks([share for share in TICKS if share >= panel.get_ylim()[1]])
     panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
