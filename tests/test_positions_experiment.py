@@ -27,8 +27,19 @@ def test_every_setting_answers_the_same_questions(tmp_path, monkeypatch):
     assert (found["length"], found["asked_at"], found["model"]) == (1024, 0.7, "bsfa/frames-llava")
 
 
-def test_lengths_that_cannot_be_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["positions", "--length", "10", "--out", str(tmp_path / "out.json")])
-    with pytest.raises(UsageError, match="tasks about frames have"):
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--length", "10", "tasks about frames have"),
+        ("--length", "131073", "reads up to 131072 tokens"),
+        ("--questions", "0", "--questions must be 1 or more"),
+        ("--ask-at", "1.5", "at a share of the length above 0 and at most 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(option, value, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["positions", option, value, "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    )
+    with pytest.raises(UsageError, match=words):
         positions.main()
     assert not (tmp_path / "out.json").exists()

@@ -19,6 +19,7 @@ import torch
 from ..data import frame_tasks
 from ..data.frame_questions import FramePlan
 from ..environment import describe, resolve_device
+from ..errors import UsageError
 from ..files import check_writable, write_json
 from ..models.bundled import FRAMES, FRAMES_2X_ID, FRAMES_ID, FRAMES_TRAINED
 from ..models.load import load_model
@@ -88,6 +89,10 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu (default: auto)")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     options = parser.parse_args()
+    if options.questions < 1:
+        raise UsageError(f"--questions must be 1 or more, got {options.questions}")
+    if options.length > 2 * FRAMES_TRAINED:
+        raise UsageError(f"{FRAMES_2X_ID} reads up to {2 * FRAMES_TRAINED} tokens, got --length {options.length}")
     check_writable(options.out)
     device = resolve_device(options.device)
     plan = FramePlan(tuple(frame_tasks.NAMES), (options.length,), options.questions, options.seed, True, options.ask_at)
