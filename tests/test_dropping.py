@@ -3,7 +3,7 @@
 import dropping_cases
 import pytest
 import torch
-from bsfa_kernels import BackendUnavailable, TileShape, drop_costs
+from bsfa_kernels import BackendUnavailable, TileShape, block_sparse_attention, drop_costs
 from kernel_cases import Case
 
 Q, K = torch.zeros(1, 4, 100, 16), torch.zeros(1, 2, 100, 16)
@@ -32,6 +32,21 @@ def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError) as refused:
         drop_costs(**given | change)
     assert message in str(refused.value)
+
+
+def test_values_narrower_than_keys_cost_what_zeros_beside_them_would():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 300, 24, generator=generator) for heads in (4, 2))
+    v = torch.randn(1, 2, 300, 16, generator=generator)
+    result = block_sparse_attention(q, k, v, return_lse=True)
+    gradient = torch.randn(result.out.shape, generator=generator)
+    cells = torch.randint(0, 3, (1, 4, 5, 3), generator=generator, dtype=torch.int32)
+    options = dict(lse=result.lse, cells=[cells], entries=[3], unit=1 << 30, scale=24**-0.5)
+    narrow = drop_costs(q, k, v, result.out, gradient, **options)[0]
+    wide = drop_costs(q, k, *(torch.nn.functional.pad(x, (0, 8)) for x in (v, result.out, gradient)), **options)[0]
+    assert narrow.any() and torch.equal(narrow, wide)
+    with pytest.raises(ValueError, match="k and v must be alike"):
+        drop_costs(q, k, v[..., :8], result.out, gradient, **options)
 
 
 def test_a_kernel_that_is_demanded_says_why_it_cannot():

@@ -32,6 +32,10 @@ KINDS = {
     "Gemma-3-like: window 1024 and full, 8/4 heads of 256": (
         "Gemma3", 8, 4, 256, 1024, dict(query_pre_attn_scalar=256)),
     "Qwen3.5-like: full attention, 16/4 heads of 256": ("Qwen3", 16, 4, 256, None, {}),
+    "DeepSeek-like: latent attention, 16 heads of 192, V of 128": (
+        "DeepseekV3", 16, 16, 64, None, dict(
+            q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+            first_k_dense_replace=2)),
 }  # fmt: skip
 
 
