@@ -2,12 +2,12 @@
 
 Every result is checked as well. Exits 1 when one is wrong, when memory is misused or when accesses race. racecheck
 does not follow the named barriers by which Triton starts and ends the partitions of a warp-specialized kernel, and
-reports the bytes passed there; those reports stand on the kernel's `def` and on its `warp_specialize` call, and only
-those are let pass.
+reports the bytes passed there; those reports stand on lines that `dispatch_lines` finds, and only those are let pass.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -67,12 +67,20 @@ def faults(said: str, dispatch: set[str]) -> list[str]:
 
 
 def dispatch_lines() -> set[str]:
-    """Where reports of Triton's own dispatch stand: {"hopper_kernel.py:321", ...}."""
+    """Where reports of Triton's own dispatch stand, none of which accesses memory in the source: the kernel's `def`, its
+    `warp_specialize` calls, and the `if` that chooses between those; {"hopper_kernel.py:321", ...}.
+    """
     from bsfa_kernels import hopper_kernel
 
-    lines = enumerate(inspect.getsource(hopper_kernel).splitlines(), 1)
-    found = {i for i, line in lines if line.startswith("def forward(") or line.strip() == "gl.warp_specialize("}
-    return {f"hopper_kernel.py:{i}" for i in found}
+    tree = ast.parse(inspect.getsource(hopper_kernel))
+    (kernel,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "forward")
+    found = {kernel.lineno}
+    for node in ast.walk(kernel):
+        if isinstance(node, ast.If) and any("warp_specialize(" in ast.unparse(each) for each in node.body):
+            found.add(node.lineno)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "gl.warp_specialize":
+            found.add(node.lineno)
+    return {f"hopper_kernel.py:{line}" for line in found}
 
 
 def main(tool: str, backends) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import sanitize
+from bsfa_kernels import hopper_kernel
 
 STORED = Path(__file__).parents[1] / "profiles" / "results" / "checks" / "sanitize-hopper.nvidia-h200.txt"
 RACE = """========= Error: Race reported between Read access at _forward+0x260 in hopper.py:321
@@ -29,4 +30,7 @@ def test_the_stored_report_is_clean_by_these_rules():
 
 
 def test_dispatch_lines_are_found():
-    assert len(sanitize.dispatch_lines()) == 3  # the kernel, and its call for two and for three consumers
+    source = Path(hopper_kernel.__file__).read_text().splitlines()
+    lines = sorted(int(line.rpartition(":")[2]) for line in sanitize.dispatch_lines())
+    found = [source[line - 1].strip() for line in lines]
+    assert found == ["def forward(", "if VARIANT.consumers == 3:", *["gl.warp_specialize("] * 2]
