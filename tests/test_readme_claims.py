@@ -174,14 +174,6 @@ def test_what_is_said_of_faster_lists_is_so(said):
     assert f"by {percent(gains['full'])} where they hold everything" in said
 
 
-def test_what_is_said_of_host_time_is_so():
-    text = (RESULTS / "checks" / "host-time.nvidia-h200.txt").read_text()
-    runs = sorted(re.findall(r"^(\w+) ([\d.]+) us host", text, re.MULTILINE), key=lambda run: float(run[1]))
-    found = {name: float(us) / 1e3 for name, us in runs}  # the slowest run of each
-    stated = f"{found['gate']:.1f} ms (cuDNN: {found['cudnn']:.2f} ms), {found['lists']:.1f} ms with block lists"
-    assert f"A call costs the host {stated}" in on_one_line("README.md")
-
-
 def test_what_is_said_of_the_gap_gates_cost_is_so():
     result = json.loads((RESULTS / "checks" / "gap-against-absolute.nvidia-h200.json").read_text())
     assert {cell["length"] for cell in result["cells"]} == {8192, 32768, 131072}
@@ -265,13 +257,23 @@ def test_what_is_said_of_int8_scores_is_so():
         assert f"| {row} | {' | '.join(values)} |".replace("|  |", "| |") in page, (row, values)
 
 
-def test_what_is_said_of_paged_layers_is_so():
+def test_what_is_said_of_pages_and_packed_prefills_is_so():
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    slower, saved = [], []
     for cell in json.loads((RESULTS / "checks" / "paged.nvidia-h200.json").read_text())["cells"]:
         ms = {row["name"]: row["ms_median"] for row in cell["contenders"]}
-        parts = f"{ms['gather']:.3f} | {ms['output copy']:.3f} | {ms['layer, no gate']:.2f} | {ms['layer']:.2f}"
-        beside = f"({cell['skip']:.0%} skipped) | {ms['fa3-fwd 0.0.3, paged']:.2f} |"
-        assert f"| {cell['rows']:,} of {cell['keys']:,} | {parts} {beside}" in page
+        library = ms["fa3-fwd 0.0.3, paged"]
+        if "sequences" in cell:
+            names, digits, start = ("one by one, no gate", "one by one", "packed, no gate", "packed"), 3, ""
+        else:
+            names, digits = ("layer, no gate", "layer", "paged, no gate", "paged"), 2
+            start = f"| {cell['rows']:,} of {cell['keys']:,} | {ms['gather']:.3f} "
+        values = " | ".join(f"{ms[name]:.{digits}f}" for name in names)
+        assert f"{start}| {values} ({cell['skip']:.0%} skipped) | {library:.{digits}f} |" in page
+        slower.append(100 * (ms[names[2]] / library - 1))
+        saved.append(100 * (1 - ms[names[3]] / library))
+    assert f"the faster one by {min(slower):.0f} to {max(slower):.0f} %" in page
+    assert f"bsfa is, by {min(saved):.0f} to {max(saved):.0f} %" in page
 
 
 def test_what_is_said_of_several_gpus_is_so():
@@ -296,3 +298,36 @@ def test_what_is_said_of_several_gpus_is_so():
     assert [row["processes"] for row in rows] == [1, 2, 4] and all(row["same_bytes"] for row in rows)
     later = [seconds for row in rows for seconds in list(row["seconds"].values())[1:]]
     assert {round(seconds, 2) for seconds in later} <= {0.22, 0.23} and "takes 0.23 s in each" in page
+
+
+def test_what_is_said_of_the_host_and_of_gradients_is_so():
+    readme, notes, recipes = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "kernels/NOTES.md", "docs/recipes.md")
+    )
+    found = json.loads((RESULTS / "checks" / "host-time.nvidia-h200.json").read_text())["contenders"]
+    us = {row["name"]: row["cpu_us_median"] for row in found}
+    words = [f"{us[name] / 1e3:.2f}" for name in ("bsfa, gap gate", "bsfa, block lists", "FlashAttention-3", "cuDNN")]
+    assert (
+        f"{words[0]} ms with a gate and {words[1]} with lists, FlashAttention-3 {words[2]}, cuDNN {words[3]}" in notes
+    )
+    assert f"A call costs the host {us['bsfa, gap gate'] / 1e3:.1f} ms of CPU time, with block lists too" in readme
+    took = [
+        json.loads((RESULTS / "checks" / f"gradients-{n}.nvidia-h200.json").read_text())["median_seconds"]
+        for n in ("8k", "32k")
+    ]
+    (near, far) = ({name: f"{seconds:.2f}" for name, seconds in each.items()} for each in took)
+    assert f"adds {near['backward']} s to the {near['forward']} s of a sample of 8,192 tokens" in recipes
+    assert f"{far['backward']} s to {far['forward']} s at 32,768" in recipes
+    assert f"{near['torch']} s with the specification's own sums" in recipes
+
+
+def test_what_is_said_of_mla_is_so():
+    notes = " ".join((ROOT / "kernels" / "NOTES.md").read_text(encoding="utf-8").split())
+    for cell in json.loads((RESULTS / "mla.nvidia-h200.json").read_text())["cells"]:
+        assert cell["fastest_dense"] == "FlashAttention-3"
+        ours = [row for row in cell["contenders"] if row["kind"] == "bsfa"]
+        ours.sort(key=lambda row: (row["skip_target"] is not None, row["skip_target"] or 0))
+        first, *gains = (f"{row['speedup']:.2f}" for row in ours)
+        assert f"{cell['shape']['heads']}/{cell['shape']['kv_heads']} heads" in notes
+        assert f"{cell['length'] // 1024}k {first}, {' '.join(gains)}" in notes

@@ -21,7 +21,7 @@ from .request import Request
 
 SPLITS = 64
 ROWS = 64  # of Q in a step
-SUMMED = 32  # rows of K in a step
+SUMMED = 64  # rows of K in a step
 MOST_STEPS = 8  # tiles that one program takes, so that it makes its rotation once for all of them
 PROGRAMS = 1024  # enough to fill a GPU
 # Added and taken off again it would round a float32 half to even; taken as bits, the low ones are the integer.
@@ -71,11 +71,11 @@ def steps(tiles: int, heads: int) -> int:
 
 
 def launch_shape(kernel: str, keys: int, columns: int) -> dict:
-    """Warps and pipeline stages: 64 float32 a thread, and shared memory (99 KB) for tiles up to 128 x 128."""
+    """Warps and pipeline stages; shared memory (99 KB) is for tiles up to 128 x 128."""
     if kernel == "_sum_keys":
         return dict(num_warps=4)
     if kernel == "_quantise_keys":
-        return dict(num_warps=8 if keys * columns >= 128 * 128 else 4, num_stages=2)
+        return dict(num_warps=8 if keys * columns > 128 * 128 else 4, num_stages=2)
     return dict(num_warps=8 if columns > 128 else 4, num_stages=3)
 
 
