@@ -67,7 +67,7 @@ def faults(said: str, dispatch: set[str]) -> list[str]:
 
 
 def dispatch_lines() -> set[str]:
-    """Where reports of Triton's own dispatch stand, none of which accesses memory in the source: the kernel's `def`, its
+    """Where reports of Triton's own dispatch stand; no line of them accesses memory: the kernel's `def`, its
     `warp_specialize` calls, and the `if` that chooses between those; {"hopper_kernel.py:321", ...}.
     """
     from bsfa_kernels import hopper_kernel
