@@ -5,6 +5,7 @@
 # make vllm        a real vLLM on the CPU in a venv of its own, which make test uses
 # make sweep       install, then bsfa against dense attention in every language model of transformers; SWEEP=2/5 a fifth
 # make lint        ruff
+# make dist        an sdist and a wheel in dist/, checked by twine
 # make readme      README.md's figures, tables in docs/ and the plots, again from profiles/results/*.json
 # make gpu-baselines  fetch fa3-fwd (NAMES="..." for others) for a GPU machine without network, into .baselines/
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
@@ -45,7 +46,7 @@ VLLM_WITHOUT := torchvision torchaudio torchcodec triton
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo real test test-lm-eval vllm sweep lint readme gpu-baselines gpu-install gpu-test gpu-sanitize \
+.PHONY: install demo real test test-lm-eval vllm sweep lint dist readme gpu-baselines gpu-install gpu-test gpu-sanitize \
         gpu-bench gpu-real
 
 install: $(STAMP)
@@ -140,6 +141,12 @@ sweep: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+dist: $(STAMP)
+	$(BIN)/pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 readme: $(STAMP)
 	$(BIN)/python -m bsfa_cli.presentation.readme
