@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +24,13 @@ from bsfa_cli.verification.kernel import check_kernel
 from bsfa_cli.verification.layers import DroppedMass, MeasuringAttention
 
 pytestmark = pytest.mark.usefixtures("random_model")
-verify = partial(command.verify, SimpleNamespace(command=SimpleNamespace(params=())))  # without a command line
 SCORING = Scoring(0.125, True)
+
+
+def verify(**options):
+    """The command as a command line with these options would run it."""
+    given = dict(negative_control=False) | options
+    return command.verify(SimpleNamespace(command=SimpleNamespace(params=()), params=given), **options)
 
 
 @pytest.fixture(scope="module")
