@@ -183,7 +183,7 @@ def portable(
     constants |= dict.fromkeys(() if int8 and shifted else ("q_shift_ptr",))
     if not lists:
         constants |= dict(entries_ptr=None, lengths_ptr=None)
-    launch = module.launch_shape(dtype, head_dim, rows)
+    launch = module.launch_shape(dtype, head_dim, rows, capability == 90)
     return compile_kernel(module._forward, signature, constants, capability, folder, **launch)
 
 

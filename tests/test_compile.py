@@ -178,7 +178,8 @@ def test_portable_uses_tensor_cores_and_fits_any_gpu(capability, head_dim, rows,
         assert code.count("HGMMA") >= 16 and code.count("HMMA") == 0
         assert code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
     else:
-        assert code.count("HMMA") >= 128
+        assert code.count("HMMA") >= 64
+        assert head_dim > 128 or code.spilled <= 128
     # Where there is no wgmma, head dim 256 needs more than the smallest GPUs have.
     assert code.shared <= (A100_SHARED if head_dim == 256 and capability == 80 else SMALLEST_SHARED)
 

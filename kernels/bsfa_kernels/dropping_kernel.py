@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import dropping
 from .geometry import query_rows, visited
-from .launch import FLOAT32_DOT, aligned, device_guard, interpreted
+from .launch import FLOAT32_DOT, aligned, device_guard, wide_products
 from .portable import LOG2E, cap_scores, columns, mask_tile
 from .portable import unsupported as unsupported
 from .request import Request
@@ -32,7 +32,7 @@ def costs(request: Request, out, gradient, lse, cells, entries, unit: int) -> li
     rows, keys = request.tile.rows, request.tile.keys
     tiles, key_tiles = -(-length // rows), -(-length // keys)
     found = [q.new_empty(batch, heads, tiles, count, dtype=torch.int64) for count in entries]
-    together, launch = launch_shape(q.dtype, head_dim, rows, wide(q.device))
+    together, launch = launch_shape(q.dtype, head_dim, rows, wide_products(q.device))
     blocks = -(-tiles // together)
     total, block = batch * heads * blocks, together * rows
     at_once = min(total, max(1, SCRATCH // (2 * 4 * block * key_tiles)))
@@ -58,11 +58,6 @@ def costs(request: Request, out, gradient, lse, cells, entries, unit: int) -> li
                     num_warps=8 if rows >= 128 else 4,
                 )  # fmt: skip
     return found
-
-
-def wide(device: torch.device) -> bool:
-    """Whether products leave registers for more rows, as those of wgmma and of its successor do."""
-    return interpreted() or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def launch_shape(dtype: torch.dtype, head_dim: int, rows: int, wide: bool) -> tuple[int, dict]:

@@ -19,6 +19,13 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def wide_products(device: torch.device) -> bool:
+    """Whether products take operands from shared memory, as those of wgmma and of its successor do: others need
+    registers for them.
+    """
+    return interpreted() or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a contiguous copy where its base or strides break the 16-byte rule of tensor descriptors.
 

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import candidate, load_span, query_rows, visited
 from .int8 import prepare
-from .launch import FLOAT32_DOT, INTERPRETED, aligned, device_guard, interpreted
+from .launch import FLOAT32_DOT, INTERPRETED, aligned, device_guard, interpreted, wide_products
 from .request import SCORES as SCORES
 from .request import Request
 from .schedule import schedule
@@ -93,7 +93,7 @@ def attention(request: Request):
             0 if request.block_table is None else request.block_table.stride(0),
             HEADS=heads, GROUP=heads // k.shape[1], D=v.shape[3], BLOCK_D=block_d, BLOCK_V=block_v, ROWS=rows,
             KEYS=keys, CAUSAL=request.causal, KEEP_SINK=request.keep_sink, WINDOWED=request.window is not None,
-            CAPPED=request.softcap is not None, **launch_shape(v.dtype, head_dim, rows),
+            CAPPED=request.softcap is not None, **launch_shape(v.dtype, head_dim, rows, wide_products(q.device)),
         )  # fmt: skip
     return out, lse, kept, candidates
 
@@ -111,14 +111,17 @@ def columns(head_dim: int, dtype: torch.dtype) -> int:
     return max(16, 32 // dtype.itemsize, triton.next_power_of_2(head_dim))
 
 
-def launch_shape(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
+def launch_shape(dtype: torch.dtype, head_dim: int, rows: int, wide: bool) -> dict:
     """Warps, pipeline stages and register cap of one launch.
 
     Several programs have to share a multiprocessor: one's products hide another's softmax and vote. The caps buy that
-    with a few spills (measured on an H200 at 32k tokens, see NOTES.md).
+    with a few spills (measured on an H200 at 32k tokens, see NOTES.md). Where products are not `wide`, it would be
+    kilobytes of them.
     """
     if dtype == torch.float32 or head_dim > 128:
         return dict(num_warps=8, num_stages=1)
+    if not wide:
+        return dict(num_warps=8, num_stages=2)
     if rows >= 128:
         return dict(num_warps=8, num_stages=2, maxnreg=128)
     return dict(num_warps=4, num_stages=1, maxnreg=168)
