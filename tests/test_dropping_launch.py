@@ -16,7 +16,7 @@ from test_hopper_launch import Driver
 def gpu(monkeypatch):
     monkeypatch.setattr(dropping_kernel, "unsupported", lambda request: None)
     monkeypatch.setattr(dropping_kernel, "device_guard", lambda x: nullcontext())
-    monkeypatch.setattr(dropping_kernel, "wide", lambda device: True)
+    monkeypatch.setattr(dropping_kernel, "wide_products", lambda device: True)
     for kernel in (dropping_kernel._shares, dropping_kernel._costs):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     fake = Driver()
