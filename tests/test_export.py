@@ -222,9 +222,10 @@ def test_a_rate_is_reached_on_held_out_samples_where_asked_for(finished, tmp_pat
 def test_where_held_out_samples_skip_less_it_is_said_what_helps():
     reached, short = Reached(0.8, 0.01, 0.1), Reached(0.73, 0.01, 0.1)
     point = Point("skip-80", "gap", "target-skip", 0.8, 0.99, reached, short)
-    said = points.remarks(points.Report(point, ()), 3)
+    said = points.remarks(points.Report(point, ()), [1000, 1024, 1048])
     assert "held-out samples skip 0.730, below the 0.8 asked for" in said[0]
-    assert "fitted to 3 texts; about 11 bring it within 0.02, and --aim held-out reaches it now" in said[1]
+    enough = "about 11 such texts, 11,264 tokens, bring it within 0.02, and --aim held-out reaches it now"
+    assert f"fitted to 3 texts, 3,072 tokens; {enough}" in said[1]
 
 
 def test_layers_kept_dense_skip_nothing_and_the_others_more(finished, tmp_path, bsfa):

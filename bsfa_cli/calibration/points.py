@@ -342,8 +342,8 @@ def _choice(request: Request, fitted: fit.Table, held_out: fit.Table | None, aim
     return choice
 
 
-def remarks(report: Report, samples: int) -> list[str]:
-    """What the user should know about a point fitted to so many `samples`, in sentences."""
+def remarks(report: Report, lengths: Sequence[int]) -> list[str]:
+    """What the user should know about a point fitted to samples of so many tokens, in sentences."""
     point, found = report.point, []
     if report.dense:
         found.append(f"{point.name} keeps every tile of {', '.join(report.dense)}")
@@ -374,10 +374,11 @@ def remarks(report: Report, samples: int) -> list[str]:
         found.append(
             f"{point.name}: held-out samples skip {point.held_out.skip:.3f}, below the {point.argument:g} asked for"
         )
-        enough = math.ceil(samples * short / NEAR)
+        enough = math.ceil(len(lengths) * short / NEAR)
+        tokens = sum(lengths)
         found.append(
-            f"{point.name}: fitted to {samples} texts; about {enough} bring it within {NEAR:g}, and --aim held-out "
-            "reaches it now"
+            f"{point.name}: fitted to {len(lengths)} texts, {tokens:,} tokens; about {enough} such texts, "
+            f"{tokens // len(lengths) * enough:,} tokens, bring it within {NEAR:g}, and --aim held-out reaches it now"
         )
     return found
 

@@ -144,6 +144,10 @@ class Run:
     def planned(self, role: str) -> list[str]:
         return [sample["id"] for sample in self.manifest["samples"] if sample["role"] == role]
 
+    def lengths(self, role: str) -> list[int]:
+        """Tokens of its samples."""
+        return [sample["tokens"] for sample in self.manifest["samples"] if sample["role"] == role]
+
     def save(self, role: str, done: list[str], curves: Curves) -> None:
         """Replace the file of `role`. Raises MachineError when the disk is full; the file before it stays."""
         self._write(self.path / f"{role}.safetensors", done, curves)

@@ -228,7 +228,7 @@ def export(
         left_out |= missing
         points_table.show(reports)
         for report in reports:
-            for remark in points.remarks(report, len(begun.planned("fit"))):
+            for remark in points.remarks(report, begun.lengths("fit")):
                 note(remark)
         for remark in points.score_remarks(begun, artifact):
             note(remark)
