@@ -63,7 +63,7 @@ ON_GPU = [
     Case(1, 4, 2, 640, 640, 128, dtype=torch.bfloat16, causal=False),
     Case(1, 4, 2, 700, 700, 72, TileShape(128, 64), dtype=torch.bfloat16),
     Case(1, 2, 1, 500, 500, 64),
-    Case(1, 2, 1, 300, 300, 128),
+    Case(1, 2, 1, 700, 700, 128),
     Case(1, 1, 1, 1, 1, 64, dtype=torch.bfloat16),
 ]
 
