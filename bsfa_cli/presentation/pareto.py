@@ -88,15 +88,15 @@ def _draw(figure: Figure, panel, lines: dict[str, list[Place]]) -> None:
             continue
         places = lines[method]
         points = [(abs(place.gain), place.loss) for place in places]
-        colour = _colour(named.index(method)) if method in named else figures.GREY
-        style = {"linestyle": "--"} if "+" in method else {}
+        colour, marker = _look(named.index(method)) if method in named else (figures.GREY, "o")
+        style = {"marker": marker} | ({"linestyle": "--"} if "+" in method else {})
         if method in grey:
-            style = {"linewidth": 1.2, "markersize": 4, "alpha": 0.6}
+            style |= {"linestyle": "-", "linewidth": 1.2, "markersize": 4, "alpha": 0.6}
         if method == OWN:
-            style = {"linewidth": 3, "markersize": 8}
+            style |= {"linewidth": 3, "markersize": 8}
         if method == DENSE:
             colour, style = figures.INK, {"marker": "D"}
-        (line,) = panel.plot(*zip(*points, strict=True), **({"marker": "o", "color": colour} | style))
+        (line,) = panel.plot(*zip(*points, strict=True), color=colour, **style)
         figures.tip(line, [place.words for place in places])
         if method in grey:
             others.append(points)
@@ -111,9 +111,12 @@ def _draw(figure: Figure, panel, lines: dict[str, list[Place]]) -> None:
             figure.text(LEFT / WIDTH, (44 - 16 * i) / HEIGHT, row, alpha=0.75, fontsize=11)
 
 
-def _colour(rank: int) -> str:
-    """bsfa's and the paper's colours are nobody else's."""
-    return f"C{rank if rank < 2 else 2 + (rank - 2) % (COLOURS - 2)}"
+def _look(rank: int) -> tuple[str, str]:
+    """(colour, marker): bsfa's and the paper's colours are nobody else's; where others' begin anew, markers differ."""
+    if rank < 2:
+        return f"C{rank}", "o"
+    lap, colour = divmod(rank - 2, COLOURS - 2)
+    return f"C{2 + colour}", "os^Dv"[lap % 5]
 
 
 def _lines(cell: dict, axis: str, base: float | None, metric: str) -> tuple[dict[str, list[Place]], float | None]:
