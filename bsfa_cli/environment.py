@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from .errors import MachineError
+from .errors import MachineError, UsageError
 
 
 def resolve_device(name: str):
@@ -18,7 +18,10 @@ def resolve_device(name: str):
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got '{name}'") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
             build = "is a CPU build" if torch.version.cuda is None else "sees no usable NVIDIA GPU"

@@ -52,3 +52,14 @@ def test_an_interrupted_experiment_ends_in_a_sentence(capsys):
     with pytest.raises(SystemExit) as left:
         end("paged", interrupted)
     assert left.value.code == 130 and capsys.readouterr().err == "paged: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--skip", "7", "--skip must be"), ("--seconds", "nan", "--seconds above 0"), ("--heads", "7", "multiple of")],
+)
+def test_what_cannot_be_is_refused(option, value, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["paged", "--out", str(tmp_path / "x" / "a.json"), *SMALL, option, value])
+    with pytest.raises(UsageError, match=words):
+        paged.main()
+    assert not any(tmp_path.iterdir())

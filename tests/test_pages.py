@@ -66,9 +66,38 @@ def test_the_output_may_be_where_the_queries_are():
     assert torch.equal(block_sparse_attention(q, k, v, out=q).out, expected)
 
 
-def test_two_elements_in_one_place_are_refused():
+@pytest.mark.parametrize("strides", [(0, 0, 16, 1), (0, 1120, 8, 1), (0, 16, 16, 1)], ids=["heads", "rows", "both"])
+def test_two_elements_in_one_place_are_refused(strides):
+    out = torch.empty(1, 4, 70, 16).as_strided((1, 4, 70, 16), strides)
     with pytest.raises(ValueError, match="out has more than one element in one place: shape \\[1, 4, 70, 16\\]"):
-        block_sparse_attention(*tensors(), out=torch.empty(1, 1, 70, 16).expand(1, 4, 70, 16))
+        block_sparse_attention(*tensors(), out=out)
+
+
+@pytest.mark.parametrize("number", [-1, 5])
+@pytest.mark.parametrize("packed", [None, pack([0], [20], [28])], ids=["one", "packed"])
+def test_pages_that_a_cache_on_a_cpu_lacks_are_refused(number, packed):
+    q, k, v = tensors()
+    k, v = (x.view(1, 2, 5, 14, 16)[0].transpose(0, 1) for x in (k, v))
+    table = torch.tensor([[0, number]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"block_table must name pages 0 to 4, got {number}"):
+        block_sparse_attention(q, k, v, block_table=table, packed=packed)
+
+
+def test_packed_keys_that_their_tables_do_not_hold_are_refused():
+    q, k, v = tensors()
+    k, v = (x.view(1, 2, 5, 14, 16)[0].transpose(0, 1) for x in (k, v))
+    table = torch.tensor([[0, 2]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="up to 29 keys, but a row of block_table holds 2 pages of 14"):
+        block_sparse_attention(q, k, v, block_table=table, packed=pack([0], [20], [29]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [(([0, 1], [1], [1]), "2 starts, 1 rows and 1 lengths"), (([0], [1], [2**31]), "before row and key 2,147,483,647")],
+)
+def test_batches_that_cannot_be_packed_are_refused(batch, words):
+    with pytest.raises(ValueError, match=words):
+        pack(*batch)
 
 
 def test_gradients_through_a_given_place_are_refused():

@@ -33,12 +33,14 @@ def test_every_setting_answers_the_same_questions(tmp_path, monkeypatch):
         ("--length", "10", "tasks about frames have"),
         ("--length", "131073", "reads up to 131072 tokens"),
         ("--questions", "0", "--questions must be 1 or more"),
+        ("--questions", "999999999", "lower --questions or the length"),
+        ("--device", "tpu", "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("--ask-at", "1.5", "at a share of the length above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_is_refused(option, value, words, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sys, "argv", ["positions", option, value, "--device", "cpu", "--out", str(tmp_path / "out.json")]
+        sys, "argv", ["positions", "--device", "cpu", "--out", str(tmp_path / "out.json"), option, value]
     )
     with pytest.raises(UsageError, match=words):
         positions.main()

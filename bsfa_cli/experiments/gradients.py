@@ -23,7 +23,7 @@ from ..calibration.curves import GRIDS, ModuleCurves, Plan
 from ..console import note
 from ..data.prompts import load_prompts
 from ..environment import describe, resolve_device
-from ..errors import GateFailed
+from ..errors import GateFailed, UsageError
 from ..files import check_writable, write_json
 from ..metrics.logits import Head
 from ..models.load import explain_memory, load_model
@@ -109,6 +109,10 @@ def main() -> int:
     parser.add_argument("--against-torch", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.samples < 1 or options.length < 256:
+        raise UsageError(
+            f"--samples must be 1 or more and --length 256 or more, got {options.samples} and {options.length}"
+        )
     check_writable(options.out)
     write_json(options.out, measure(options))
     return 0

@@ -21,7 +21,7 @@ from bsfa_kernels.pages import gather_pages
 from ..environment import describe, resolve_device
 from ..errors import UsageError
 from ..files import check_writable, write_json
-from ..timing import flash_attention
+from ..timing import flash_attention, plan
 from ..timing.interleave import Contender, first_call, measure
 from . import end
 
@@ -197,6 +197,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring, for each cell")
     options = parser.parse_args()
     wanted = _cells(options.cells)
+    if not 0 <= options.skip < 1 or not 0 < options.seconds < float("inf"):
+        raise UsageError(
+            f"--skip must be from 0 to below 1 and --seconds above 0, got {options.skip:g} and {options.seconds:g}"
+        )
+    plan.Shape("paged", options.heads, options.kv_heads, options.head_dim)  # refuses heads that do not fit
     check_writable(options.out)
     device, cells = resolve_device("auto"), []
     shape = options.heads, options.kv_heads, options.head_dim

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..data import frame_tasks
+from ..data.amount import check_amount
 from ..data.frame_questions import FramePlan
 from ..environment import describe, resolve_device
 from ..errors import UsageError
@@ -93,6 +94,7 @@ def main() -> int:
         raise UsageError(f"--questions must be 1 or more, got {options.questions}")
     if options.length > 2 * FRAMES_TRAINED:
         raise UsageError(f"{FRAMES_2X_ID} reads up to {2 * FRAMES_TRAINED} tokens, got --length {options.length}")
+    check_amount(options.questions, options.length, "--questions")
     check_writable(options.out)
     device = resolve_device(options.device)
     plan = FramePlan(tuple(frame_tasks.NAMES), (options.length,), options.questions, options.seed, True, options.ask_at)

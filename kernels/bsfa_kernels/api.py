@@ -107,7 +107,7 @@ def block_sparse_attention(
     """
     sequences, packed_rows = None, 0
     if packed is not None:
-        checks.check_packed(packed, q, q_offset, spans, blocks, block_table)
+        checks.check_packed(packed, q, k, q_offset, spans, blocks, block_table)
         sequences, packed_rows, spans = packed.table, packed.rows, packed.spans
     checks.check(q, k, v, scale, q_offset, spans, block_table, sequences)
     gate = gate.expanded(q.shape[1], q.device)
@@ -291,6 +291,9 @@ def _run(request: Request, backend: str) -> tuple[torch.Tensor, ...]:
         # On a GPU it would have to be waited for.
         if request.spans is not None and not request.spans.is_cuda and request.spans[:, 1].any():
             raise ValueError("pages begin at position 0: with block_table the k_offset of spans must be 0")
+        if not request.block_table.is_cuda:
+            used = -(-request.k_rows // request.k.shape[2])
+            checks.check_pages(request.block_table[:, :used], request.k.shape[0])
         reads_pages = getattr(module, "reads_pages", None)
         if reads_pages is None or not reads_pages(request):
             if request.packed is not None:

@@ -50,14 +50,24 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
             )
 
 
-def check_packed(packed, q, q_offset, spans, blocks, block_table):
+def check_packed(packed, q, k, q_offset, spans, blocks, block_table):
     if q_offset or spans is not None:
         raise ValueError("packed sequences say where they stand: give neither q_offset nor spans")
     if block_table is None or blocks is not None:
         raise ValueError("packed sequences need a block_table and take no block lists")
+    if k.dim() != 4 or block_table.dim() != 2:
+        raise ValueError(
+            f"packed sequences need pages [pages, heads, page, head dim] and a block_table [sequences, pages], got "
+            f"{list(k.shape)} and {list(block_table.shape)}"
+        )
     if q.dim() != 4 or q.shape[0] != 1 or packed.end > q.shape[2]:
         raise ValueError(
             f"packed sequences end at row {packed.end} of q [1, heads, tokens, head dim], got q {list(q.shape)}"
+        )
+    if packed.keys > block_table.shape[-1] * k.shape[-2]:
+        raise ValueError(
+            f"packed sequences have up to {packed.keys} keys, but a row of block_table holds "
+            f"{block_table.shape[-1]} pages of {k.shape[-2]}"
         )
     if packed.table.device != q.device:
         raise ValueError(f"packed sequences are on {packed.table.device}, but q is on {q.device}")
@@ -73,16 +83,33 @@ def check_table(q, block_table, batch):
         )
 
 
+def check_pages(block_table, pages):
+    """Page numbers on a CPU; on a GPU they would have to be waited for."""
+    least, most = (int(x) for x in block_table.aminmax())
+    if least < 0 or most >= pages:
+        raise ValueError(f"block_table must name pages 0 to {pages - 1}, got {least if least < 0 else most}")
+
+
 def check_out(out, q, k, v):
     wanted = (*q.shape[:3], v.shape[3])
     if (out.shape, out.dtype, out.device) != (wanted, q.dtype, q.device):
         raise ValueError(
             f"out must be {q.dtype} {list(wanted)} on {q.device}, got {out.dtype} {list(out.shape)} on {out.device}"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+    if _overlaps_itself(out):
         raise ValueError(f"out has more than one element in one place: shape {list(out.shape)}, strides {out.stride()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
         raise ValueError("out= does not support gradients: call it under torch.no_grad(), or leave it out")
+
+
+def _overlaps_itself(x):
+    """Whether an axis steps by less than what the axes of smaller strides reach over."""
+    reach = 1
+    for stride, size in sorted((n, size) for n, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def check_gate(q, gate):

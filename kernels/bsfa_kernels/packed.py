@@ -28,6 +28,8 @@ def pack(
     Sequences may go on: a chunk that ends inside a query tile is no whole tile. One copy to the device, which nothing
     waits for. Raises ValueError where sequences overlap, are empty, or have more queries than keys.
     """
+    if not len(starts) == len(rows) == len(lengths):
+        raise ValueError(f"{len(starts)} starts, {len(rows)} rows and {len(lengths)} lengths are not of one batch")
     found = sorted(zip(starts, rows, lengths, strict=True))
     if not found:
         raise ValueError("there is no sequence to pack")
@@ -38,6 +40,8 @@ def pack(
         if start < behind:
             raise ValueError(f"a sequence begins at row {start}, before row {behind}, where the one before it ends")
         behind = start + count
+    if max(behind, *lengths) >= UNBOUNDED:
+        raise ValueError(f"packed sequences end before row and key {UNBOUNDED:,}, got {max(behind, *lengths):,}")
     host = torch.tensor(
         [[n - count, 0, n, UNBOUNDED, start, count] for start, count, n in zip(starts, rows, lengths, strict=True)],
         dtype=torch.int32, pin_memory=torch.device(device).type == "cuda",
