@@ -24,7 +24,7 @@ from bsfa_kernels.integrations.visual_tokens import visual_ids
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError, memory_wanted, said
 from . import gguf
-from .bundled import Bundled, find_bundled
+from .bundled import find_bundled
 from .processor import read_processor
 from .random_weights import LABEL_KEY
 
@@ -96,10 +96,10 @@ def load_model(
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) and dtype != "auto" else dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
-    bundled = find_bundled(name_or_path)
-    source = _source(os.fspath(bundled.folder if bundled else name_or_path))
+    source, name, prepare = _locate(name_or_path)
     with quiet():
-        config = _bundled_config(bundled) if bundled else _read_config(source)
+        config = _read_config(source)
+        prepare(config)
         check_config(config)
         tokenizer = _read_tokenizer(source)
         processor, no_processor = _find_processor(source, config)
@@ -109,7 +109,7 @@ def load_model(
                 del model.config.quantization_config  # its weights are plain numbers now, as any checkpoint's
             _check_causal(source, model)
             model = model.to(device).eval()
-    identity = _identity(model, bundled.name if bundled else _name(source), getattr(config, "_commit_hash", None))
+    identity = _identity(model, name, getattr(config, "_commit_hash", None))
     return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None), processor, no_processor)
 
 
@@ -121,16 +121,16 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
 
     # The commands say which modules run dense, from `attention_modules` and `notes`.
     warnings.filterwarnings("ignore", category=DenseFallback)
-    bundled = find_bundled(name_or_path)
-    source = _source(os.fspath(bundled.folder if bundled else name_or_path))
+    source, name, prepare = _locate(name_or_path)
     with quiet(), torch.device("meta"):
-        config = _bundled_config(bundled) if bundled else _read_config(source)
+        config = _read_config(source)
+        prepare(config)
         try:
             model = _auto_class(config).from_config(config, attn_implementation="bsfa")
         except Exception as error:
             raise _explain(source, "configuration", error) from error
         _check_causal(source, model)
-    return model, bundled.name if bundled else _name(source), getattr(config, "_commit_hash", None)
+    return model, name, getattr(config, "_commit_hash", None)
 
 
 def check_positions(config, length: int | None, flag: str) -> None:
@@ -140,6 +140,15 @@ def check_positions(config, length: int | None, flag: str) -> None:
     most = most_positions(config)
     if most is not None and length is not None and length > most:
         raise UsageError(f"{flag} {length} is past the model's {most} positions (max_position_embeddings)")
+
+
+def _locate(name_or_path: str | os.PathLike | None) -> tuple[str, str, Callable[[Any], None]]:
+    """(directory, file or Hub id; what the model is called; what its name changes in its configuration)."""
+    bundled = find_bundled(name_or_path)
+    if bundled:
+        return str(bundled.folder), bundled.name, bundled.prepare
+    source = _source(os.fspath(name_or_path))
+    return source, _name(source), lambda config: None
 
 
 def _source(name: str) -> str:
@@ -172,12 +181,6 @@ def _pretrained(source: str) -> tuple[str, dict[str, str]]:
         return source, {}
     folder, name = os.path.split(source)
     return folder or ".", {"gguf_file": name}
-
-
-def _bundled_config(bundled: Bundled):
-    config = _read_config(str(bundled.folder))
-    bundled.prepare(config)
-    return config
 
 
 def _read_config(source: str):

@@ -118,12 +118,12 @@ class SparseCUDALayer(SparseLayer, FlashAttentionImpl):
         return kv_cache.dtype == output.dtype and kv_cache.shape[2] == tile.keys
 
     def read_pages(self, layer, kv_cache, block_table, length, output):
+        scales = {}
         if self.kv_cache_dtype.startswith("fp8"):
             kv_cache = kv_cache.view(current_platform.fp8_dtype())
             scales = dict(zip(("key_scale", "value_scale"), _scales(layer)[1:], strict=True))
-            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype, **scales))
         if kv_cache.dtype != output.dtype:
-            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype))
+            return Keys(*gather_pages(*self._halves(kv_cache), block_table[0], length, dtype=output.dtype, **scales))
         pages = -(-length // kv_cache.shape[2])
         return Keys(*self._halves(kv_cache), block_table[:, :pages].to(torch.int32))
 
