@@ -505,3 +505,14 @@ def test_what_is_said_of_methods_inside_a_real_model_is_so():
     assert all(matching.best(density, column, True) == ["bsfa"] for column in range(4))
     slow = {row["method"] for row in cell["rows"]} - {row["method"] for row in cell["rows"] if row["speedup"] >= 1}
     assert slow - {"dense"} == {"flexprefill", "xattention"}
+
+
+def test_what_the_readme_says_of_the_longest_frames_is_so(cells):
+    readme, cell = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()), cells[-1]
+    asked = matching.questions(cell, matching.ACCURACY)
+    gate, rounded = row_of(cell, "bsfa", 0.9), row_of(cell, "bsfa_int8", 0.8)
+    assert mean(gate) == pytest.approx(cell["dense_accuracy"]["mean"]) and mean(rounded) == pytest.approx(mean(gate))
+    words = f"it is {100 * mean(gate):.0f} %, as dense, at {gate['speedup']:.2f}x, with int8 scores at"
+    assert f"At {cell['length'] // 1024}k ({asked} questions) {words} {rounded['speedup']:.2f}x" in readme
+    pooled = max((row for row in cell["rows"] if row["method"] == "pooled_top_p"), key=mean)
+    assert f"pooled top-p {100 * mean(pooled):.0f} % at {pooled['speedup']:.2f}x" in readme
