@@ -209,6 +209,7 @@ def test_an_option_that_would_do_nothing(run, one_sentence, tmp_path, command):
         (("profile", "--profile", "tiny", "--seed", 1 << 63), "seed must be a whole number"),
         (("profile", "--profile", "tiny", "--skip", "0"), "0 and 1, got [0.0]; 0 is always timed"),
         (("compare", "--seed", 1 << 63), "--seed must be below 2^63"),
+        (("compare", "bundled", "--processes", 2), "--processes share the questions of --tasks out"),
         (("compare", "--plot", "plot.pdf"), "a plot is an .svg or a .png file"),
     ],
 )
@@ -232,6 +233,7 @@ MANY = 99999999999
         ("verify", "--thresholds", "t", "--tasks", "single", "--lengths", f"512,{MANY}"),
         ("compare", "bundled", "--samples", MANY),
         ("compare", "bundled", "--tasks", "all", "--questions", MANY),
+        ("compare", "bundled", "--tasks", "all", "--processes", MANY),
         ("compare", "--layers", MANY),
         ("capture", "-o", "captured", "--length", MANY),
         ("fetch", "smollm2", "-o", "model", "--stretch", MANY),

@@ -12,6 +12,7 @@ import torch
 from bsfa_kernels import TileShape
 from bsfa_kernels.integrations.transformers import attention_modules
 
+from bsfa_cli.calibration.group import Group
 from bsfa_cli.comparison import matching, methods, model
 from bsfa_cli.comparison import run as comparison
 from bsfa_cli.comparison.handlers import Stopwatch
@@ -76,6 +77,51 @@ def test_rows_have_losses_times_and_answers(loaded, texts):
         assert len(row["samples_ms"]["attention"]) == len(row["samples_ms"]["ttft"]) >= 5
     assert [entry["name"] for entry in cell["dense"]] == ["PyTorch's CPU flash attention"]
     assert all(getattr(module, "bsfa_handlers", None) is None for module in loaded.model.modules())
+
+
+@pytest.mark.usefixtures("one_round")
+def test_processes_share_questions_out_and_the_first_has_all_answers(loaded, texts):
+    questions = asked_of(loaded, texts[0].tokens)[:7]
+    few = methods.Settings.parse(["sliding_window=512", "xattention=0.5"])
+
+    def cell(group):
+        return comparison.model_cell(
+            loaded, None, "sliding_window,xattention", TILE, CPU, texts, 0.001, 0, questions, settings=few, group=group
+        )
+
+    store = torch.distributed.HashStore()
+    assert cell(Group(1, 2, 1, store)) is None
+    shared, alone = cell(Group(0, 2, 0, store)), cell(None)
+    assert (shared["processes"], alone["processes"]) == (2, 1) and "questions_left" not in shared
+    assert shared["dense_accuracy"] == alone["dense_accuracy"]
+    for theirs, ours in zip(shared["rows"], alone["rows"], strict=True):
+        assert theirs["accuracy"] == ours["accuracy"]
+    assert any(row["accuracy"]["mean"] < 1 for row in shared["rows"])
+
+
+@pytest.mark.usefixtures("one_round")
+def test_a_method_that_failed_in_another_process_is_left_out(loaded, texts):
+    questions, store = asked_of(loaded, texts[0].tokens), torch.distributed.HashStore()
+
+    def cell(rank, method):
+        bench = model.ModelBench(loaded, attention_modules(loaded.model), [methods.Dense(), method], TILE, CPU)
+        return bench.cell(texts, 640, 0.001, 0, questions, group=Group(rank, 2, rank, store))
+
+    class Flaky(methods.Dense):
+        name = "flaky"
+
+        def choose(self, layer, q, *rest, **options):
+            if fails:
+                raise ValueError("no memory there; here there is")
+            return super().choose(layer, q, *rest, **options)
+
+    fails = True
+    assert cell(1, Flaky()) is None
+    fails = False
+    found = cell(0, Flaky())
+    assert [row["method"] for row in found["rows"]] == ["dense"]
+    assert {entry["reason"] for entry in found["unavailable"] if "flaky" in entry["name"]} == {"no memory there"}
+    assert sum(task["questions"] for task in found["dense_accuracy"]["tasks"].values()) == 8
 
 
 @pytest.mark.usefixtures("one_round")

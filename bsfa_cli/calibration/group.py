@@ -1,21 +1,27 @@
-"""The processes of one calibration: which of them this is, as torchrun or `--processes` started it.
+"""The processes of one calibration or comparison: which of them this is, as torchrun or `--processes` started it.
 
     group = Group.joined()      # None where this process is alone
     group.begin(make)           # the first process makes the run, the others wait until it stands
+    group.gather(name, value)   # every process's value, in the first one
 
 Samples are shared out through the run directory (claims.py); the store, a server in the first process or in torchrun's
-agent, only carries the start and how long each sample took.
+agent, carries the start, how long each sample took, and answers to questions.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from ..errors import MachineError, UsageError, said
+
+if TYPE_CHECKING:
+    import torch
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 BEGUN = "bsfa/begun"
@@ -73,6 +79,52 @@ class Group:
         """{sample: seconds} of those that processes of this group ran."""
         keys = {sample: f"bsfa/seconds/{sample}" for sample in samples}
         return {name: float(self.store.get(key)) for name, key in keys.items() if self.store.check([key])}
+
+    def gather(self, name: str, value) -> list | None:
+        """In the first process the JSON values that all processes give under this name, by rank; None in the others.
+
+        Raises MachineError where the first process is gone, or another gives nothing.
+        """
+        key = f"bsfa/{name}"
+        try:
+            self.store.set(f"{key}/{self.rank}", json.dumps(value))
+            if not self.first:
+                return None
+            keys = [f"{key}/{rank}" for rank in range(self.size)]
+            self.store.wait(keys, PATIENCE)
+            return [json.loads(self.store.get(key)) for key in keys]
+        except RuntimeError as error:
+            raise MachineError(f"the processes lost each other: {said(error)}") from error
+
+
+def check_shared(device: str) -> None:
+    """Raise UsageError for one GPU that several processes would share."""
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device}: each of several processes takes a GPU of its own; give --device cuda")
+
+
+def place_of(device: str, group: Group | None) -> torch.device:
+    """The device of this process, made current. Raises UsageError for one device that several processes would share,
+    MachineError where there are fewer GPUs than processes.
+    """
+    from ..environment import resolve_device
+
+    place = resolve_device(device)
+    if place.type == "cpu":
+        return place
+    import torch
+
+    if group is not None:
+        check_shared(device)
+        if group.local_rank >= torch.cuda.device_count():
+            raise MachineError(
+                f"process {group.local_rank + 1} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; start as many processes"
+            )
+        place = torch.device("cuda", group.local_rank)
+    if place.index is not None:
+        torch.cuda.set_device(place)
+    return place
 
 
 def started() -> int:

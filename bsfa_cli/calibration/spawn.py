@@ -1,7 +1,8 @@
-"""Start the processes of `bsfa calibrate --processes N`, see to them, and end as they end.
+"""Start the processes of a command with `--processes N`, see to them, and end as they end.
 
-Each runs the same command in an environment that says who it is, as under torchrun. One that a signal ends is lost with
-its sample in progress, which another takes up; one that fails ends the others too.
+Each runs the same command in an environment that says who it is, as under torchrun. One that fails ends the others too;
+whether one that a signal ends can be done without, the command knows: another takes up its sample of a calibration, but
+nobody its questions.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ class Process:
         return code
 
 
-def run(processes: int, prints: bool) -> None:
+def run(processes: int, prints: bool, replaceable: bool = True) -> None:
     """Run the command that this process was given in `processes` processes. `prints`: the first one prints a result.
+    `replaceable`: what a lost process was at, another one does.
 
-    Raises what the first one that failed says, with its exit code; MachineError where all were lost, or the one that
-    prints the result was; KeyboardInterrupt once an interrupted group has ended.
+    Raises what the first one that failed says, with its exit code; MachineError where all were lost, or one that cannot
+    be replaced; KeyboardInterrupt once an interrupted group has ended.
     """
     port = _free_port()
     group = [Process(rank, processes, port) for rank in range(processes)]
@@ -82,7 +84,7 @@ def run(processes: int, prints: bool) -> None:
             for rank, process in enumerate(group):
                 if rank not in codes and (code := process.ended()) is not None:
                     codes[rank] = code
-                    _judge(group, rank, code)
+                    _judge(group, rank, code, replaceable)
     finally:
         _stop(group, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
     if 0 not in codes.values():
@@ -91,11 +93,14 @@ def run(processes: int, prints: bool) -> None:
         raise MachineError("the process that prints the result was lost; the run is complete: repeat the command")
 
 
-def _judge(group: list[Process], rank: int, code: int) -> None:
+def _judge(group: list[Process], rank: int, code: int, replaceable: bool) -> None:
     if code == -signal.SIGINT or code == 130:
         raise KeyboardInterrupt
     if code < 0:
-        note(f"process {rank + 1} was lost ({signal.Signals(-code).name}), and its sample in progress with it")
+        lost = f"process {rank + 1} was lost ({signal.Signals(-code).name})"
+        if not replaceable:
+            raise MachineError(f"{lost}, and nothing was written; repeat the command")
+        note(f"{lost}, and its sample in progress with it")
     if code > 0:
         # Where the first one fails, the others fail to find it, and it is the one that knows why.
         first = _end(group[0], GRACE_SECONDS / 5) if rank else None

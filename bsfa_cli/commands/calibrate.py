@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, Option
 
-from ..errors import MachineError, UsageError
+from ..errors import UsageError
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..calibration.group import Group
 
 TILES = {"64x128": (64, 128), "128x64": (128, 64)}
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
@@ -111,13 +106,13 @@ def calibrate(
         check_folder(output)
     check_source(given, length or min(DEFAULT_LENGTH.values()), samples)
 
-    from ..calibration.group import Group, started
+    from ..calibration.group import Group, check_shared, place_of, started
     from ..environment import resolve_device
 
     if device != "auto":
         resolve_device(device)
     if processes is not None and processes > 1 and started() == 1 and not dry_run:
-        _check_shared(device)
+        check_shared(device)
         if processes > samples:
             raise UsageError(f"--processes {processes} for {samples} samples: one process has a sample at least")
         _spawn(processes, output, json)
@@ -131,7 +126,7 @@ def calibrate(
     group = None if dry_run else Group.joined(processes)
     first = group is None or group.first
     note = note if first else _unsaid
-    place = _place(device, group)
+    place = place_of(device, group)
     length = length or DEFAULT_LENGTH[place.type]
     rows, keys = TILES[tile]
     if not dry_run:
@@ -230,33 +225,6 @@ def _spawn(processes: int, output: Path, json: bool) -> None:
                 if not run.finished():
                     run.discard()
         raise
-
-
-def _check_shared(device: str) -> None:
-    """Raise UsageError for one GPU that several processes would share."""
-    if device.startswith("cuda:"):
-        raise UsageError(f"--device {device}: each of several processes takes a GPU of its own; give --device cuda")
-
-
-def _place(device: str, group: Group | None) -> torch.device:
-    """The device of this process. Raises UsageError for one device that several processes would share, MachineError
-    where there are fewer GPUs than processes.
-    """
-    from ..environment import resolve_device
-
-    place = resolve_device(device)
-    if group is None or place.type == "cpu":
-        return place
-    _check_shared(device)
-    import torch
-
-    if group.local_rank >= torch.cuda.device_count():
-        raise MachineError(
-            f"process {group.local_rank + 1} of this machine has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}; start as many processes"
-        )
-    torch.cuda.set_device(group.local_rank)
-    return torch.device("cuda", group.local_rank)
 
 
 def _unsaid(message: str) -> None:

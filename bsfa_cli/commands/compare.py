@@ -59,6 +59,10 @@ def compare(
             "take turns."
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        Option(min=1, help="Share the questions of --tasks out over so many processes, each with a GPU of its own."),
+    ] = None,
     captured: Annotated[
         Path | None, Option(metavar="FILE", help="Compare on the layers in this file of bsfa capture.")
     ] = None,
@@ -107,6 +111,10 @@ def compare(
         raise UsageError("--ask-at belongs to --tasks")
     if minutes is not None and tasks is None:
         raise UsageError("--minutes belongs to --tasks")
+    if processes is not None and tasks is None:
+        raise UsageError("--processes share the questions of --tasks out")
+    if processes is not None and processes > questions:
+        raise UsageError(f"--processes {processes} for {questions} questions a task: one process has one at least")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UsageError(f"--minutes must be positive, got {minutes:g}")
     if not 0 < seconds < float("inf"):
@@ -126,6 +134,7 @@ def compare(
 
     from bsfa_kernels import TileShape
 
+    from ..calibration.group import Group, check_shared, place_of, started
     from ..comparison import run as bench
     from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
     from ..comparison.tensors import CapturedSource, StructuredSource
@@ -135,6 +144,7 @@ def compare(
     from ..environment import resolve_device
     from ..files import RESULT, check_writable, write_json
     from ..presentation import compare_table
+    from ..timing.interleave import unseen
     from ..timing.sweep import resolve_dtype
 
     asked_for = named(methods)
@@ -145,11 +155,17 @@ def compare(
             raise UsageError(f"--methods {needy[0]} needs thresholds to compare with: give {how}")
     settings = Settings.parse(setting or [])
     settings.check(asked_for)
-    place = resolve_device(device)
-    if place.index is not None:
-        import torch
+    resolve_device(device)
+    if processes is not None and processes > 1 and started() == 1:
+        from ..calibration import spawn
 
-        torch.cuda.set_device(place)
+        check_shared(device)
+        spawn.run(processes, json, replaceable=False)
+        return
+    if tasks is None and started() > 1:
+        raise UsageError("several processes share the questions of --tasks out; give --tasks, or start one process")
+    group = Group.joined(processes)
+    place = place_of(device, group)
     for path, kind in ((output, RESULT), (plot, None)):
         if path is not None:
             check_writable(path, kind)
@@ -174,8 +190,9 @@ def compare(
 
         def cell(i: int, begin) -> dict:
             return bench.model_cell(
-                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin, settings, minutes
-            )
+                loaded, calibration, methods, shown, place, texts[i], seconds, seed, asked[i], begin, settings, minutes,
+                group,
+            )  # fmt: skip
 
     else:
         if captured is not None:
@@ -190,6 +207,10 @@ def compare(
         def cell(i: int, begin) -> dict:
             return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin, settings)
 
+    if group is not None and not group.first:
+        for i in range(len(wanted)):
+            cell(i, unseen)
+        return
     result = bench.empty(place, shown, seed) | {"settings": setting or []}
     note_speeds(place)
     for i, n in enumerate(wanted):

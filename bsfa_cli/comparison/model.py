@@ -19,6 +19,7 @@ from bsfa_kernels import TileShape
 from bsfa_kernels.integrations import dense
 from bsfa_kernels.integrations.transformers import AttentionModule, attach
 
+from ..calibration.group import Group
 from ..errors import BsfaError, InputError
 from ..metrics.logits import Head, Predictions
 from ..metrics.statistics import paired, wilson
@@ -81,11 +82,16 @@ class ModelBench:
     @torch.inference_mode()
     def cell(
         self, texts: Sequence, length: int, seconds: float, seed: int, questions: Sequence = (), begin: Begin = unseen,
-        minutes: float | None = None,
-    ) -> dict:  # fmt: skip
+        minutes: float | None = None, group: Group | None = None,
+    ) -> dict | None:  # fmt: skip
         """Everything about one length, as JSON. `texts` as `Prompt.of` takes them, `questions` of bsfa_cli.suites, of
-        which none is begun after `minutes`, but the first.
+        which none is begun after `minutes`, but the first. The processes of a group share the questions out; all but
+        the first then return None, and the first has measured everything else.
         """
+        densely = dict.fromkeys(self.modules, dense.attention)
+        if group is not None and not group.first:
+            self._ask(questions, densely, begin, minutes, group, length)
+            return None
         head = Head(self.model)
         prompts = [Prompt.of(text, self.model) for text in texts]
         work = {run.name: len(prompts) if run.entry else 1 for run in self.runs}
@@ -97,8 +103,7 @@ class ModelBench:
             called.append(True)
             return dense.attention(q, k, v, **options)
 
-        densely = dict.fromkeys(self.modules, attend_densely)
-        with attach(self.model, densely):
+        with attach(self.model, dict.fromkeys(self.modules, attend_densely)):
             for each in prompts:
                 exact.append(head.hidden(each))
                 step()
@@ -114,7 +119,7 @@ class ModelBench:
                 run, lambda run=run, one=one: self._judge(run, head, prompts, exact, one)
             )
             step(work[run.name] - len(done))
-        dense_score = self._ask(questions, densely, begin, minutes) if questions else None
+        dense_score = self._ask(questions, densely, begin, minutes, group, length) if questions else None
         timings = self._time(prompts[0], seconds, seed, begin)
         gc.collect()
         left = len(questions) - sum(map(len, (dense_score or {}).values()))
@@ -150,14 +155,17 @@ class ModelBench:
                 step()
 
     def _ask(
-        self, questions: Sequence, densely: dict, begin: Begin, minutes: float | None
+        self, questions: Sequence, densely: dict, begin: Begin, minutes: float | None, group: Group | None, length: int
     ) -> dict[str, list[float]]:  # fmt: skip
         """The dense answers {task: [right or not]}; every method's go into its run. One question after the other, each
         to all, so that what it takes to make one (two hundred frames are drawn) is not paid by each; tasks in turns,
-        so that all have had their share where time runs out.
+        so that all have had their share where time runs out. With a group those of all processes, in the first one.
         """
         started = time.monotonic()
         able = [run for run in self.runs if run.entry and run.reason is None]
+        questions = in_turns(questions)
+        if group is not None:
+            questions = questions[group.rank :: group.size]
         step = begin(len(questions) * (1 + len(able)), "answers")
         examiner = Examiner(self.model, self.loaded.tokenizer)
         found: dict[str, list[float]] = {}
@@ -167,7 +175,7 @@ class ModelBench:
         def ask(question, scored):
             scored.setdefault(question.task, []).append(float(examiner.ask(question).exact))
 
-        for question in in_turns(questions):
+        for question in questions:
             if found and minutes is not None and time.monotonic() - started > 60 * minutes:
                 break
             with attach(self.model, densely):
@@ -177,7 +185,22 @@ class ModelBench:
                 if run.reason is None:
                     run.reason = self._try(run, lambda run=run, question=question: ask(question, run.scored))
                 step()
-        return found
+        return found if group is None else self._gather(found, group, length)
+
+    def _gather(self, found: dict, group: Group, length: int) -> dict[str, list[float]]:
+        """The dense answers of all processes and, in the first one, their methods' in its runs; what fails in one of
+        them has failed.
+        """
+        mine = {run.name: (run.reason, run.scored) for run in self.runs if run.entry}
+        parts = group.gather(f"answers/{length}", (found, mine))
+        if parts is None:
+            return found
+        for run in self.runs:
+            if run.scored is not None:
+                theirs = [part[run.name] for _, part in parts]
+                run.reason = run.reason or next((reason for reason, _ in theirs if reason), None)
+                run.scored = merged([scored for reason, scored in theirs if not reason])
+        return merged([found for found, _ in parts])
 
     def _time(self, prompt: Prompt, seconds: float, seed: int, begin: Begin) -> dict:
         """{name: Timing} of whole prefills; the stopwatches then hold the same passes."""
@@ -249,6 +272,12 @@ class ModelBench:
             "unavailable": unavailable,
             "rows": rows,
         }
+
+
+def merged(parts: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """{task: answers} of several such, one behind the other."""
+    tasks = dict.fromkeys(task for part in parts for task in part)
+    return {task: [answer for part in parts for answer in part.get(task, ())] for task in tasks}
 
 
 def in_turns(questions: Sequence) -> list:

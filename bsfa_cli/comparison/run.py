@@ -6,6 +6,7 @@ import torch
 from bsfa_kernels import TileShape
 
 from .. import environment
+from ..calibration.group import Group
 from ..errors import InputError
 from ..timing.interleave import Begin, unseen
 from . import matching, methods
@@ -67,10 +68,11 @@ def cell(
 def model_cell(
     loaded, calibration: Calibration | Exported | None, names: str, tile: TileShape, device: torch.device, texts: list,
     seconds: float, seed: int, questions: list, begin: Begin = unseen,
-    settings: methods.Settings = methods.DEFAULTS, minutes: float | None = None,
-) -> dict:  # fmt: skip
+    settings: methods.Settings = methods.DEFAULTS, minutes: float | None = None, group: Group | None = None,
+) -> dict | None:  # fmt: skip
     """All methods inside a model (models.load.LoadedModel) on `texts` of equal length, and on `questions`, if any; no
-    question is begun after `minutes` of asking.
+    question is begun after `minutes` of asking. The processes of a group share the questions out; None in all but the
+    first.
     """
     from ..calibration.run import chosen_modules
     from ..suites.run import mode
@@ -79,7 +81,9 @@ def model_cell(
     modules, passed_over = chosen_modules(loaded.model, None, plain=True)
     chosen, left_out = methods.chosen(names, calibration, True, settings)
     bench = ModelBench(loaded, modules, chosen, tile, device)
-    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, questions, begin, minutes)
+    found = bench.cell(texts, len(texts[0].tokens), seconds, seed, questions, begin, minutes, group)
+    if found is None:
+        return None
     label = f"{found.pop('label')}, {loaded.identity['id']}" + (f" ({loaded.label})" if loaded.label else "")
     place = asked_at(questions)
     if place is not None and place < 1:
@@ -91,6 +95,7 @@ def model_cell(
         "left_out": left_out,
         "asked": mode(questions[0]) if questions else None,
         "asked_at": place,
+        "processes": 1 if group is None else group.size,
     }
 
 
