@@ -9,7 +9,7 @@
 # make readme      README.md's figures, tables in docs/ and the plots, again from profiles/results/*.json
 # make gpu-baselines  fetch fa3-fwd (NAMES="..." for others) for a GPU machine without network, into .baselines/
 # On a GPU machine that already has torch, with the system's Python and nothing downloaded:
-# make gpu-test    every test that needs a GPU
+# make gpu-test    every test that needs a GPU, spread over all there are
 # make gpu-sanitize   memory and race checks of small calls under compute-sanitizer
 # make gpu-bench   the stored profiles, as JSON under OUT, against what lies in .baselines/ too
 # make gpu-real    every recipe on the model and the texts that make real left in real/, at 8k and 32k tokens, and
@@ -167,7 +167,7 @@ gpu-install:
 		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e $(CURDIR)
 
 gpu-test: gpu-install
-	$(PYTHON) -m pytest -m gpu -n auto --maxprocesses 16 --timeout-method thread
+	$(PYTHON) -m pytest -m gpu -v -n auto --maxprocesses $$((16 * $$(nvidia-smi -L | grep -c '^GPU'))) --timeout-method thread
 
 gpu-sanitize: gpu-install
 	$(PYTHON) tests/sanitize.py memcheck

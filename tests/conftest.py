@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +14,19 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _own_gpu_first() -> None:
+    """Workers of pytest-xdist take a machine's GPUs in turns: each sees all of them, another one first."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker.isdigit() and "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        gpus = [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
+        first = int(worker) % max(1, len(gpus))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
+
+
+_own_gpu_first()
 
 
 @pytest.fixture(scope="module")
