@@ -331,3 +331,59 @@ def test_what_is_said_of_mla_is_so():
         first, *gains = (f"{row['speedup']:.2f}" for row in ours)
         assert f"{cell['shape']['heads']}/{cell['shape']['kv_heads']} heads" in notes
         assert f"{cell['length'] // 1024}k {first}, {' '.join(gains)}" in notes
+
+
+def test_what_is_said_of_where_the_loss_comes_from_is_so():
+    page = on_one_line("docs", "recipes.md")
+    shares, first, second, saved, ends, kinds = [], [], [], [], [], []
+    for length in ("8k", "32k"):
+        result = json.loads((RESULTS / "real" / f"smollm2-{length}-loss.nvidia-h200.json").read_text())
+        assert result["recipe"] == "shared by KL, gap" and result["evaluation"]["texts"] >= 4
+        total, parts = result["whole"]["kl_over_floor"]["value"], result["sum_of_layers"]
+        layers = sorted(result["layers"], key=lambda each: -each["only"]["kl_over_floor"]["value"])
+        assert layers[0]["layer"] == 0 and len(layers) == 30
+        shares.append(f"{result['whole']['skip']:.0%} {parts / total:.0%}")
+        first.append(f"{layers[0]['only']['kl_over_floor']['value'] / parts:.0%}")
+        second.append(f"{layers[1]['only']['kl_over_floor']['value'] / parts:.0%}")
+        saved.append(f"{max(total - each['without']['kl_over_floor']['value'] for each in layers) / total:.0%}")
+        octaves = result["whole"]["by_position"]
+        assert octaves[0]["to"] == 512 and 2 * octaves[-1]["from"] == octaves[-1]["to"] == result["length"]
+        ends.append([f"{octaves[i]['kl']:.4f}" for i in (0, -1)])
+        assert octaves[0]["kl"] < result["floor"]["kl"] + 0.0005
+        kinds.append(sorted(result["by_kind"]["history"], key=lambda each: -each["kl_over_floor"]))
+    said = [share.replace("%", " %") for share in " ".join(shares).split()]
+    assert f"at {said[0]} of the tiles at 8,192 tokens and {said[2]} at 32,768" in page
+    assert f"comes to {said[1]} (8k) and {said[3]} (32k)" in page
+    first, saved = (" and ".join(each).replace("%", " %") for each in (first, saved))
+    assert set(second) == {"5%"} and f"{first} of that sum, the next one 5 %" in page
+    assert f"would save most saves {saved}" in page
+    assert (
+        f"512 tokens ({ends[0][0]} and {ends[1][0]}) and {ends[0][1]} in the last half of 8k, {ends[1][1]} in" in page
+    )
+    near, far = kinds
+    change = [each["loss_sparse"] - each["loss_dense"] for each in (near[0], near[-1], far[0])]
+    assert (near[0]["kind"], near[-1]["kind"]) == ("pair seen farther back", "pair seen in the last 512")
+    assert f"dearest (KL {near[0]['kl_over_floor']:.4f} above the floor, loss {change[0]:+.3f})" in page
+    assert f"cheapest ({near[-1]['kl_over_floor']:.4f}, loss {change[1]:+.3f})" in page
+    assert far[0]["kind"] == "token not seen"
+    assert f"has not had are ({far[0]['kl_over_floor']:.4f}), at a loss that does not change ({change[2]:+.3f})" in page
+
+
+def test_what_is_said_of_methods_at_8k_is_so():
+    page = on_one_line("docs", "methods.md")
+    (cell,) = cells_of("methods-smollm2-8k.nvidia-h200.json").values()
+    assert cell["fastest_dense"] == "FlashAttention-3" and len(cell["source"]["texts"]) == 4
+    assert f"nothing skipped agrees in {cell['rows'][0]['agreement']['top1']:.3f}) one forward" in page
+    assert f"takes {cell['fastest_dense_ms']:.1f} ms there" in page
+    assert not any(row["speedup"] >= 1 for row in cell["rows"] if row["selection_ms"])
+    time, free = (table for _, _, table in matched_tables(cell, "agreement.top1")[:2])
+    gates = ("bsfa", "bsfa_int8", "bsfa_top_k", "blasst")
+    shown = {name: ["none" if x is None else f"{x:.3f}" for x in time[name][:3]] for name in gates}
+    assert all(matching.best(time, column, True) == ["bsfa"] for column in range(3))
+    for name, words in (("bsfa", "time, {}, {} and {};"), ("blasst", "BLASST has {}, {} and {}"),
+                        ("bsfa_top_k", "top-k {}, {} and {}")):  # fmt: skip
+        assert words.format(*shown[name]) in page
+    best = [max((row[i], name) for name, row in free.items() if row[i] is not None and name not in gates)
+            for i in range(3)]  # fmt: skip
+    assert [name for _, name in best] == ["vertical_slash", "xattention", "xattention"]
+    assert "would have {:.3f}, {:.3f} and {:.3f} (vertical-slash".format(*(share for share, _ in best)) in page

@@ -4,7 +4,7 @@ A prompt of 32k visual tokens through a model of Qwen2.5-VL-7B's shape: calibrat
 by modality, time the prefill dense and at each operating point. The weights are random: timing only, nothing here says
 anything about accuracy. Times are of the language model alone (images go through the vision tower once, before), for
 every dense backend, and of the whole first token (TTFT), for the fastest of them. Writes a result of `bsfa profile`,
-which `bsfa report` and `bsfa inspect` read.
+which `bsfa report` and `bsfa inspect` read, after each prefill: one that is interrupted says that it is not complete.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def measured(options: argparse.Namespace) -> dict:
             result["prefill"].append(entry)
             dense = [row for row in entry["contenders"] if row["kind"] == "dense"]
             fastest = fastest or min(dense, key=lambda row: row["ms_median"])["name"]
+            write_json(options.out, result)
     return result | {"complete": True}
 
 
