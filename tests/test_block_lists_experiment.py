@@ -135,7 +135,7 @@ def test_lists_are_drawn_once_for_the_rows_that_share_them():
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [("--lengths", "500", "multiples of 128"), ("--sharing", "64", "multiples of 128"), ("--left-out", "1", "below 1"),
-     ("--left-out", "x", "shares"), ("--seconds", "nan", "above 0"), ("--heads", "7", "multiple of kv_heads")],
+     ("--left-out", "x", "shares"), ("--seconds", "nan", "above 0"), ("--kv-heads", "3", "multiple of kv_heads")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(option, value, words, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["block_lists", "--out", str(tmp_path / "x" / "a.json"), *SMALL, option, value])

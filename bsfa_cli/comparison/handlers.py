@@ -82,7 +82,9 @@ class DenseAttention:
 
 
 class FlashAttention(flash_attention.Handler):
-    """FlashAttention-3 or -4, on the same stopwatch."""
+    """FlashAttention-3 or -4, on the same stopwatch. Modules with windows and the like run what they run for all."""
+
+    knows_scoring = False
 
     def __init__(self, library: Library, stopwatch: Stopwatch):
         super().__init__(library)

@@ -88,6 +88,8 @@ class Handler:
     is copied. Raises ValueError for padding, windows, softcap and sinks.
     """
 
+    knows_scoring = True  # to refuse what it does not know: without it, modules that have such things pass it by
+
     def __init__(self, library: Library):
         self.library = library
 
