@@ -1,10 +1,11 @@
 """Which backend serves a call, and the reason, in words, when a faster one cannot.
 
-Fastest first: hopper (Gluon, sm_90), triton (any NVIDIA GPU, and Triton's interpreter), torch (blocked matmuls, any
-device), reference (the specification). A backend is a module with `unsupported(request) -> reason | None` and
-`attention(request) -> (out, lse, kept, candidates)` or `tile_statistics(request, lse)`, see api.TileStatistics; its
-`SCORES` are the request's `scores` that it knows, only "exact" where it has none; `reads_pages(request)` says whether
-it takes K and V out of their pages itself, which none does that lacks it.
+Fastest first: split_kv (Triton, few queries on many keys), hopper (Gluon, sm_90), triton (any NVIDIA GPU, and Triton's
+interpreter), torch (blocked matmuls, any device), reference (the specification). A backend is a module with
+`unsupported(request) -> reason | None` and `attention(request) -> (out, lse, kept, candidates)` or
+`tile_statistics(request, lse)`, see api.TileStatistics; its `SCORES` are the request's `scores` that it knows, only
+"exact" where it has none; `reads_pages(request)` says whether it takes K and V out of their pages itself, which none
+does that lacks it; one with `suits(request)` is there for such calls alone, and takes others where it is demanded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .gates import Gate
 from .request import Request
 from .tiles import TileShape
 
-ATTENTION = {"hopper": "hopper", "triton": "portable", "torch": "blocked", "reference": "reference_backend"}
+ATTENTION = {
+    "split_kv": "split_kv", "hopper": "hopper", "triton": "portable", "torch": "blocked", "reference": "reference_backend",
+}  # fmt: skip
 STATISTICS = {"triton": "statistics", "torch": "blocked", "reference": "reference_backend"}
 NAMES = tuple(ATTENTION)
 FUSED = ("hopper", "triton")  # the others are for CPUs and for tests
@@ -83,7 +86,7 @@ def choose(
         raise ValueError(f"backend must be 'auto' or one of {', '.join(table)}; got {demanded!r}")
     passed_over = {}
     for name, module in table.items():
-        if demanded not in ("auto", name):
+        if demanded not in ("auto", name) or (demanded == "auto" and not _suits(module, request)):
             continue
         reason = reason_against(module, request)
         if reason is None:
@@ -91,3 +94,9 @@ def choose(
         passed_over[name] = reason
     reasons = "; ".join(f"backend '{name}' cannot serve this call: {reason}" for name, reason in passed_over.items())
     raise BackendUnavailable(reasons)
+
+
+def _suits(module: str, request: Request) -> bool:
+    """False for a backend that is there for other calls than this one."""
+    suits = getattr(load(module), "suits", None)
+    return suits is None or suits(request)

@@ -53,10 +53,22 @@ class Request:
     def scoring(self) -> Scoring:
         return Scoring(self.scale, self.causal, self.window, self.softcap)
 
+    @property
+    def rows(self) -> int:
+        """Queries of the longest sequence, or more."""
+        return self.q.shape[2] if self.packed is None else self.packed_rows
+
     @cached_property
     def query_tiles(self) -> int:
-        rows = self.q.shape[2] if self.packed is None else self.packed_rows
-        return query_tiles(rows, self.q_offset, self.spans is not None, self.tile)
+        return query_tiles(self.rows, self.q_offset, self.spans is not None, self.tile)
+
+    @property
+    def may_hold_tiles(self) -> bool:
+        """Whether some query tile may be whole, for a gate to judge; without spans, whether one is."""
+        least = self.tile.rows
+        if self.spans is None:
+            least += -self.q_offset % self.tile.rows
+        return self.rows >= least
 
     @property
     def batch(self) -> int:

@@ -1,0 +1,172 @@
+"""The split_kv backend: calls of few queries on many keys, of which no gate judges a tile.
+
+Decoding, drafts, ends of chunks. The other kernels give a program a query tile of one head: such a call would be 64
+rows of work for each of a few programs, each of which reads all keys. Here a program's rows are pairs (query, head of a
+KV group), so that a group reads its keys once, and its keys a part of the sequence's, so that all multiprocessors read;
+a second kernel sums the parts by their log-sum-exp. Exact: nothing is dropped. Splits depend on the call's shape and on
+the GPU, so bits are those of the call, not of its rows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .launch import Launches, aligned, device_guard, interpreted, wide_products
+from .portable import MAX_HEAD_DIM, columns
+from .request import Request, reached_by_descriptors
+from .split_kv_kernel import attend, combine
+
+LEAST_KEYS = 1024  # fewer are left to the other kernels
+SHARE = 0.5  # of the GPU that another kernel would have use for, up to which this one is faster (kernels/NOTES.md)
+TILE_ROWS, TILES = 64, 3  # what a multiprocessor works on at a time there
+KEYS_OF_SPLIT = 256  # at least
+MOST_SPLITS = 128
+PROCESSORS = 132  # of a GPU that is none: Triton's interpreter
+MAX_GRID_Y = 65_535
+first, second = Launches(attend), Launches(combine)
+
+
+class Shape(NamedTuple):
+    """Of a program: pairs (query, head), keys of a tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    together: int  # programs that a multiprocessor holds
+
+
+class Division(NamedTuple):
+    """Of a call into programs."""
+
+    row_blocks: int
+    splits: int
+
+
+def unsupported(request: Request) -> str | None:
+    q = request.q
+    dtypes = (torch.float16, torch.float32) if interpreted() else (torch.float16, torch.bfloat16, torch.float32)
+    if interpreted():
+        if q.device.type != "cpu":
+            return "Triton's interpreter is on (TRITON_INTERPRET=1) and the tensors are not on the CPU"
+    elif q.device.type != "cuda":
+        return f"tensors are on {q.device.type}; the Triton kernel needs a CUDA device"
+    if q.dtype not in dtypes:
+        return f"{q.dtype} is not one of {', '.join(str(d) for d in dtypes)}"
+    for head_dim in (q.shape[3], request.v.shape[3]):
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            return f"head dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
+        return "float32 with head dims above 128 does not fit in shared memory"
+    if request.blocks is not None:
+        return "block lists say what is visited"
+    if request.may_hold_tiles:
+        if not (request.gate.absolute is None and request.gate.gap is None):
+            return "its gate judges query tiles, each against what was kept of the keys before"
+        if request.want_counts:
+            return "tiles that a gate may drop are to be counted"
+    return None
+
+
+def suits(request: Request) -> bool:
+    """Whether a call is of the kind that this backend is there for."""
+    if request.k_rows < LEAST_KEYS or not request.q.is_cuda:
+        return False
+    tiles = request.batch * request.q.shape[1] * request.query_tiles
+    busy = min(1.0, tiles / (TILES * processors(request.q.device)))
+    return busy * request.rows / (request.query_tiles * TILE_ROWS) < SHARE
+
+
+def reads_pages(request: Request) -> bool:
+    return all(reached_by_descriptors(x) for x in (request.k, request.v))
+
+
+def attention(request: Request):
+    q, k, v = aligned(request.q), aligned(request.k), aligned(request.v)
+    heads, kv_heads, head_dim, v_head_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+    group, rows, table = heads // kv_heads, request.rows, request.block_table
+    shape = shape_of(rows * group, q.dtype, head_dim, v_head_dim, wide_products(q.device))
+    blocks, splits = divide(
+        rows * group, kv_heads * request.batch, request.k_rows, shape, processors(q.device), request.window, rows
+    )
+    out, lse, kept, candidates = request.new_outputs()
+    if request.want_counts:  # of no whole query tile
+        kept.zero_(), candidates.zero_()
+    written = aligned(out)
+    partial = partial_lse = None
+    if splits > 1:
+        sums = request.batch * heads * rows * splits
+        partial = q.new_empty(sums, v_head_dim, dtype=torch.float32)
+        partial_lse = q.new_empty(sums, dtype=torch.float32)
+    chunk = 16 // q.element_size()
+    out_strides = [stride // chunk for stride in written.stride()[:3]]
+    constants = (
+        kv_heads, group, head_dim, v_head_dim, columns(head_dim, q.dtype), columns(v_head_dim, v.dtype), shape.rows,
+        shape.keys, 0 if table is None else k.shape[2], request.causal, request.window is not None,
+        request.softcap is not None, shape.stages,
+    )  # fmt: skip
+    optional = (partial, partial_lse, request.spans, table, request.packed, request.sinks)
+    kinds = (q.dtype, q.device, *(x is None for x in optional))
+    with device_guard(q):
+        launch = first.of((constants, kinds, shape.warps), (q, k, v, written, lse, *optional))
+        launch(
+            (blocks * kv_heads * request.batch, splits, 1),
+            q, k, v, written, lse, *optional,
+            request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q.shape[2], rows,
+            request.k_rows, blocks, splits, *[stride // chunk for x in (q, k, v) for stride in x.stride()[:3]],
+            *out_strides, 0 if table is None else table.stride(0), *constants, num_warps=shape.warps,
+        )  # fmt: skip
+        if splits > 1:
+            constants = (heads, v_head_dim, columns(v_head_dim, v.dtype), MOST_SPLITS, 8 if splits <= 8 else 32)
+            optional = (request.spans, request.packed, request.sinks)
+            launch = second.of((constants, kinds), (partial, partial_lse, written, lse, *optional))
+            launch(
+                (request.batch * heads * rows, 1, 1),
+                partial, partial_lse, written, lse, *optional, request.q_offset, q.shape[2], rows, request.k_rows,
+                splits, *out_strides, *constants, num_warps=4,
+            )  # fmt: skip
+    if written.data_ptr() != out.data_ptr():
+        out.copy_(written)
+    return out, lse, kept, candidates
+
+
+@cache
+def shape_of(pairs: int, dtype: torch.dtype, head_dim: int, v_head_dim: int, wide: bool) -> Shape:
+    """For `pairs` rows of a KV head. `wide`: products take operands from shared memory."""
+    if dtype == torch.float32 or max(head_dim, v_head_dim) > 128:
+        return Shape(16 if pairs <= 16 else 64, 32, 4, 2, 1)
+    if pairs <= 64:
+        return Shape(16 if pairs <= 16 else 32 if pairs <= 32 else 64, 64, 4, 3, 2)
+    return Shape(128, 64, 8, 2 if wide else 1, 2)
+
+
+def divide(
+    pairs: int, planes: int, keys: int, shape: Shape, processors: int, window: int | None = None, rows: int = 1
+) -> Division:
+    """Of `pairs` rows of each of `planes` KV heads with `keys` keys: as many splits as fill the GPU, as few as do so to
+    nearly the same degree (FlashAttention's heuristic).
+    """
+    blocks = -(-pairs // shape.rows)
+    seen = keys if window is None else min(keys, window + rows)
+    most = max(1, min(MOST_SPLITS, seen // KEYS_OF_SPLIT))
+    return Division(blocks, fewest_splits(blocks * planes, most, processors * shape.together))
+
+
+@cache
+def fewest_splits(programs: int, most: int, at_once: int) -> int:
+    def filled(splits: int) -> float:
+        waves = programs * splits / at_once
+        return waves / -(-programs * splits // at_once)
+
+    best = max(filled(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.85 * best)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
