@@ -187,6 +187,42 @@ def portable(
     return compile_kernel(module._forward, signature, constants, capability, folder, **launch)
 
 
+def split_kv(
+    folder: Path,
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    pairs: int,
+    capability: int,
+    *,
+    page: int = 0,
+    spans: bool = False,
+    scoring: str = "",
+) -> MachineCode:
+    """A kernel of split_kv_kernel.py as it is launched for several splits, causal, of `pairs` rows a KV head; `page` of
+    the cache; `scoring` as in `hopper`.
+    """
+    from bsfa_kernels import split_kv as module
+    from bsfa_kernels import split_kv_kernel
+
+    function, name = getattr(split_kv_kernel, kernel), NAMES[dtype]
+    shape = module.shape_of(pairs, dtype, head_dim, head_dim, capability == 90)
+    wide = module.columns(head_dim, dtype)
+    signature = RUNTIME | {f"{x}_ptr": f"*{name}" for x in "qkv"} | dict.fromkeys(split_kv_kernel.INTEGERS, "i32")
+    signature |= dict(out_ptr=f"*{name}", partial_ptr="*fp32", partial_lse_ptr="*fp32")
+    constants = dict(
+        KV_HEADS=8, GROUP=4, HEADS=32, D=head_dim, V_D=head_dim, BLOCK_D=wide, BLOCK_V=wide, ROWS=shape.rows,
+        KEYS=shape.keys, PAGE=page, CAUSAL=True, WINDOWED="w" in scoring, CAPPED="c" in scoring, STAGES=shape.stages,
+        MOST=module.MOST_SPLITS, WIDTH=32,
+    )  # fmt: skip
+    absent = dict(spans_ptr=spans, table_ptr=page, packed_ptr=page, sinks_ptr="s" in scoring)
+    constants |= {pointer: None for pointer, there in absent.items() if not there}
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    aligned = [argument for argument in function.arg_names if argument.endswith("_ptr")]
+    warps = shape.warps if kernel == "attend" else 4
+    return compile_kernel(function, signature, constants, capability, folder, aligned, num_warps=warps)
+
+
 def schedule(folder: Path, width: int, forced: bool, causal: bool) -> MachineCode:
     """The kernel that makes streams of block lists."""
     from bsfa_kernels import schedule as module

@@ -21,8 +21,12 @@ from .request import Request
 from .tiles import TileShape
 
 ATTENTION = {
-    "split_kv": "split_kv", "hopper": "hopper", "triton": "portable", "torch": "blocked", "reference": "reference_backend",
-}  # fmt: skip
+    "split_kv": "split_kv",
+    "hopper": "hopper",
+    "triton": "portable",
+    "torch": "blocked",
+    "reference": "reference_backend",
+}
 STATISTICS = {"triton": "statistics", "torch": "blocked", "reference": "reference_backend"}
 NAMES = tuple(ATTENTION)
 FUSED = ("hopper", "triton")  # the others are for CPUs and for tests

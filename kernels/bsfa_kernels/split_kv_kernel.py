@@ -41,52 +41,11 @@ def key_rows(table_ptr, j, k_offset, inside, KEYS: tl.constexpr, PAGE: tl.conste
 
 
 @triton.jit
-def load_tile(x_ptr, page, row, page_stride, row_stride, inside, D: tl.constexpr, WIDTH: tl.constexpr,
-              MASKED: tl.constexpr):  # fmt: skip
+def load_tile(x_ptr, page, row, page_stride, row_stride, inside, D: tl.constexpr, WIDTH: tl.constexpr):
     """[KEYS, WIDTH] of K or V, zero where it is not `inside` and behind column D."""
     column = tl.arange(0, WIDTH)
     pointers = x_ptr + (page * page_stride + row * row_stride)[:, None] + column[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=inside[:, None] & (column < D)[None, :], other=0.0)
-    elif D < WIDTH:
-        return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def visit(
-    q, k_ptr, v_ptr, table_ptr, j, position, k_offset, length, window, scale, softcap, k_page, k_row, v_page, v_row,
-    running_max, row_sum, acc,
-    D: tl.constexpr, V_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, KEYS: tl.constexpr,
-    PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Key tile j joins the softmax of all rows; maxima in log2 units. Without MASKED every row sees all of it."""
-    key = j * KEYS + tl.arange(0, KEYS)
-    inside = (key >= k_offset) & (key < length)
-    page, row = key_rows(table_ptr, j, k_offset, inside, KEYS, PAGE)
-    k = load_tile(k_ptr, page, row, k_page, k_row, inside, D, BLOCK_D, MASKED)
-    s = tl.dot(q, k.T, input_precision=FLOAT32_DOT)
-    if MASKED:
-        visible = inside[None, :]
-        if CAUSAL:
-            visible = visible & (key[None, :] <= position[:, None])
-        if WINDOWED:
-            visible = visible & (key[None, :] > (position - window)[:, None])
-        s = tl.where(visible, s, float("-inf"))
-    unit = scale * LOG2E
-    if CAPPED:
-        s = cap_scores(s, scale, softcap)
-        unit = LOG2E
-    new_max = tl.maximum(running_max, tl.max(s, 1) * unit)
-    # A row that has seen nothing yet has no maximum to subtract.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(s * unit - shift[:, None])
-    alpha = tl.exp2(running_max - shift)
-    row_sum = row_sum * alpha + tl.sum(p, 1)
-    v = load_tile(v_ptr, page, row, v_page, v_row, inside, V_D, BLOCK_V, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=FLOAT32_DOT)
-    return new_max, row_sum, acc
+    return tl.load(pointers, mask=inside[:, None] & (column < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -143,16 +102,14 @@ def attend(
     each = tl.cdiv(tl.maximum(tl.cdiv(end_key, KEYS) - first_tile, 0), splits)
     begin = first_tile + split * each
     end = tl.minimum(begin + each, tl.cdiv(end_key, KEYS))
-    # Tiles from here on are not seen whole by every row, nor is the one that the keys begin inside of.
-    ragged = length // KEYS
     if CAUSAL:
         end = tl.minimum(end, last // KEYS + 1)
-        ragged = tl.minimum(ragged, (first + 1) // KEYS)
-    edge = tl.where((begin < end) & (begin * KEYS < k_begin), 1, 0)
-    ragged = tl.minimum(tl.maximum(ragged, begin + edge), tl.maximum(end, begin + edge))
+    # Tiles that every row sees whole.
+    whole_begin, whole_end = tl.cdiv(k_begin, KEYS), length // KEYS
+    if CAUSAL:
+        whole_end = tl.minimum(whole_end, (first + 1) // KEYS)
     if WINDOWED:
-        edge = edge * 0
-        ragged = begin
+        whole_begin = tl.maximum(whole_begin, tl.cdiv(last - window + 1, KEYS))
 
     q_plane = head * q_head.to(tl.int64)
     if packed_ptr is None:
@@ -172,20 +129,32 @@ def attend(
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    # First the tiles with a mask: ptxas serializes wgmma where they follow.
-    for i in tl.range(0, tl.maximum(end - ragged, 0) + edge, num_stages=STAGES if WINDOWED else 1):
-        j = tl.where(i < edge, begin, ragged + i - edge)
-        running_max, row_sum, acc = visit(
-            q, k_ptr, v_ptr, table_ptr, j, position, k_offset, length, window, scale, softcap, k_page, k_step, v_page,
-            v_step, running_max, row_sum, acc, D, V_D, BLOCK_D, BLOCK_V, KEYS, PAGE, CAUSAL, WINDOWED, CAPPED, True,
-        )  # fmt: skip
-    if not WINDOWED:
-        for j in tl.range(begin + edge, ragged, num_stages=STAGES):
-            running_max, row_sum, acc = visit(
-                q, k_ptr, v_ptr, table_ptr, j, position, k_offset, length, window, scale, softcap, k_page, k_step,
-                v_page, v_step, running_max, row_sum, acc, D, V_D, BLOCK_D, BLOCK_V, KEYS, PAGE, CAUSAL, WINDOWED,
-                CAPPED, False,
-            )  # fmt: skip
+    for j in tl.range(begin, end, num_stages=STAGES):
+        key = j * KEYS + tl.arange(0, KEYS)
+        inside = (key >= k_begin) & (key < length)
+        page, row = key_rows(table_ptr, j, k_offset, inside, KEYS, PAGE)
+        k = load_tile(k_ptr, page, row, k_page, k_step, inside, D, BLOCK_D)
+        s = tl.dot(q, k.T, input_precision=FLOAT32_DOT)
+        if (j < whole_begin) | (j >= whole_end):
+            visible = inside[None, :]
+            if CAUSAL:
+                visible = visible & (key[None, :] <= position[:, None])
+            if WINDOWED:
+                visible = visible & (key[None, :] > (position - window)[:, None])
+            s = tl.where(visible, s, float("-inf"))
+        unit = scale * LOG2E
+        if CAPPED:
+            s = cap_scores(s, scale, softcap)
+            unit = LOG2E
+        new_max = tl.maximum(running_max, tl.max(s, 1) * unit)
+        # A row that has seen nothing yet has no maximum to subtract.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s * unit - shift[:, None])
+        alpha = tl.exp2(running_max - shift)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        running_max = new_max
+        v = load_tile(v_ptr, page, row, v_page, v_step, inside, V_D, BLOCK_V)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=FLOAT32_DOT)
 
     if sinks_ptr is not None:
         if partial_ptr is None:
@@ -238,11 +207,11 @@ def combine(
     column = tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, splits, WIDTH):
-        split = start + tl.arange(0, WIDTH)
-        lse = tl.load(partial_lse_ptr + row + split, mask=split < splits, other=float("-inf"))
-        pointers = partial_ptr + ((row + split) * V_D)[:, None] + column[None, :]
-        x = tl.load(pointers, mask=(lse != float("-inf"))[:, None] & (column < V_D)[None, :], other=0.0)
-        acc += tl.sum(x * tl.exp2(lse - shift)[:, None], 0)
+        part = start + tl.arange(0, WIDTH)
+        weight = tl.exp2(tl.load(partial_lse_ptr + row + part, mask=part < splits, other=float("-inf")) - shift)
+        pointers = partial_ptr + ((row + part) * V_D)[:, None] + column[None, :]
+        x = tl.load(pointers, mask=(weight != 0)[:, None] & (column < V_D)[None, :], other=0.0)
+        acc += tl.sum(x * weight[:, None], 0)
     if sinks_ptr is not None:
         maximum, total, alpha = add_sink(sinks_ptr, head, maximum, total)
         acc = acc * alpha

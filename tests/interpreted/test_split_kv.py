@@ -1,36 +1,34 @@
 """Calls of few queries on many keys, in the interpreter: pairs (query, head) as rows, keys in several parts."""
 
-import itertools
-
 import pytest
 import torch
-from bsfa_kernels import Gate, TileShape, block_sparse_attention, split_kv
+from bsfa_kernels import BackendUnavailable, BlockLists, Gate, TileShape, block_sparse_attention, split_kv
 from bsfa_kernels.request import Request
 from kernel_cases import PLACES, Case, check, check_place
-from paged_attention_cases import Paged
+from paged_attention_cases import Paged, check_packed
 from paged_attention_cases import check as check_pages
-from paged_attention_cases import check_packed
 
 TILE = TileShape()  # whose 64 rows no call here has: gates judge nothing
 
 
-@pytest.fixture(params=[1, 3, 9], ids=lambda n: f"{n}-splits", autouse=True)
+@pytest.fixture(autouse=True)
 def splits(request, monkeypatch):
-    """As many parts of the keys; of some sequences more than they have tiles."""
-    monkeypatch.setattr(split_kv, "fewest_splits", lambda *_: request.param)
-    return request.param
+    """As many parts of the keys, 3 if a test does not say."""
+    number = getattr(request, "param", 3)
+    monkeypatch.setattr(split_kv, "fewest_splits", lambda *_: number)
+    return number
 
 
 def cases():
-    for causal, (heads, kv_heads) in itertools.product((True, False), ((4, 1), (6, 2), (5, 1))):
-        yield Case(1, heads, kv_heads, 8, 200, 16, TILE, causal, q_offset=192)
-        yield Case(3, heads, kv_heads, 13, 150, 24, TILE, causal, padded=True)
+    for causal in (True, False):
+        yield Case(1, 4, 2, 8, 200, 16, TILE, causal, q_offset=192)
+        yield Case(3, 5, 1, 13, 150, 24, TILE, causal, padded=True)
     yield Case(2, 4, 2, 1, 300, 16, TILE, causal=False)
     yield Case(1, 3, 1, 63, 300, 16, TILE, gate="both", q_offset=200)
     yield Case(1, 2, 2, 40, 20, 16, TILE)  # queries behind the keys
     yield Case(1, 2, 1, 1, 1, 16, TILE)
-    for window in (1, 40, 100):
-        yield Case(1, 4, 2, 20, 260, 16, TILE, q_offset=240, window=window, sinks=True)
+    for window in (1, 100):
+        yield Case(1, 6, 2, 20, 260, 16, TILE, q_offset=240, window=window, sinks=True)
     yield Case(3, 2, 1, 20, 150, 16, TILE, padded=True, window=30, softcap=2.0, sinks=True)
     yield Case(1, 4, 2, 30, 150, 96, TILE, q_offset=120, v_head_dim=64, sinks=True, dtype=torch.float16)
     yield Case(1, 4, 1, 33, 200, 64, TILE, False, softcap=1.5, q_offset=100, dtype=torch.float16)
@@ -38,8 +36,11 @@ def cases():
     yield Case(1, 2, 1, 70, 200, 16, TileShape(128, 64), q_offset=130)
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_attention(case):
+# One part, several, and more than some sequences have tiles.
+@pytest.mark.parametrize(
+    ("case", "splits"), [(x, (3, 1, 9)[i % 3]) for i, x in enumerate(cases())], ids=str, indirect=["splits"]
+)
+def test_attention(case, splits):
     check(case, "split_kv")
 
 
@@ -51,8 +52,9 @@ def test_the_output_goes_to_any_place(place):
 SHAPE = dict(heads=4, kv_heads=2, tile=TILE)
 
 
-@pytest.mark.parametrize("layout", ["tokens first", "halves", "heads first", "odd base"])
-@pytest.mark.parametrize("page", [16, 48, 64, 128])
+@pytest.mark.parametrize(
+    ("page", "layout"), [(16, "tokens first"), (48, "halves"), (64, "heads first"), (128, "halves"), (16, "odd base")]
+)
 def test_pages_of_any_size_are_read_where_they_are(page, layout, monkeypatch):
     gathered, gather = [], Request.gathered
     monkeypatch.setattr(Request, "gathered", lambda self: gathered.append(self) or gather(self))
@@ -61,8 +63,7 @@ def test_pages_of_any_size_are_read_where_they_are(page, layout, monkeypatch):
     assert len(gathered) == (2 if layout == "odd base" else 0)
 
 
-@pytest.mark.parametrize("page", [16, 64])
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("page", "window"), [(16, None), (64, 50)])
 def test_packed_sequences_are_each_as_alone(page, window):
     check_packed(Paged((5, 1, 20), (90, 200, 150), page=page, window=window, **SHAPE), "split_kv", beyond=float("nan"))
 
@@ -91,3 +92,30 @@ def test_gates_on_short_calls_change_no_bit():
     gated = block_sparse_attention(q, k, v, Gate(gap=10.0, absolute=10.0), return_counts=True, **options)
     assert torch.equal(gated.out, block_sparse_attention(q, k, v, **options).out)
     assert not gated.kept.any() and not gated.candidates.any()
+
+
+REFUSED = [
+    (dict(gate=Gate(gap=0.0)), "its gate judges query tiles"),
+    (dict(return_counts=True), "are to be counted"),
+    (dict(scores="int8"), "no int8 scores"),
+    (dict(blocks=BlockLists.from_mask(torch.ones(1, 2, 2, 3, dtype=torch.bool))), "block lists"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED, ids=[reason.replace(" ", "-") for _, reason in REFUSED])
+def test_what_it_cannot_do_is_refused(options, reason):
+    q, k, v = (torch.randn(1, 2, rows, 16) for rows in (100, 300, 300))
+    with pytest.raises(BackendUnavailable, match=reason):
+        block_sparse_attention(q, k, v, q_offset=192, backend="split_kv", **options)
+
+
+def test_a_gate_is_in_the_way_only_where_a_query_tile_is_whole():
+    q, k, v = (torch.randn(1, 2, rows, 16) for rows in (90, 300, 300))
+    gate = Gate(gap=torch.full((2, 1), 10.0))
+    found, expected = (
+        block_sparse_attention(q, k, v, gate, q_offset=160, tile=TileShape(64, 32), backend=name)
+        for name in ("split_kv", "triton")
+    )
+    assert torch.allclose(found.out, expected.out, atol=1e-5)
+    with pytest.raises(BackendUnavailable, match="its gate judges"):
+        block_sparse_attention(q, k, v, gate, q_offset=192, tile=TileShape(64, 32), backend="split_kv")
