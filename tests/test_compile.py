@@ -216,6 +216,44 @@ def test_int8_preparation_moves_16_bytes_at_a_time_without_spills(capability, he
         assert "STG.E.128" in code.instructions and code.count("STG.E.U8") == 0
 
 
+# (capability, head dim, pairs of query and head, page, spans, scoring): from decoding to a chunk of 64 queries.
+SPLIT_KV = [
+    (80, 128, 4, 0, False, ""),
+    (80, 128, 256, 16, True, ""),
+    (80, 64, 64, 128, True, "s"),
+    (90, 128, 4, 0, False, ""),
+    (90, 128, 256, 0, False, ""),
+    (90, 128, 256, 16, True, ""),
+    (90, 128, 256, 128, True, "wcs"),
+    (90, 256, 64, 0, False, ""),
+]
+
+
+@pytest.mark.parametrize("capability, head_dim, pairs, page, spans, scoring", SPLIT_KV)
+def test_split_kv_streams_16_bytes_at_a_time_without_spills(
+    capability, head_dim, pairs, page, spans, scoring, tmp_path
+):
+    code = sass.split_kv(
+        tmp_path, "attend", BF16, head_dim, pairs, capability, page=page, spans=spans, scoring=scoring
+    )  # fmt: skip
+    assert not code.serialized, code.notes
+    assert code.spilled == 0
+    if capability == 90:
+        assert code.count("HGMMA") >= 8 and code.count("WARPGROUP.DEPBAR") * 4 <= code.count("HGMMA")
+    else:
+        assert code.count("HMMA") >= 32
+    # Of 4 bytes are page numbers.
+    copies = [opcode for opcode in code.instructions if opcode.startswith("LDGSTS")]
+    wide = sum(opcode.endswith(".128") for opcode in copies)
+    assert wide >= 8 and len(copies) - wide <= (16 if page else 0)
+    assert code.shared <= (HOPPER_SHARED if capability == 90 else SMALLEST_SHARED)
+
+
+def test_split_kv_sums_its_parts_without_spills(tmp_path):
+    code = sass.split_kv(tmp_path, "combine", BF16, 128, 4, 90, spans=True, scoring="s")
+    assert code.spilled == 0 and "LDG.E.128" in " ".join(code.instructions)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=label)
 @pytest.mark.parametrize("width, forced", [(1, False), (3, True)])
 def test_streams_of_block_lists_compile(width, forced, causal, tmp_path):

@@ -268,7 +268,7 @@ REFUSED = [
     ),
     (dict(blocks=lists().to("meta")), r"block lists are on meta, but q is on cpu"),
     (dict(scores="fp8"), r"scores must be one of exact, int8, got 'fp8'"),
-    (dict(backend="cuda"), r"backend must be 'auto' or one of hopper, triton, torch, reference; got 'cuda'"),
+    (dict(backend="cuda"), r"backend must be 'auto' or one of split_kv, hopper, triton, torch, reference; got 'cuda'"),
 ]
 
 

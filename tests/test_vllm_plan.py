@@ -32,6 +32,8 @@ def test_a_batch_is_taken_apart():
     assert batch == Batch((Prefill(1, 1, 200, 200), Prefill(3, 231, 64, 1000)), (0, 2))
     assert [prefill.q_offset for prefill in batch.prefills] == [0, 936]
     assert plan.take_apart([0, 1, 2], [5, 6], 64) == Batch((), (0, 1))
+    batch = plan.take_apart([0, 100, 200], [9000, 100], 64, lambda rows, keys: keys > 50 * rows)
+    assert batch == Batch((Prefill(1, 100, 100, 100),), (0,))
 
 
 @pytest.mark.parametrize("starts, lengths", [([0, 5], [4]), ([0, 5, 3], [9, 9]), ([0, 5], [5, 5])])

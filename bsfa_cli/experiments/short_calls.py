@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from bsfa_kernels import TileShape, block_sparse_attention, explain
+from bsfa_kernels.backends import NAMES
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -104,8 +105,8 @@ def _cells(text: str) -> list[tuple[int, int, int]]:
         cells = []
         for part in text.split(","):
             rows, rest = part.split("/")
-            keys, _, batch = rest.partition("x")
-            cells.append((int(rows), int(keys), int(batch or 1)))
+            keys, _, batch = (rest if "x" in rest else f"{rest}x1").partition("x")
+            cells.append((int(rows), int(keys), int(batch)))
         if all(0 < rows <= keys and batch > 0 for rows, keys, batch in cells):
             return cells
     except ValueError:
@@ -129,11 +130,13 @@ def main() -> int:
         raise UsageError(
             f"--skip must be from 0 to below 1 and --seconds above 0, got {options.skip:g} and {options.seconds:g}"
         )
+    backends = [name for name in options.backends.split(",") if name]
+    if not set(backends) <= set(NAMES):
+        raise UsageError(f"--backends takes {', '.join(NAMES)}; got {options.backends!r}")
     plan.Shape("short", options.heads, options.kv_heads, options.head_dim)  # refuses heads that do not fit
     check_writable(options.out)
     device, cells = resolve_device("auto"), []
     shape = options.heads, options.kv_heads, options.head_dim
-    backends = [name for name in options.backends.split(",") if name]
     for rows, keys, batch in wanted:
         cells.append(cell(rows, keys, batch, shape, options.skip, backends, device, options.seconds))
         skip = "" if cells[-1]["skip"] is None else f", {cells[-1]['skip']:.1%} skipped"

@@ -187,7 +187,8 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN
     gate = gate.expanded(q.shape[1], q.device)
     request = Request(
         q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
-        options.get("keep_sink", True), options.get("q_offset", 0), spans, False, False,
+        options.get("keep_sink", True), options.get("q_offset", 0), spans, options.get("return_lse", False),
+        options.get("return_counts", False),
         options.get("blocks"), options.get("window"), options.get("softcap"), options.get("sinks"),
         options.get("scores", "exact"), block_table=options.get("block_table"),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from .devices import processors
 from .launch import Launches, aligned, device_guard, interpreted, wide_products
 from .portable import MAX_HEAD_DIM, columns
 from .request import Request, reached_by_descriptors
@@ -36,7 +37,7 @@ class Shape(NamedTuple):
     keys: int
     warps: int
     stages: int
-    together: int  # programs that a multiprocessor holds
+    together: int  # programs that a multiprocessor is given
 
 
 class Division(NamedTuple):
@@ -89,9 +90,9 @@ def attention(request: Request):
     heads, kv_heads, head_dim, v_head_dim = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     group, rows, table = heads // kv_heads, request.rows, request.block_table
     shape = shape_of(rows * group, q.dtype, head_dim, v_head_dim, wide_products(q.device))
-    blocks, splits = divide(
-        rows * group, kv_heads * request.batch, request.k_rows, shape, processors(q.device), request.window, rows
-    )
+    seen = request.k_rows if request.window is None else min(request.k_rows, request.window + rows)
+    available = processors(q.device) if q.is_cuda else PROCESSORS
+    blocks, splits = divide(rows * group, kv_heads * request.batch, seen, shape, available)
     out, lse, kept, candidates = request.new_outputs()
     if request.want_counts:  # of no whole query tile
         kept.zero_(), candidates.zero_()
@@ -103,10 +104,11 @@ def attention(request: Request):
         partial_lse = q.new_empty(sums, dtype=torch.float32)
     chunk = 16 // q.element_size()
     out_strides = [stride // chunk for stride in written.stride()[:3]]
+    v_wide = columns(v_head_dim, v.dtype)
     constants = (
-        kv_heads, group, head_dim, v_head_dim, columns(head_dim, q.dtype), columns(v_head_dim, v.dtype), shape.rows,
-        shape.keys, 0 if table is None else k.shape[2], request.causal, request.window is not None,
-        request.softcap is not None, shape.stages,
+        kv_heads, group, head_dim, v_head_dim, columns(head_dim, q.dtype), v_wide, shape.rows, shape.keys,
+        0 if table is None else k.shape[2], request.causal, request.window is not None, request.softcap is not None,
+        shape.stages,
     )  # fmt: skip
     optional = (partial, partial_lse, request.spans, table, request.packed, request.sinks)
     kinds = (q.dtype, q.device, *(x is None for x in optional))
@@ -120,7 +122,7 @@ def attention(request: Request):
             *out_strides, 0 if table is None else table.stride(0), *constants, num_warps=shape.warps,
         )  # fmt: skip
         if splits > 1:
-            constants = (heads, v_head_dim, columns(v_head_dim, v.dtype), MOST_SPLITS, 8 if splits <= 8 else 32)
+            constants = (heads, v_head_dim, v_wide, MOST_SPLITS, 8 if splits <= 8 else 32)
             optional = (request.spans, request.packed, request.sinks)
             launch = second.of((constants, kinds), (partial, partial_lse, written, lse, *optional))
             launch(
@@ -139,19 +141,16 @@ def shape_of(pairs: int, dtype: torch.dtype, head_dim: int, v_head_dim: int, wid
     if dtype == torch.float32 or max(head_dim, v_head_dim) > 128:
         return Shape(16 if pairs <= 16 else 64, 32, 4, 2, 1)
     if pairs <= 64:
-        return Shape(16 if pairs <= 16 else 32 if pairs <= 32 else 64, 64, 4, 3, 2)
-    return Shape(128, 64, 8, 2 if wide else 1, 2)
+        return Shape(64 if wide or pairs > 16 else 16, 64, 4, 3, 1)
+    return Shape(128, 64, 8, 3 if wide else 2, 1)
 
 
-def divide(
-    pairs: int, planes: int, keys: int, shape: Shape, processors: int, window: int | None = None, rows: int = 1
-) -> Division:
-    """Of `pairs` rows of each of `planes` KV heads with `keys` keys: as many splits as fill the GPU, as few as do so to
-    nearly the same degree (FlashAttention's heuristic).
+def divide(pairs: int, planes: int, keys: int, shape: Shape, processors: int) -> Division:
+    """Of `pairs` rows of each of `planes` KV heads, `keys` keys each: as many splits as fill the GPU, as few as do so
+    to nearly the same degree (FlashAttention's heuristic).
     """
     blocks = -(-pairs // shape.rows)
-    seen = keys if window is None else min(keys, window + rows)
-    most = max(1, min(MOST_SPLITS, seen // KEYS_OF_SPLIT))
+    most = max(1, min(MOST_SPLITS, keys // KEYS_OF_SPLIT))
     return Division(blocks, fewest_splits(blocks * planes, most, processors * shape.together))
 
 
@@ -163,10 +162,3 @@ def fewest_splits(programs: int, most: int, at_once: int) -> int:
 
     best = max(filled(splits) for splits in range(1, most + 1))
     return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.85 * best)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count

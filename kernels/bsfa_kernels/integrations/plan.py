@@ -1,7 +1,7 @@
 """What one attention call of a model runs, decided here for every integration, and the reason when no gate judges it.
 
     gated     the module's handler: its gate judges the query tiles that the call holds whole
-    kept      our kernel without a gate: every tile is kept
+    kept      our kernels without a gate: every tile is kept
     library   PyTorch's scaled_dot_product_attention, without a mask
     fallback  dense.attention: exact as well, in chunks, for what neither of them knows
 
@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..backends import fused
+from ..devices import processors
 from ..tiles import TileShape
 
 SINKS = "attention sinks"
@@ -24,6 +25,10 @@ MASK = "its mask is not plain causal or bidirectional with padding at the ends (
 GROUPS = "the tokens of an image see one another both ways"
 WIDEST_GAIN = 128  # head dim of Q and K; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
 INSTEAD = "exact scores instead of"
+FEW = "so few queries of so many keys take less time with every tile kept"
+FEW_SHARE = 0.2  # of the query tiles that a GPU works on at a time; measured on an H200, 75 % skipped, kernels/NOTES.md
+FEW_OF_KEYS, FEW_KEYS = 16, 1024  # with at least so many keys to a query, and in all
+TILES_AT_ONCE = 3  # query tiles of 64 rows that a multiprocessor works on
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
 
@@ -96,6 +101,8 @@ def plan(call: Call, handler: Gated | None) -> Step:
         reason, expected = no_kernel(call.q, call.v, tile), False
         if reason is None and scoring is None:
             reason = _no_gain(call, tile)
+        if reason is None and _few(call, tile):
+            reason, expected = FEW, True
         if reason is None:
             return Step(Route.GATED, _other_scores(call, tile, getattr(handler, "scores", "exact")), True)
     if not (call.spans or call.masked or scoring) and (not call.causal or rows == call.k.shape[2]):
@@ -139,3 +146,21 @@ def _no_gain(call: Call, tile: TileShape | None) -> str | None:
     if backend == "hopper":
         return None
     return f"head dim {call.q.shape[-1]}: PyTorch's dense attention is faster than the Triton kernel with any gate"
+
+
+def few_queries(rows: int, keys: int, heads: int, device: torch.device) -> bool:
+    """Whether a gate would cost time: a call of `rows` queries in each of `heads` heads, all sequences' together, and
+    `keys` keys. A gate judges a query tile's keys one after the other and cannot share them out as split_kv.py does.
+    """
+    if device.type != "cuda" or keys < max(FEW_KEYS, FEW_OF_KEYS * rows):
+        return False
+    return rows * heads < FEW_SHARE * TILES_AT_ONCE * TileShape().rows * processors(device)
+
+
+def _few(call: Call, tile: TileShape | None) -> bool:
+    (batch, heads, rows, head_dim), keys = call.q.shape, call.k.shape[2]
+    if tile is None or not call.q.is_cuda or call.groups or head_dim > WIDEST_GAIN:
+        return False
+    if call.window is not None:
+        keys = min(keys, call.window + rows)
+    return few_queries(rows, keys, batch * heads, call.q.device)

@@ -23,7 +23,7 @@ import torch
 
 from ..request import make_spans
 from ..thresholds import Thresholds
-from .plan import Call, Route, plan
+from .plan import FEW, Call, Route, few_queries, plan
 from .sparse import SparseAttention
 
 NAME = "bsfa"
@@ -172,6 +172,12 @@ class Extend:
         handler = self.bsfa_layers.handler(layer.layer_id, layer.tp_q_head_num, *processes, q.device)
         if isinstance(handler, str):
             return handler
+        prefixes, heads = batch.extend_prefix_lens_cpu, layer.tp_q_head_num
+        if all(
+            few_queries(rows, prefix + rows, heads, q.device)
+            for prefix, rows in zip(prefixes, batch.extend_seq_lens_cpu, strict=True)
+        ):
+            return FEW
         rows = max(batch.extend_seq_lens_cpu)
         call = Call(
             q.view(1, -1, layer.tp_q_head_num, layer.qk_head_dim).transpose(1, 2)[:, :, :rows], k[None].transpose(1, 2),

@@ -4,12 +4,13 @@ finds them. Both stand in front of vLLM's own class, which does everything else.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ...packed import Packed, pack
-from ..plan import Call, Route, plan
+from ..plan import Call, Route, few_queries, plan
 from ..sparse import SparseAttention
 from . import plan as vllm_plan
 from .counters import Counters
@@ -153,7 +154,9 @@ class SparseLayer:
 class SplittingBuilder:
     """Before vLLM's metadata builder in the order of bases: what it builds gets an attribute `bsfa`, Split or None."""
 
-    least_rows: int | None = None  # of a prefill; set by `setup.prepare`, None where no layer of the group is ours
+    # Set by `setup.prepare`.
+    least_rows: int | None = None  # of a prefill; None where no layer of the group is ours
+    served_heads = 0  # of a layer, on this rank
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -169,7 +172,9 @@ class SplittingBuilder:
         queries = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         if lengths is None or any(rows > keys for rows, keys in zip(queries, lengths, strict=True)):
             lengths, reason = queries, vllm_plan.UNKNOWN_LENGTHS  # the latter in batches that only warm up
-        batch = take_apart(starts, lengths, self.least_rows)
+        device = common.block_table_tensor.device
+        few = partial(few_queries, heads=self.served_heads, device=device)
+        batch = take_apart(starts, lengths, self.least_rows, few)
         if not batch.prefills:
             return None
         others = None
@@ -177,7 +182,7 @@ class SplittingBuilder:
             others = self._others(common, batch.others, starts, lengths)
         together = None
         if reason is None and len(batch.prefills) > 1:
-            together = self._together(batch.prefills, common.block_table_tensor.device)
+            together = self._together(batch.prefills, device)
         return Split(batch, others, reason, together)
 
     def _together(self, prefills: tuple[Prefill, ...], device) -> Together:

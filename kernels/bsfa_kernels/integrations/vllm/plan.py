@@ -6,7 +6,7 @@ where it is for every integration, in `integrations/plan.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -64,9 +64,12 @@ class LayerFacts(NamedTuple):
     others: Mapping[str, object] = {}  # keyword arguments besides
 
 
-def take_apart(starts: Sequence[int], lengths: Sequence[int], least_rows: int) -> Batch:
+def take_apart(
+    starts: Sequence[int], lengths: Sequence[int], least_rows: int, few: Callable[[int, int], bool] = lambda *_: False
+) -> Batch:
     """`starts` [requests + 1]: where each request's queries begin in the batch; `lengths` [requests]: its keys, these
-    queries included; a request of fewer than `least_rows` queries has no query tile that a gate might judge.
+    queries included; a request of fewer than `least_rows` queries has no query tile that a gate might judge, and one
+    that is `few(queries, keys)` takes less time without.
 
     Raises ValueError where these are no batch.
     """
@@ -77,7 +80,7 @@ def take_apart(starts: Sequence[int], lengths: Sequence[int], least_rows: int) -
         rows = end - start
         if rows > keys:
             raise ValueError(f"request {request} has {rows} queries and {keys} keys")
-        if rows >= least_rows:
+        if rows >= least_rows and not few(rows, keys):
             prefills.append(Prefill(request, start, rows, keys))
         elif rows:  # a batch that is padded to a captured size ends in requests without queries
             others.append(request)

@@ -59,6 +59,7 @@ def prepare(builder: SplittingBuilder, vllm_config: VllmConfig, layer_names, dev
             counters.note(reason, f"{name} and layers like it")
         impl.serving = Serving(name, handler, reason, counters)
     builder.least_rows = thresholds.tile.rows
+    builder.served_heads = max(layer.impl.num_heads for layer in layers.values())
     point = thresholds.points[thresholds.index(options.point)]
     logger.info(
         "bsfa: %s, point %s (%s gate, tiles %s): %d of %d attention layers, matched by configuration, the weights not",
