@@ -326,7 +326,7 @@ def test_a_demanded_backend_serves_the_call(name):
 
 def test_a_backend_without_int8_scores_never_takes_such_a_call(monkeypatch):
     monkeypatch.setattr(backends, "load", lambda module: SimpleNamespace(unsupported=lambda request: None))
-    assert backends.choose(request())[0] == "hopper"
+    assert backends.choose(request())[0] == "split_kv"
     with pytest.raises(BackendUnavailable, match="backend 'hopper' cannot serve this call: it has no int8 scores"):
         backends.choose(request(scores="int8"), "hopper")
 

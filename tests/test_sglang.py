@@ -244,6 +244,23 @@ def test_anything_else_goes_to_the_stock_backend_with_one_note(change, reason, e
     assert len(said) == 1 and reason in said[0]
 
 
+@pytest.mark.parametrize(("rows", "stock"), [([100, 200], 1), ([100, 300], 0)])
+def test_short_chunks_alone_go_to_the_stock_backend(rows, stock, engine, monkeypatch):
+    asked = []
+
+    def few(rows, keys, heads, device):
+        asked.append((rows, keys, heads))
+        return rows <= 200
+
+    monkeypatch.setattr(backend_module, "few_queries", few)
+    runner = make_runner()
+    backend = create(engine, runner)
+    prefixes = [500, 600]
+    backend.forward_extend(*inputs(sum(rows)), make_layer(), make_batch(runner, prefixes, rows))
+    assert backend.calls == stock
+    assert asked == [(n, prefix + n, HEADS) for n, prefix in zip(rows, prefixes, strict=True)]
+
+
 def test_settings_that_cannot_be_meant_are_refused(engine, monkeypatch):
     backend_module.register()
     make = engine.backends["bsfa"]

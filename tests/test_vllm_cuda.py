@@ -224,6 +224,24 @@ def test_decoding_is_flash_attentions_own(monkeypatch, file, queries):
     torch.testing.assert_close(output, dense(server, query, cache, common))
 
 
+def test_few_queries_of_many_keys_are_flash_attentions_too(monkeypatch, file):
+    server, asked = Server(monkeypatch, file), []
+
+    def few(rows, keys, heads, device):
+        asked.append((rows, keys, heads))
+        return rows == 64
+
+    monkeypatch.setattr(f"{plan.__package__}.layer.few_queries", few)
+    common = server.common([64, 300], [500, 300])
+    query, cache = server.tensors(common)
+    split = (metadata := server.builder.build(0, common)).bsfa
+    assert [prefill.request for prefill in split.batch.prefills] == [1] and split.batch.others == (0,)
+    assert asked == [(64, 500, HEADS), (300, 300, HEADS)]
+    output = server.forward(query, cache, metadata)
+    torch.testing.assert_close(output[:64], dense(server, query, cache, common)[:64])
+    assert torch.equal(output[64:], expected(server, query, cache, common, 1)[0])
+
+
 def test_another_cache_groups_block_table(monkeypatch, file):
     server = Server(monkeypatch, file)
     common = server.common([1, 100, 3], [70, 300, 20])
