@@ -220,7 +220,6 @@ def test_int8_preparation_moves_16_bytes_at_a_time_without_spills(capability, he
 SPLIT_KV = [
     (80, 128, 4, 0, False, ""),
     (80, 128, 256, 16, True, ""),
-    (80, 64, 64, 128, True, "s"),
     (90, 128, 4, 0, False, ""),
     (90, 128, 256, 0, False, ""),
     (90, 128, 256, 16, True, ""),
@@ -247,6 +246,11 @@ def test_split_kv_streams_16_bytes_at_a_time_without_spills(
     wide = sum(opcode.endswith(".128") for opcode in copies)
     assert wide >= 8 and len(copies) - wide <= (16 if page else 0)
     assert code.shared <= (HOPPER_SHARED if capability == 90 else SMALLEST_SHARED)
+
+
+def test_split_kv_in_float32_fits_the_smallest_gpus(tmp_path):
+    code = sass.split_kv(tmp_path, "attend", torch.float32, 128, 256, 80)
+    assert code.shared <= SMALLEST_SHARED and code.spilled == 0
 
 
 def test_split_kv_sums_its_parts_without_spills(tmp_path):

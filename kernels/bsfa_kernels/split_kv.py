@@ -26,7 +26,6 @@ TILE_ROWS, TILES = 64, 3  # what a multiprocessor works on at a time there
 KEYS_OF_SPLIT = 256  # at least
 MOST_SPLITS = 128
 PROCESSORS = 132  # of a GPU that is none: Triton's interpreter
-MAX_GRID_Y = 65_535
 first, second = Launches(attend), Launches(combine)
 
 
@@ -138,7 +137,9 @@ def attention(request: Request):
 @cache
 def shape_of(pairs: int, dtype: torch.dtype, head_dim: int, v_head_dim: int, wide: bool) -> Shape:
     """For `pairs` rows of a KV head. `wide`: products take operands from shared memory."""
-    if dtype == torch.float32 or max(head_dim, v_head_dim) > 128:
+    if dtype == torch.float32:  # three tf32 products for one take registers
+        return Shape(16, 32, 4, 2, 1)
+    if max(head_dim, v_head_dim) > 128:
         return Shape(16 if pairs <= 16 else 64, 32, 4, 2, 1)
     if pairs <= 64:
         return Shape(64 if wide or pairs > 16 else 16, 64, 4, 3, 1)
