@@ -40,7 +40,7 @@ def test_all_kinds_of_calls_are_made_and_counters_start_anew(name, padded, monke
     monkeypatch.setattr(bsfa.active(layer), "attend", watched)
     taken = warmup(model, 700, padded=padded, step=lambda *each: said.append(each))
     assert list(taken) == [600, 700] and list(taken.items()) == said and min(taken.values()) > 0
-    plain = [(600 - 32, 600 - 32, False), (700 - 32, 700 - 32, False)]
+    plain = [(600 - 49, 600 - 49, False), (700 - 49, 700 - 49, False)]
     assert [call for call in calls if not call[2]] == plain and any(call[2] for call in calls) == padded
     assert {note.route for note in bsfa.notes(model)} >= {"kept" if model.device.type == "cuda" else "fallback"}
     assert bsfa.skip_rate(model) is None

@@ -22,7 +22,7 @@ from .modules import attention_modules, most_positions
 from .transformers import active, named_modules
 from .visual_tokens import visual_ids
 
-FEWER = TileShape().rows // 2  # queries of a chunk that keeps every tile
+FEWER = TileShape().rows * 3 // 4  # queries of a chunk that keeps every tile; a decode step is compiled otherwise
 SHORTEST = 4 * TileShape().keys
 
 
@@ -44,11 +44,12 @@ def lengths(model: nn.Module, longest: int) -> list[int]:
 def warmup(
     model: nn.Module, longest: int, *, padded: bool = False, step: Callable[[int, float], None] = lambda *_: None
 ) -> dict[int, float]:
-    """Prefill made-up prompts of every length that compiles anew, up to `longest` tokens, each in two chunks of which
-    the last is too short for a gate. {length: seconds it took}; `step(length, seconds)` is called after each.
+    """Prefill made-up prompts of every length that compiles anew, up to `longest` tokens, each in two chunks, of which
+    the second is too short for a gate, and one token. {length: seconds it took}; `step(length, seconds)` is called
+    after each.
 
-    `padded`: prompts with padding too, as batches of unequal prompts have. Vision towers, decode steps and what other
-    libraries compile are not warmed up. Counters of `apply(count=True)` start anew. Raises ValueError for a length
+    `padded`: prompts with padding too, as batches of unequal prompts have. Vision towers and what other libraries
+    compile are not warmed up. Counters of `apply(count=True)` start anew. Raises ValueError for a length
     that the model has no positions for, or is shorter than four tiles.
     """
     positions = most_positions(model.config)
@@ -66,7 +67,7 @@ def warmup(
             mask = torch.ones_like(ids)
             mask[:, :padding] = 0
             cache = DynamicCache(config=model.config.get_text_config())
-            for end in (length - FEWER, length):
+            for end in (length - FEWER - 1, length - 1, length):
                 begin = cache.get_seq_length()
                 model.base_model(
                     input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
