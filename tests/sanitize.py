@@ -38,7 +38,21 @@ def calls(backends) -> None:
     )
     shape = dict(heads=4, kv_heads=2, head_dim=128, tile=TileShape(), page=128, dtype=bf16)
     one, several = Paged((300,), (650,), **shape), Paged((200, 1, 70), (200, 300, 400), **shape)
+    short = (
+        Case(1, 8, 2, 3, 1100, 128, q_offset=1097, dtype=bf16),
+        Case(3, 4, 2, 33, 585, 64, padded=True, window=300, sinks=True, dtype=fp16),
+        Case(1, 4, 1, 63, 900, 96, causal=False, gate="absolute", dtype=bf16),
+    )
     for backend in backends:
+        if backend == "split_kv":
+            for case in short:
+                check(case, backend, "cuda")
+                print(f"{backend} {case}: right", flush=True)
+            for pages in (Paged((5,), (700,), **shape | dict(page=16)), Paged((20, 1), (600, 300), **shape)):
+                check_pages(pages, backend, "cuda")
+                print(f"{backend} pages: right", flush=True)
+            check_place(short[0], backend, "tokens-of-wider-rows", "cuda")
+            continue
         check_place(cases[1], backend, "tokens-of-wider-rows", "cuda")
         print(f"{backend} pages: right, {check_pages(one, backend, 'cuda'):.0%} skipped", flush=True)
         print(f"{backend} packed: right, {check_packed(several, backend, 'cuda'):.0%} skipped", flush=True)
@@ -101,5 +115,5 @@ def main(tool: str, backends) -> int:
 
 if __name__ == "__main__":
     tool, *backends = sys.argv[1:]
-    backends = backends or ["hopper", "triton"]
+    backends = backends or ["hopper", "triton", "split_kv"]
     sys.exit(calls(backends) if tool == CALLS else main(tool, backends))
