@@ -19,6 +19,8 @@ from .hopper_pipeline import (
     anyone,
     declare_vote,
     give_back_tile,
+    let_v_pass,
+    meanwhile,
     producer,
     slot_of,
     wait_for,
@@ -112,7 +114,8 @@ def in_parts(x, COUNT: gl.constexpr):
 def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
     """Starts QK^T of a tile, unscaled."""
     SLABS: gl.constexpr = VARIANT.slabs
-    wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
+    if not VARIANT.ahead:
+        wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
     if VARIANT.int8:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
         s = gl.full([ROWS, KEYS], 0, gl.int32, layout)
@@ -136,9 +139,14 @@ def by_row(unit, VARIANT: gl.constexpr):
 
 
 @gluon.jit
-def vote(largest, valid, maximum, unit, scale, shift, absolute, gap, WG: gl.constexpr, VARIANT: gl.constexpr):
-    """Whether the tile passes its gates: each by one row at least. `largest` times `unit` is in log2 units."""
-    passes = True
+def vote(
+    largest, valid, forced, candidate, maximum, unit, scale, shift, absolute, gap, WG: gl.constexpr,
+    VARIANT: gl.constexpr,
+):  # fmt: skip
+    """Whether a tile is kept: forced, or a candidate that passes its gates, each by one row at least. `largest` times
+    `unit` is in log2 units. The last barrier's word is the answer, so that nothing is computed behind it.
+    """
+    fails = ~valid[:, None]
     if VARIANT.absolute:
         if VARIANT.int8:
             natural = largest * by_row(unit / LOG2E, VARIANT)
@@ -148,11 +156,17 @@ def vote(largest, valid, maximum, unit, scale, shift, absolute, gap, WG: gl.cons
             natural = largest * scale
         if VARIANT.shifted:
             natural += shift[:, None]
-        passes = anyone(gl.where((natural < absolute) | ~valid[:, None], 0, 1), WG)
+        below = fails | (natural < absolute)
+        if VARIANT.gap:
+            candidate = candidate & anyone(gl.where(below, 0, 1), WG)
+        else:
+            fails = below
     if VARIANT.gap:
-        below = largest * by_row(unit, VARIANT) - maximum[:, None] < gap
-        passes = anyone(gl.where(below | ~valid[:, None], 0, 1), WG) & passes
-    return passes
+        fails = fails | (largest * by_row(unit, VARIANT) - maximum[:, None] < gap)
+    if VARIANT.absolute or VARIANT.gap:
+        return anyone(gl.where((fails | ~candidate) & ~forced, 0, 1), WG)
+    else:
+        return forced | candidate
 
 
 @gluon.jit
@@ -271,6 +285,8 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
     kept = gl.where(whole, 0, UNCOUNTED)  # forced tiles too; a flag of its own would be one more register
     if stream.length > 0:
         mbarrier.wait(buffers.q_full, 0)
+        if VARIANT.ahead:
+            wait_for(buffers.k_full, 0, VARIANT.slabs, VARIANT.k_stages)
     if VARIANT.lists:
         following = gl.load(stream.entries)
     for i in range(stream.length):
@@ -297,6 +313,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             unit = q_scale
             if VARIANT.int8:  # behind the start: a load in flight holds up products that have not started
                 unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)
+            meanwhile(buffers, i, stream.length, VARIANT)
             s = trivially(warpgroup_mma_wait(0, deps=[s]), score_layout(KEYS))
             give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
             if masked:
@@ -307,22 +324,33 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             if VARIANT.capped:
                 largest = cap_scores(largest, call.scale, call.softcap)
                 unit = LOG2E
-            passes = vote(largest, valid, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT)
-            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
-            passes = forced | (candidate & passes)
+            passes = vote(
+                largest, valid, forced, candidate, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT
+            )  # fmt: skip
+            if VARIANT.v_awaited == "voted":
+                wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
             if VARIANT.lists:
                 following = entry_after(stream.entries, i, stream.length)
             if passes:
+                if VARIANT.v_awaited == "kept":
+                    wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
                 if VARIANT.capped:
                     s = cap_scores(s, call.scale, call.softcap)
                 acc, row = accumulate(s, largest, acc, row, unit, buffers, i, VARIANT)
                 kept += 1
         else:
-            wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
+            if not VARIANT.ahead:
+                wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
             give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
-            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+            meanwhile(buffers, i, stream.length, VARIANT)
+            if VARIANT.v_awaited == "voted":
+                wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
             following = entry_after(stream.entries, i, stream.length)
-        give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
+        if not VARIANT.ahead:
+            give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
+    if VARIANT.ahead:
+        if stream.length > 0:
+            let_v_pass(buffers, stream.length - 1, VARIANT)
 
     if alive & (stream.length > 0):
         total = gl.sum(row.total, 1)

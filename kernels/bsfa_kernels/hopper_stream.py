@@ -59,6 +59,22 @@ class Variant:
     packed: bool  # queries of several sequences side by side
 
     @property
+    def ahead(self) -> bool:
+        """Whether a consumer waits for the next tile's K while this one's QK^T runs: where K's slots hold two tiles,
+        since otherwise the next one may lack a slot of this one.
+        """
+        return self.k_stages >= 2 * self.slabs
+
+    @property
+    def v_awaited(self) -> str:
+        """When a consumer waits for a tile's V. "early": while QK^T runs; not with few slots, where V that many tiles
+        do without would often land later than that. "kept": when the vote has kept the tile. "voted": behind the vote.
+        """
+        if not self.ahead:
+            return "voted"
+        return "early" if self.v_stages >= 3 * self.v_slabs or not (self.absolute or self.gap) else "kept"
+
+    @property
     def width(self) -> int:
         """Columns of the output that fit a slab of Q."""
         return min(self.v_columns, self.columns // 2 if self.int8 else self.columns)
