@@ -67,8 +67,8 @@ class Variant:
 
     @property
     def v_awaited(self) -> str:
-        """When a consumer waits for a tile's V. "early": while QK^T runs; not with few slots, where V that many tiles
-        do without would often land later than that. "kept": when the vote has kept the tile. "voted": behind the vote.
+        """When a consumer waits for a tile's V: "early", while QK^T runs; "kept", once the vote has kept it, where V
+        has few slots and often lands later than that; "voted", behind any vote, where V goes back at the tile's end.
         """
         if not self.ahead:
             return "voted"

@@ -1,0 +1,86 @@
+"""The order in which the Hopper kernel's producer and consumers wait for each other, as a model: it comes to an end."""
+
+from dataclasses import replace
+
+import pytest
+from bsfa_kernels import hopper
+
+TILES = 9
+ALL = [*hopper.SHAPES.values(), *hopper.INT8_SHAPES.values()]
+
+
+def variant(shape: hopper.Shape, gate: bool):
+    return hopper.variant_of(shape, 8, 32, 4, shape.v_columns, True, True, False, gate, *[False] * 9)
+
+
+def producer(v):
+    """Waits of the producer: (ring, slab) that all consumers must have given back before the next load starts."""
+    for i in range(TILES):
+        for ring, slabs, stages in (("k", v.slabs, v.k_stages), ("v", v.v_slabs, v.v_stages)):
+            for slab in range(i * slabs, (i + 1) * slabs):
+                yield (ring, slab - stages) if slab >= stages else None
+
+
+def consumer(v, ahead: bool):
+    """Steps ("wait" or "give", ring, tile) of a consumer that keeps every tile, as in hopper_kernel.consumer."""
+    if ahead:
+        yield "wait", "k", 0
+    for i in range(TILES):
+        if not ahead:
+            yield "wait", "k", i
+        if ahead:
+            if i > 0:
+                yield "wait", "v", i - 1
+                yield "give", "v", i - 1
+            if v.v_awaited == "early":
+                yield "wait", "v", i
+            if i + 1 < TILES:
+                yield "wait", "k", i + 1
+        yield "give", "k", i
+        if v.v_awaited != "early":
+            yield "wait", "v", i
+        if not ahead:
+            yield "give", "v", i
+    if ahead:
+        yield "wait", "v", TILES - 1
+        yield "give", "v", TILES - 1
+
+
+def ends(v, ahead: bool) -> bool:
+    """Whether everyone comes to the end. All waits are for what can only become true, so no order of turns matters."""
+    slabs = {"k": v.slabs, "v": v.v_slabs}
+    loads, loaded = list(producer(v)), 0
+    tiles = [(ring, i * slabs[ring]) for i in range(TILES) for ring in "kv"]
+    order = [(ring, first + c) for ring, first in tiles for c in range(slabs[ring])]
+    steps = [list(consumer(v, ahead)) for _ in range(v.consumers)]
+    done = [0] * v.consumers
+    given = [set() for _ in steps]
+    moved = True
+    while moved:
+        moved = False
+        while loaded < len(loads) and (loads[loaded] is None or all(loads[loaded] in own for own in given)):
+            loaded, moved = loaded + 1, True
+        landed = set(order[:loaded])
+        for w, own in enumerate(steps):
+            while done[w] < len(own):
+                what, ring, tile = own[done[w]]
+                of_tile = {(ring, slab) for slab in range(tile * slabs[ring], (tile + 1) * slabs[ring])}
+                if what == "wait" and not of_tile <= landed:
+                    break
+                if what == "give":
+                    given[w] |= of_tile
+                done[w], moved = done[w] + 1, True
+    return loaded == len(loads) and all(n == len(own) for n, own in zip(done, steps, strict=True))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("shape", ALL, ids=str)
+def test_nobody_waits_for_ever(shape, gate):
+    v = variant(shape, gate)
+    assert ends(v, v.ahead)
+
+
+def test_the_next_tile_may_be_awaited_only_where_two_fit():
+    wide = variant(hopper.SHAPES[256, 256], True)
+    assert not wide.ahead and not ends(wide, True)
+    assert not ends(variant(replace(hopper.SHAPES[128, 128], k_stages=1), True), True)
