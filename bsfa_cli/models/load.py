@@ -23,6 +23,7 @@ from bsfa_kernels.integrations.visual_tokens import visual_ids
 
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError, memory_wanted, said
+from ..imports import importing
 from . import gguf
 from .bundled import find_bundled
 from .processor import read_processor
@@ -88,7 +89,8 @@ def load_model(
     refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
     configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the network is missing.
     """
-    from bsfa_kernels.integrations.transformers import DenseFallback
+    with importing():
+        from bsfa_kernels.integrations.transformers import DenseFallback
 
     # The commands say which modules run dense, from `attention_modules` and `notes`.
     warnings.filterwarnings("ignore", category=DenseFallback)
@@ -98,11 +100,12 @@ def load_model(
         dtype = torch.float32
     source, name, prepare = _locate(name_or_path)
     with quiet():
-        config = _read_config(source)
-        prepare(config)
-        check_config(config)
-        tokenizer = _read_tokenizer(source)
-        processor, no_processor = _find_processor(source, config)
+        with importing():
+            config = _read_config(source)
+            prepare(config)
+            check_config(config)
+            tokenizer = _read_tokenizer(source)
+            processor, no_processor = _find_processor(source, config)
         with explain_memory("--dtype (bfloat16 halves float32), or take a smaller model"):
             model = _read_weights(source, config, dtype, attn_implementation)
             if gguf.is_gguf(source) and hasattr(model.config, "quantization_config"):
