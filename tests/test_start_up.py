@@ -1,0 +1,183 @@
+"""What start-up costs and imports that no command needs, and the experiment that says where it goes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bsfa_cli import environment
+from bsfa_cli.errors import InputError, UsageError
+from bsfa_cli.experiments import start_up
+from bsfa_cli.imports import PUT_OFF, importing
+
+FAKE = """
+import pathlib
+with open(pathlib.Path(__file__).with_name("imported.txt"), "a") as file:
+    file.write(__name__ + "\\n")
+def double(x):
+    return 2 * x
+"""
+
+
+@pytest.fixture
+def fake_packages(tmp_path, monkeypatch):
+    """Folder of an sklearn and a scipy that note their import, before others on sys.path."""
+    for name in PUT_OFF:
+        package, module = name.split(".")
+        (tmp_path / package).mkdir()
+        for file in ("__init__", module):
+            (tmp_path / package / f"{file}.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("sklearn", "scipy"):
+            monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("sklearn", "scipy") and str(tmp_path) in str(
+            getattr(sys.modules[name], "__file__", "")
+        ):
+            del sys.modules[name]
+
+
+def test_functions_that_are_put_off_import_when_they_are_called(fake_packages):
+    with importing():
+        from scipy.optimize import double as late
+        from sklearn.metrics import double as later
+    assert not list(fake_packages.glob("*/imported.txt")) and not set(PUT_OFF) & set(sys.modules)
+    assert late(3) == later(3) == 6 and set(PUT_OFF) <= set(sys.modules)
+    with importing():  # now it is there, and is taken as it is
+        from scipy.optimize import double as now
+    assert now is sys.modules["scipy.optimize"].double and late(1) == 2
+
+
+def test_collection_is_as_before_whatever_an_import_does():
+    assert gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        with importing():
+            pass
+        assert not gc.isenabled()
+        from bsfa_cli.imports import nothing  # noqa: F401
+    assert gc.isenabled() and not any(name in sys.modules and not sys.modules[name].__spec__ for name in PUT_OFF)
+    gc.unfreeze()
+
+
+NEEDED = """
+import sys
+from bsfa_cli.imports import importing
+{imports}
+print(*[name for name in {absent!r} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "absent"),
+    [
+        ("from bsfa_cli.timing import run, compare", ["transformers", "torch._dynamo", "sympy"]),
+        ("from bsfa_cli.comparison import run", ["transformers", "torch._dynamo", "sympy"]),
+        ("with importing():\n    from transformers import AutoModelForCausalLM", ["sklearn", "scipy", "pandas"]),
+    ],
+    ids=["profile", "compare", "calibrate"],
+)
+def test_commands_do_not_import_what_they_do_not_need(imports, absent):
+    script = NEEDED.format(imports=imports, absent=absent)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_the_driver_is_read_and_else_asked_for(tmp_path, monkeypatch):
+    file = tmp_path / "version"
+    monkeypatch.setattr(environment, "DRIVER", str(file))
+    monkeypatch.setattr(environment, "_output", lambda *command: "570.1\n570.1")
+    driver = environment._driver.__wrapped__
+    for line in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue Sep  9 10:00:00 UTC 2025",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.03  Release Build  (dvs-builder@U22)",
+    ):
+        file.write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+        assert driver() == "580.159.03"
+    file.write_text("something else")
+    assert driver() == "570.1"
+    file.unlink()
+    assert driver() == "570.1"
+
+
+def test_waking_a_gpu_never_fails(monkeypatch):
+    started = []
+    thread = SimpleNamespace(Thread=lambda target, name: SimpleNamespace(start=lambda: started.append(target)))
+    monkeypatch.setattr(environment, "threading", thread)
+    environment.wake(torch.device("cpu"))
+    assert not started
+    environment.wake(torch.device("cuda", 99))
+    started[0]()
+
+
+def test_phases_are_those_of_the_command(tmp_path, monkeypatch, capsys):
+    """One real command, `export` of a run that is none: what it imports is timed, and its failure is a sentence."""
+    tree = start_up.Tree("this", start_up.HERE)
+    found = start_up.run_once(tree, ["env", "--json"], tmp_path)
+    phases = found["phases"]
+    assert found["missing"] == [] and found["kernels"] == []
+    assert {"import: torch", "import: ours", "interpreter: end", "the work itself"} <= set(phases)
+    assert abs(sum(phases.values()) - found["wall_s"]) < 1e-6 and min(phases.values()) >= 0
+    assert 0 < phases["import: torch"] < found["wall_s"] and found["cpu_s"] > 0 and "numpy" in found["packages"]
+    with pytest.raises(InputError, match="this: bsfa inspect ended with 4: bsfa: .*nothing"):
+        start_up.run_once(tree, ["inspect", str(tmp_path / "nothing")], tmp_path)
+
+
+def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def pretended(tree, arguments, folder):
+        asked.append((tree.name, arguments[0], (folder / "run").exists()))
+        if arguments[0] == "calibrate":
+            (folder / "run").mkdir()
+            (folder / "run" / "run.json").write_text("{}")
+        wall = 2.0 + len(asked)
+        return {"wall_s": wall, "cpu_s": 1.0, "modules": 9, "phases": {"import: torch": wall}, "packages": {},
+                "kernels": [{"name": "k", "seconds": 0.25}], "missing": []}  # fmt: skip
+
+    monkeypatch.setattr(start_up, "run_once", pretended)
+    out = tmp_path / "out.json"
+    argv = ["start_up", "--out", str(out), "--tree", f"a={start_up.HERE}", "--tree", f"b={start_up.HERE}",
+            "--commands", "calibrate,export", "--warm", "2", "--device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    assert start_up.main() == 0
+    names = [(tree, command) for tree, command, _ in asked]
+    one = [("a", "calibrate"), ("b", "calibrate"), ("a", "export"), ("b", "export")]
+    other = [("b", "calibrate"), ("a", "calibrate"), ("b", "export"), ("a", "export")]
+    assert names == one + other + one
+    assert not any(there for _, command, there in asked if command == "calibrate")
+    result = json.loads(out.read_text())
+    assert [run["cache"] for run in result["runs"]] == ["cold"] * 4 + ["warm"] * 8 and set(result["trees"]) == {
+        "a",
+        "b",
+    }
+    table = capsys.readouterr().out
+    assert "1 kernels in 0.25 s" in table and "together" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tree", "here"], "NAME=CHECKOUT"),
+        (["--tree", "../x=."], "NAME=CHECKOUT"),
+        (["--tree", "a=/nowhere"], "no checkout of bsfa"),
+        (["--tree", f"a={start_up.HERE}", "--tree", f"a={start_up.HERE}"], "twice"),
+        (["--commands", "calibrate,fly"], "got 'fly'"),
+        (["--commands", "verify"], "verify reads what export writes"),
+        (["--warm", "-1"], "--warm must be"),
+        (["--length", "8", "--device", "cpu"], "--length must be at least 1024"),
+    ],
+)
+def test_bad_arguments_are_refused(monkeypatch, tmp_path, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["start_up", "--out", str(tmp_path / "out.json"), *arguments])
+    with pytest.raises(UsageError, match=words):
+        start_up.main()
+    assert not list(tmp_path.iterdir())
