@@ -18,14 +18,16 @@ from types import ModuleType
 # Of sklearn.metrics transformers takes roc_curve, for assisted generation; of scipy.optimize linear_sum_assignment, for
 # the losses of object detection.
 PUT_OFF = ("sklearn.metrics", "scipy.optimize")
+MANY = 100  # modules that come with torch, transformers or a large part of them
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import within this without garbage collection, and with PUT_OFF put off. What was imported is not looked through
-    later either. It may be nested.
+    """Import within this without garbage collection, and with PUT_OFF put off. Where MANY modules were imported, what
+    there is then is not looked through later either; where they were there before, nothing is kept from collection,
+    since models may be among it. It may be nested.
     """
-    collects = gc.isenabled()
+    collects, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     absent = [name for name in PUT_OFF if name not in sys.modules]
     sys.modules.update({name: _PutOff(name) for name in absent})
@@ -35,7 +37,8 @@ def importing() -> Iterator[None]:
         for name in absent:
             del sys.modules[name]
         if collects:
-            gc.freeze()
+            if len(sys.modules) - known >= MANY:
+                gc.freeze()
             gc.enable()
 
 

@@ -1,9 +1,10 @@
 """python -m bsfa_cli.experiments.start_up --out FILE.json [--tree NAME=CHECKOUT ...]
 
 Where the time of a command goes before and beside its work: `bsfa calibrate`, `export`, `verify`, `profile` and
-`compare` on the bundled model, each in a fresh process, first with an empty Triton cache ("cold"), then with the one
-that this filled ("warm"). With --tree, which can be repeated, other checkouts take turns with one another; without it,
-this one. The files of Python packages are read from a disk only once: the first process of all pays for that.
+`compare` on the bundled model, each in a fresh process, first with empty caches of Triton and of torch.compile
+("cold"), then with what this left in them ("warm"). With --tree, which can be repeated, other checkouts take turns with
+one another; without it, this one. The first process on a machine also reads all packages from its disk: `calibrate` of
+the first checkout goes ahead of the others, once ("first").
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def run_once(tree: Tree, arguments: list[str], folder: Path) -> dict:
     Raises InputError, with the last line that it printed, for a command that fails.
     """
     found = folder / "probe.json"
-    environment = os.environ | {"PYTHONPATH": _joined(tree.path), "TRITON_CACHE_DIR": str(folder / "triton")}
+    environment = os.environ | {"PYTHONPATH": _joined(tree.path), "TRITON_CACHE_DIR": str(folder / "triton"),
+                                "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-P", str(PROBE), str(found), *arguments],
@@ -111,26 +113,31 @@ def _grouped(seconds: dict[str, float]) -> tuple[dict[str, float], dict[str, flo
 
 
 def measure(trees: list[Tree], wanted: list[str], device: str, length: int, warm: int, folder: Path) -> list[dict]:
-    """Rows {"tree", "command", "cache": "cold" or "warm"} with what `run_once` says, printed as they come."""
+    """Rows {"tree", "command", "cache": "first", "cold" or "warm"} with what `run_once` says, printed as they come."""
     rows = []
+
+    def add(tree: Tree, command: str, cache: str, place: Path) -> None:
+        row = run_once(tree, lines(place, device, length)[command], place)
+        rows.append({"tree": tree.name, "command": command, "cache": cache, **row})
+        compiled = sum(kernel["seconds"] for kernel in row["kernels"])
+        print(
+            f"{tree.name:12} {command:10} {cache:5}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s of CPU time, "
+            f"{row['modules']:5} modules, {len(row['kernels']):3} kernels in {compiled:.2f} s",
+            flush=True,
+        )
+
+    if "calibrate" in wanted:
+        (folder / "first").mkdir()
+        add(trees[0], "calibrate", "first", folder / "first")
     for turn in range(1 + warm):
         for command in COMMANDS:
             for tree in trees if turn % 2 == 0 else trees[::-1]:
-                place = folder / tree.name
+                place = folder / f"of-{tree.name}"
                 place.mkdir(exist_ok=True)
                 if command == "calibrate":
                     _remove(place / "run")
-                if command not in wanted:
-                    continue
-                row = run_once(tree, lines(place, device, length)[command], place)
-                row = {"tree": tree.name, "command": command, "cache": "warm" if turn else "cold", **row}
-                rows.append(row)
-                compiled = sum(kernel["seconds"] for kernel in row["kernels"])
-                print(
-                    f"{tree.name:12} {command:10} {row['cache']}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s of CPU "
-                    f"time, {row['modules']:5} modules, {len(row['kernels']):3} kernels in {compiled:.2f} s",
-                    flush=True,
-                )
+                if command in wanted:
+                    add(tree, command, "warm" if turn else "cold", place)
     return rows
 
 
