@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from bsfa_cli import environment
 from bsfa_cli.errors import InputError, UsageError
-from bsfa_cli.experiments import start_up
+from bsfa_cli.experiments import start_up, start_up_probe
 from bsfa_cli.imports import PUT_OFF, importing
 
 FAKE = """
@@ -22,6 +24,7 @@ with open(pathlib.Path(__file__).with_name("imported.txt"), "a") as file:
     file.write(__name__ + "\\n")
 def double(x):
     return 2 * x
+roc_curve = linear_sum_assignment = double
 """
 
 
@@ -82,27 +85,27 @@ def test_nothing_is_kept_from_collection_where_nothing_new_came(monkeypatch):
         gc.unfreeze()
 
 
-NEEDED = """
-import sys
-from bsfa_cli.imports import importing
-{imports}
-print(*[name for name in {absent!r} if name in sys.modules])
-"""
+def loaded(script: str, names: tuple[str, ...], path: str = "") -> str:
+    """Which of the modules `names` a fresh Python has after `script`."""
+    script = f"import sys\n{script}\nprint(*[name for name in {names!r} if name in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([path, *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    ("imports", "absent"),
-    [
-        ("from bsfa_cli.timing import run, compare", ["transformers", "torch._dynamo", "sympy"]),
-        ("from bsfa_cli.comparison import run", ["transformers", "torch._dynamo", "sympy"]),
-        ("with importing():\n    from transformers import AutoModelForCausalLM", ["sklearn", "scipy", "pandas"]),
-    ],
-    ids=["profile", "compare", "calibrate"],
-)
-def test_commands_do_not_import_what_they_do_not_need(imports, absent):
-    script = NEEDED.format(imports=imports, absent=absent)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+def test_tensors_are_timed_and_compared_without_transformers_and_dynamo():
+    imports = "from bsfa_cli.timing import run, compare\nfrom bsfa_cli.comparison import run"
+    assert loaded(imports, ("transformers", "torch._dynamo", "sympy")) == ""
+
+
+def test_models_are_loaded_without_what_transformers_takes_one_function_of(fake_packages):
+    imports = (
+        "from bsfa_cli.imports import importing\nwith importing():\n    from transformers import AutoModelForCausalLM"
+    )
+    names = "sklearn", "scipy", "transformers.generation.candidate_generator"
+    assert loaded(imports, names, str(fake_packages)) == names[2]
+    assert not list(fake_packages.glob("*/imported.txt"))
 
 
 def test_the_driver_is_read_and_else_asked_for(tmp_path, monkeypatch):
@@ -143,6 +146,50 @@ def test_phases_are_those_of_the_command(tmp_path, monkeypatch, capsys):
     assert 0 < phases["import: torch"] < found["wall_s"] and found["cpu_s"] > 0 and "numpy" in found["packages"]
     with pytest.raises(InputError, match="this: bsfa inspect ended with 4: bsfa: .*nothing"):
         start_up.run_once(tree, ["inspect", str(tmp_path / "nothing")], tmp_path)
+
+
+def test_the_context_is_made_once_and_has_its_time(monkeypatch):
+    """On a made-up torch.cuda: on the real one every call begins with _lazy_init too."""
+    calls = []
+    cuda = ModuleType("torch.cuda")
+
+    def made():
+        calls.append("synchronize")
+        time.sleep(0.05)
+
+    def current_stream():
+        cuda._lazy_init()
+        return SimpleNamespace(synchronize=made)
+
+    cuda._lazy_init, cuda.is_available, cuda.current_stream = lambda: calls.append("init"), lambda: True, current_stream
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    clock = start_up_probe.Clock(time.perf_counter())
+    doors = start_up_probe.Doors(clock)
+    doors._open(cuda)
+    assert cuda.is_available()
+    cuda._lazy_init()
+    cuda._lazy_init()
+    clock.stop()
+    assert calls == ["init", "init", "synchronize", "init"] and doors.missing == []
+    assert clock.seconds[start_up_probe.CONTEXT] >= 0.05 > clock.seconds[start_up_probe.WORK]
+
+
+def test_compiled_kernels_are_listed_by_name(monkeypatch):
+    jit = ModuleType("triton.runtime.jit")
+
+    class JITFunction:
+        __name__ = "attend"
+
+        def _do_compile(self, key):
+            return key
+
+    jit.JITFunction = JITFunction
+    doors = start_up_probe.Doors(start_up_probe.Clock(time.perf_counter()))
+    doors._open(jit)
+    assert JITFunction()._do_compile("key") == "key"
+    assert [kernel["name"] for kernel in doors.kernels] == ["attend"]
+    doors._open(ModuleType("triton.runtime.build"))
+    assert doors.missing == ["triton.runtime.build.compile_module_from_src"]
 
 
 def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatch, capsys):

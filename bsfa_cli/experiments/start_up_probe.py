@@ -90,7 +90,7 @@ class Doors:
 
     def __init__(self, clock: Clock):
         self.clock, self.kernels, self.missing = clock, [], []
-        self._torch_is_in = False
+        self._torch_is_in = self._context_is_made = False
 
     def install(self) -> None:
         source, extension = importlib.machinery.SourceFileLoader, importlib.machinery.ExtensionFileLoader
@@ -136,7 +136,12 @@ class Doors:
         self.kernels.append({"name": getattr(function, "__name__", "?"), "seconds": seconds})
 
     def _made(self, *_) -> None:
-        """CUDA makes its context at the first call that needs one; make it here, where its time has a name."""
+        """CUDA makes its context at the first call that needs one; make it here, where its time has a name. Every call
+        into CUDA comes by again.
+        """
+        if self._context_is_made:
+            return
+        self._context_is_made = True
         sys.modules["torch"].cuda.current_stream().synchronize()
 
 
