@@ -168,7 +168,6 @@ def compare(
         raise UsageError("several processes share the questions of --tasks out; give --tasks, or start one process")
     group = Group.joined(processes)
     place = place_of(device, group)
-    wake(place)
     for path, kind in ((output, RESULT), (plot, None)):
         if path is not None:
             check_writable(path, kind)
@@ -184,6 +183,7 @@ def compare(
             plan(tasks, (n,), questions, seed, ask_at=ask_at)
         given, calibration = _thresholds(run, thresholds, shown)
         chosen(methods, calibration, True, settings)
+        wake(place)
         loaded = _loaded(model, given, place, dtype, wanted[-1])
         spec = given_data or default_data(loaded)
         for remark in remarks(given_data, spec, samples):

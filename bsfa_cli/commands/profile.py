@@ -117,7 +117,6 @@ def profile(
     device = resolve_device(device)
     if device.index is not None:
         torch.cuda.set_device(device)
-    wake(device)
     plan = plan or load("llama-3.1-8b" if device.type == "cuda" else "tiny")
     plan = plan.with_flags(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, lengths=lengths, skip=skip, gate=gate,
@@ -154,6 +153,7 @@ def profile(
             run.sweep_cells(plan, device, result, seconds, save, beginner(display, "sweep"))
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
+        wake(device)
         with importing():
             from ..data.prompts import default_data
             from ..data.texts import remarks
