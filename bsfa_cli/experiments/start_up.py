@@ -42,9 +42,14 @@ class Tree(NamedTuple):
     name: str
     folder: Path
 
-    @property
-    def path(self) -> str:
-        return f"{self.folder / 'kernels'}{os.pathsep}{self.folder}"
+    def path(self, site: Path) -> str:
+        """PYTHONPATH of a process that is to run it, installed or not; its profiles are found by a link in `site`."""
+        link = site / "bsfa_profiles"
+        if not link.is_symlink():
+            site.mkdir(exist_ok=True)
+            link.symlink_to(self.folder / "profiles")
+        own = [site, self.folder / "kernels", self.folder]
+        return os.pathsep.join([*map(str, own), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def lines(folder: Path, device: str, length: int) -> dict[str, list[str]]:
@@ -69,7 +74,7 @@ def run_once(tree: Tree, arguments: list[str], folder: Path) -> dict:
     Raises InputError, with the last line that it printed, for a command that fails.
     """
     found = folder / "probe.json"
-    environment = os.environ | {"PYTHONPATH": _joined(tree.path), "TRITON_CACHE_DIR": str(folder / "triton"),
+    environment = os.environ | {"PYTHONPATH": tree.path(folder / "site"), "TRITON_CACHE_DIR": str(folder / "triton"),
                                 "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
@@ -94,11 +99,6 @@ def run_once(tree: Tree, arguments: list[str], folder: Path) -> dict:
         "kernels": probe["kernels"],
         "missing": probe["missing"],
     }
-
-
-def _joined(path: str) -> str:
-    """`path` before the PYTHONPATH of this process, which may hold packages that the machine has not."""
-    return os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _grouped(seconds: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -174,8 +174,9 @@ def _trees(given: list[str]) -> list[Tree]:
         folder = Path(folder)
         if not equals or not name.replace("-", "").isalnum():
             raise UsageError(f"--tree takes NAME=CHECKOUT, NAME of letters and digits, got {text!r}")
-        if not (folder / "bsfa_cli" / "__main__.py").is_file():
-            raise UsageError(f"--tree {text}: {folder} is no checkout of bsfa (it has no bsfa_cli/__main__.py)")
+        for needed in ("bsfa_cli/__main__.py", "kernels/bsfa_kernels/api.py", "profiles/tiny.yaml"):
+            if not (folder / needed).is_file():
+                raise UsageError(f"--tree {text}: {folder} is no checkout of bsfa (it has no {needed})")
         if any(name == tree.name for tree in trees):
             raise UsageError(f"--tree {name} is given twice")
         trees.append(Tree(name, folder.resolve()))
