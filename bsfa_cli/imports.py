@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-# Of sklearn.metrics transformers takes roc_curve, for assisted generation; of scipy.optimize linear_sum_assignment, for
-# the losses of object detection.
-PUT_OFF = ("sklearn.metrics", "scipy.optimize")
+# {module: its function}: for assisted generation, and for the losses of object detection.
+PUT_OFF = {"sklearn.metrics": "roc_curve", "scipy.optimize": "linear_sum_assignment"}
 MANY = 100  # modules that come with torch, transformers or a large part of them
 
 
@@ -29,28 +29,43 @@ def importing() -> Iterator[None]:
     """
     collects, known = gc.isenabled(), len(sys.modules)
     gc.disable()
-    absent = [name for name in PUT_OFF if name not in sys.modules]
-    sys.modules.update({name: _PutOff(name) for name in absent})
+    for name, function in PUT_OFF.items():
+        if name not in sys.modules and find_spec(name.partition(".")[0]) is not None:
+            sys.modules[name] = _PutOff(name, function)
     try:
         yield
     finally:
-        for name in absent:
-            del sys.modules[name]
         if collects:
+            for name in PUT_OFF:
+                if isinstance(sys.modules.get(name), _PutOff):
+                    del sys.modules[name]
             if len(sys.modules) - known >= MANY:
                 gc.freeze()
             gc.enable()
 
 
 class _PutOff(ModuleType):
-    """Stands for a module of functions: each imports the module when it is called, and calls its namesake there."""
+    """Stands for a module of which one function is wanted, which imports it when it is called. Whoever wants anything
+    else of it by `from`, a module inside it too, has it imported at once.
+    """
+
+    def __init__(self, name: str, function: str):
+        super().__init__(name)
+
+        def late(*arguments, **options):
+            return getattr(self._imported(), function)(*arguments, **options)
+
+        late.__name__, late.__module__ = function, name
+        setattr(self, function, late)
+
+    def _imported(self) -> ModuleType:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return import_module(self.__name__)
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):
+        # `from module import function` looks for a __path__ too, and does without; the import of a module inside not.
+        inside = name == "__path__" and sys._getframe(1).f_code.co_name == "_find_and_load_unlocked"
+        if name.startswith("__") and not inside:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-
-        def function(*arguments, **options):
-            return getattr(import_module(self.__name__), name)(*arguments, **options)
-
-        function.__name__, function.__module__ = name, self.__name__
-        return function
+        return getattr(self._imported(), name)

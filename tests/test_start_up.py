@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import bsfa_cli.imports
 from bsfa_cli import environment
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.experiments import start_up, start_up_probe
@@ -50,13 +51,41 @@ def fake_packages(tmp_path, monkeypatch):
 
 def test_functions_that_are_put_off_import_when_they_are_called(fake_packages):
     with importing():
-        from scipy.optimize import double as late
-        from sklearn.metrics import double as later
+        from scipy.optimize import linear_sum_assignment as late
+        from sklearn.metrics import roc_curve as later
     assert not list(fake_packages.glob("*/imported.txt")) and not set(PUT_OFF) & set(sys.modules)
     assert late(3) == later(3) == 6 and set(PUT_OFF) <= set(sys.modules)
     with importing():  # now it is there, and is taken as it is
-        from scipy.optimize import double as now
-    assert now is sys.modules["scipy.optimize"].double and late(1) == 2
+        from scipy.optimize import linear_sum_assignment as now
+    assert now is sys.modules["scipy.optimize"].linear_sum_assignment and late(1) == 2
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "from sklearn.metrics import double as found",
+        "import sklearn.metrics.inside; found = sklearn.metrics.inside.double",
+        "from sklearn.metrics import roc_curve; roc_curve(1); from sklearn.metrics import double as found",
+    ],
+)
+def test_whoever_wants_more_has_it_imported_at_once(fake_packages, script):
+    file = fake_packages / "sklearn" / "metrics.py"
+    (fake_packages / "sklearn" / "metrics").mkdir()
+    for name in ("__init__", "inside"):
+        (fake_packages / "sklearn" / "metrics" / f"{name}.py").write_text(FAKE)
+    file.unlink()
+    names = {}
+    with importing():
+        exec(script, names)
+    assert names["found"](3) == 6 and sys.modules["sklearn.metrics"].__spec__ is not None
+
+
+def test_what_is_not_installed_is_not_there(monkeypatch):
+    for name in ("sklearn", *PUT_OFF):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(bsfa_cli.imports, "find_spec", lambda name: None)
+    with importing():
+        assert not set(PUT_OFF) & set(sys.modules)
 
 
 def test_collection_is_as_before_whatever_an_import_does():
