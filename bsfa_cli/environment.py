@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from .errors import MachineError, UsageError
+
+DRIVER = "/proc/driver/nvidia/version"
 
 
 def resolve_device(name: str):
@@ -29,6 +34,22 @@ def resolve_device(name: str):
         if (device.index or 0) >= torch.cuda.device_count():
             raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
+
+
+def wake(device) -> None:
+    """Let CUDA and cuBLAS set themselves up on a GPU beside the imports that follow; nothing for a CPU. What goes wrong
+    is said by the first call that needs the GPU.
+    """
+
+    def multiply():
+        import torch
+
+        with suppress(Exception), torch.inference_mode():
+            x = torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
+            (x @ x).sum().item()
+
+    if device.type == "cuda":
+        threading.Thread(target=multiply, name="bsfa-wake").start()
 
 
 def describe(device=None) -> dict:
@@ -130,6 +151,11 @@ def _commit() -> str | None:
 
 @cache
 def _driver() -> str | None:
+    with suppress(OSError):
+        found = re.search(r"Kernel Module.*? (\d+(?:\.\d+)+) ", Path(DRIVER).read_text())
+        if found:
+            return found[1]
+    # A container may hide the file; the program asks every GPU, which takes tenths of a second and more.
     lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return lines.splitlines()[0].strip() if lines else None
 

@@ -127,3 +127,30 @@ def test_packed_sequences_written_over_their_queries_leave_the_rest_alone():
 def test_a_place_that_does_not_fit_is_refused(out):
     with pytest.raises(ValueError, match="out must be torch.float32 \\[1, 4, 70, 16\\] on cpu"):
         block_sparse_attention(*tensors(), out=out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"block_table": [[0, 1]]}, {"block_table": [[0, 1]], "packed": pack([0], [20], [28])}, {"out": "here"},
+     {"spans": (0, 0, 70, 70)}],
+    ids=["block_table", "packed block_table", "out", "spans"],
+)  # fmt: skip
+def test_what_is_no_tensor_is_refused_by_its_name(options):
+    name, value = next(iter(options.items()))
+    with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got {type(value).__name__}$"):
+        block_sparse_attention(*tensors(), **options)
+
+
+def test_queries_and_packed_have_to_be_what_they_are():
+    q, k, v = tensors()
+    with pytest.raises(TypeError, match="^q must be a torch.Tensor, got list$"):
+        block_sparse_attention(q.tolist(), k, v)
+    table = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"^packed must be what pack\(\) gives, got tuple$"):
+        block_sparse_attention(q, k, v, block_table=table, packed=([0], [1]))
+
+
+@pytest.mark.parametrize("batch", [([0.5], [1], [1]), ([0], 1, [1]), ([0], [1], ["many"])])
+def test_packed_rows_are_whole_numbers(batch):
+    with pytest.raises(TypeError, match="^(starts|rows|lengths) must be a list of whole numbers, got "):
+        pack(*batch)

@@ -190,16 +190,16 @@ def test_an_environment_that_cannot_be_meant_is_refused(variables, arguments, sa
 @pytest.mark.usefixtures("no_model")
 def test_a_gpu_for_each_process(monkeypatch):
     from bsfa_cli import environment
-    from bsfa_cli.calibration.group import Group
-    from bsfa_cli.commands import calibrate
+    from bsfa_cli.calibration.group import Group, place_of
     from bsfa_cli.errors import MachineError, UsageError
 
     chosen = []
     monkeypatch.setattr(environment, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert calibrate._place("auto", Group(1, 3, 1, None)) == torch.device("cuda", 1) and chosen == [1]
+    second = torch.device("cuda", 1)
+    assert place_of("auto", Group(1, 3, 1, None)) == second and chosen == [second]
     with pytest.raises(MachineError, match="process 3 of this machine has no GPU of its own: there are 2"):
-        calibrate._place("cuda", Group(2, 3, 2, None))
+        place_of("cuda", Group(2, 3, 2, None))
     with pytest.raises(UsageError, match="give --device cuda"):
-        calibrate._place("cuda:1", Group(0, 3, 0, None))
+        place_of("cuda:1", Group(0, 3, 0, None))

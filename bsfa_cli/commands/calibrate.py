@@ -9,6 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import UsageError
+from ..imports import importing
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 TILES = {"64x128": (64, 128), "128x64": (128, 64)}
@@ -96,9 +97,10 @@ def calibrate(
     given = joined(data, image_root, frames, repeat_data)
 
     # First what can be refused without the model: to import transformers takes seconds.
-    from ..data.prompts import check_source, default_data, load_prompts
-    from ..data.texts import remarks
-    from ..files import check_folder
+    with importing():
+        from ..data.prompts import check_source, default_data, load_prompts
+        from ..data.texts import remarks
+        from ..files import check_folder
 
     if layers is not None:
         parse_layers(layers)
@@ -107,7 +109,7 @@ def calibrate(
     check_source(given, length or min(DEFAULT_LENGTH.values()), samples)
 
     from ..calibration.group import Group, check_shared, place_of, started
-    from ..environment import resolve_device
+    from ..environment import resolve_device, wake
 
     if device != "auto":
         resolve_device(device)
@@ -118,15 +120,17 @@ def calibrate(
         _spawn(processes, output, json)
         return
 
-    from ..calibration import run
-    from ..calibration.curves import int8_words
-    from ..console import note, print_json
-    from ..models.load import check_positions, load_model
-
     group = None if dry_run else Group.joined(processes)
+    place = place_of(device, group)
+    wake(place)
+    with importing():
+        from ..calibration import run
+        from ..calibration.curves import int8_words
+        from ..console import note, print_json
+        from ..models.load import check_positions, load_model
+
     first = group is None or group.first
     note = note if first else _unsaid
-    place = place_of(device, group)
     length = length or DEFAULT_LENGTH[place.type]
     rows, keys = TILES[tile]
     if not dry_run:

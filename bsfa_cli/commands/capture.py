@@ -9,6 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import InputError, UsageError
+from ..imports import importing
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 DEFAULT_LENGTH = {"cpu": 2048, "cuda": 32768}
@@ -44,20 +45,22 @@ def capture(
     given = joined(data, image_root, frames, repeat_data)
 
     # First what can be refused without the model: to import transformers takes seconds.
-    from ..data.prompts import check_source, default_data, load_prompts
-    from ..data.texts import falls_short, remarks
-    from ..files import CAPTURE, check_writable, write_whole
+    with importing():
+        from ..data.prompts import check_source, default_data, load_prompts
+        from ..data.texts import falls_short, remarks
+        from ..files import CAPTURE, check_writable, write_whole
 
     check_source(given, length or min(DEFAULT_LENGTH.values()), 1)
     check_writable(output, CAPTURE)
 
-    from ..calibration.run import chosen_modules
-    from ..comparison import tensors
-    from ..comparison.capture import capture as run
-    from ..comparison.capture import why_dense
-    from ..console import note, print_json
-    from ..environment import resolve_device
-    from ..models.load import check_positions, explain_memory, load_model
+    with importing():
+        from ..calibration.run import chosen_modules
+        from ..comparison import tensors
+        from ..comparison.capture import capture as run
+        from ..comparison.capture import why_dense
+        from ..console import note, print_json
+        from ..environment import resolve_device
+        from ..models.load import check_positions, explain_memory, load_model
 
     place = resolve_device(device)
     length = length or DEFAULT_LENGTH[place.type]

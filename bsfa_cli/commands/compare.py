@@ -9,6 +9,7 @@ from typer import Argument, Context, Option
 
 from ..errors import GateFailed, InputError, UsageError
 from ..idle import OF_DATA, refuse_idle
+from ..imports import importing
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 BUNDLED = "bundled"
@@ -132,20 +133,21 @@ def compare(
     lengths = None if length is None else _lengths(length)
     given_data = joined(data, image_root, frames, repeat_data)
 
-    from bsfa_kernels import TileShape
+    with importing():
+        from bsfa_kernels import TileShape
 
-    from ..calibration.group import Group, check_shared, place_of, started
-    from ..comparison import run as bench
-    from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
-    from ..comparison.tensors import CapturedSource, StructuredSource
-    from ..console import beginner, note, note_speeds, print_json, progress
-    from ..data.plans import plan
-    from ..data.prompts import check_source
-    from ..environment import resolve_device
-    from ..files import RESULT, check_writable, write_json
-    from ..presentation import compare_table
-    from ..timing.interleave import unseen
-    from ..timing.sweep import resolve_dtype
+        from ..calibration.group import Group, check_shared, place_of, started
+        from ..comparison import run as bench
+        from ..comparison.methods import ALL, CALIBRATED, Settings, chosen, named
+        from ..comparison.tensors import CapturedSource, StructuredSource
+        from ..console import beginner, note, note_speeds, print_json, progress
+        from ..data.plans import plan
+        from ..data.prompts import check_source
+        from ..environment import resolve_device, wake
+        from ..files import RESULT, check_writable, write_json
+        from ..presentation import compare_table
+        from ..timing.interleave import unseen
+        from ..timing.sweep import resolve_dtype
 
     asked_for = named(methods)
     if (model is not None and run is None and thresholds is None) or (captured is not None and calibrate_on is None):
@@ -181,6 +183,7 @@ def compare(
             plan(tasks, (n,), questions, seed, ask_at=ask_at)
         given, calibration = _thresholds(run, thresholds, shown)
         chosen(methods, calibration, True, settings)
+        wake(place)
         loaded = _loaded(model, given, place, dtype, wanted[-1])
         spec = given_data or default_data(loaded)
         for remark in remarks(given_data, spec, samples):

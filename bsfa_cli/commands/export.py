@@ -9,6 +9,7 @@ from typer import Argument, Context, Option
 
 from ..errors import GateFailed, UsageError
 from ..idle import refuse_idle
+from ..imports import importing
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, parse_layers
 
 OF_SEARCH = ("frames", "repeat_data", "samples", "device", "dtype")  # options, as parameters, that only it reads
@@ -202,10 +203,11 @@ def export(
     if from_official is not None:
         artifact = _official(from_official, model)
     else:
-        from ..calibration import points
-        from ..calibration.store import Run
-        from ..data.texts import stand_in
-        from ..presentation import points_table
+        with importing():
+            from ..calibration import points
+            from ..calibration.store import Run
+            from ..data.texts import stand_in
+            from ..presentation import points_table
 
         requests = points.make_requests(*asked, gate, dense) if any(asked) or not searching else []
         begun = Run.open(run)

@@ -10,6 +10,7 @@ from typer import Context, Option
 
 from ..errors import GateFailed, MachineError, UsageError
 from ..idle import OF_DATA, refuse_idle
+from ..imports import importing
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 # Options, as parameters, that only the sweep reads.
@@ -104,13 +105,14 @@ def profile(
     names = None if baselines is None else tuple(name.strip() for name in baselines.split(","))
     plan = load(profile) if profile else None
 
-    import torch
+    with importing():
+        import torch
 
-    from ..console import beginner, note, note_speeds, print_json, progress
-    from ..environment import resolve_device
-    from ..files import RESULT, check_writable, write_json, write_whole
-    from ..presentation import profile_table
-    from ..timing import compare, run
+        from ..console import beginner, note, note_speeds, print_json, progress
+        from ..environment import resolve_device, wake
+        from ..files import RESULT, check_writable, write_json, write_whole
+        from ..presentation import profile_table
+        from ..timing import compare, run
 
     device = resolve_device(device)
     if device.index is not None:
@@ -151,10 +153,12 @@ def profile(
             run.sweep_cells(plan, device, result, seconds, save, beginner(display, "sweep"))
         note(f"\nmatmul ceiling in this run: {result['ceiling']['tflops']:.4g} TFLOP/s ({result['ceiling']['dtype']})")
     if end_to_end is not None:
-        from ..data.prompts import default_data
-        from ..data.texts import remarks
-        from ..models.load import check_positions
-        from ..timing.prefill import Prefill
+        wake(device)
+        with importing():
+            from ..data.prompts import default_data
+            from ..data.texts import remarks
+            from ..models.load import check_positions
+            from ..timing.prefill import Prefill
 
         positions = partial(check_positions, length=max(plan.lengths), flag="--lengths")
         override = None if asked is None else asked[0]

@@ -12,6 +12,7 @@ from typer import Argument, Context, Option
 
 from ..errors import GateFailed, UsageError
 from ..idle import refuse_idle
+from ..imports import importing
 from ..options import Config, Data, Device, Dtype, Frames, ImageRoot, Json, RepeatData, joined, numbers
 
 if TYPE_CHECKING:
@@ -127,13 +128,14 @@ def verify(
         raise UsageError(f"--scores must be exact or int8, got {scores!r}")
     data = joined(data if tasks is None or image_root is None else [tasks], image_root, frames, repeat_data)
 
-    from bsfa_kernels.backends import NAMES
-    from bsfa_kernels.thresholds import Thresholds
+    with importing():
+        from bsfa_kernels.backends import NAMES
+        from bsfa_kernels.thresholds import Thresholds
 
-    from ..console import note, print_json
-    from ..environment import describe, resolve_device
-    from ..files import RESULT, check_writable, write_json
-    from ..verification import FORMAT, KIND
+        from ..console import note, print_json
+        from ..environment import describe, resolve_device, wake
+        from ..files import RESULT, check_writable, write_json
+        from ..verification import FORMAT, KIND
 
     if backend not in ("auto", *NAMES):
         raise UsageError(f"--backend must be auto or one of {', '.join(NAMES)}; got {backend!r}")
@@ -161,8 +163,10 @@ def verify(
         if path is not None:
             check_writable(path, kind)
 
-    from ..models.load import check_positions, load_model
-    from ..verification import run  # last: it imports transformers, which takes seconds
+    wake(place)
+    with importing():
+        from ..models.load import check_positions, load_model
+        from ..verification import run  # last: it imports transformers, which takes seconds
 
     longest, flag = length if asked is None else asked.longest, "--length" if sizes is None else "--lengths"
     loaded = load_model(

@@ -28,7 +28,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..environment import describe
-from ..errors import GateFailed, MachineError
+from ..errors import GateFailed, MachineError, UsageError
 from ..files import check_writable, write_json
 from ..timing.interleave import Timing
 from . import end
@@ -292,11 +292,30 @@ def main() -> int:
             task.add_argument("--processes", type=_numbers(int), default=(1, 2), metavar="N,N")
             task.add_argument("--samples", type=int, default=8)
     options = parser.parse_args()
+    _check(options)
     return (prefill if options.task == "prefill" else calibrate)(options)
 
 
 def _numbers(kind):
-    return lambda text: tuple(kind(part) for part in text.split(","))
+    def numbers(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(","))
+
+    numbers.__name__ = f"list of {kind.__name__}s"  # argparse's word for it
+    return numbers
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UsageError for counts and rates that cannot be measured."""
+    least = {"layers": 1, "length": 256, "rounds": 1, "samples": 1}
+    for name, value in least.items():
+        if getattr(options, name, value) < value:
+            raise UsageError(f"--{name} must be at least {value}, got {getattr(options, name)}")
+    for rate in getattr(options, "skip", ()):
+        if not 0 < rate < 1:
+            raise UsageError(f"--skip takes rates between 0 and 1, got {rate:g}")
+    for processes in getattr(options, "processes", ()):
+        if not 1 <= processes <= options.samples:
+            raise UsageError(f"--processes takes numbers from 1 to the {options.samples} samples, got {processes}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from bsfa_kernels.integrations.visual_tokens import visual_ids
 
 from ..environment import resolve_device
 from ..errors import BsfaError, InputError, MachineError, UsageError, memory_wanted, said
+from ..imports import importing
 from . import gguf
 from .bundled import find_bundled
 from .processor import read_processor
@@ -88,7 +89,8 @@ def load_model(
     refuse the model by its configuration, before its weights are read. Raises InputError for a directory,
     configuration, tokenizer or weights that cannot be used, MachineError where memory, a GPU or the network is missing.
     """
-    from bsfa_kernels.integrations.transformers import DenseFallback
+    with importing():
+        from bsfa_kernels.integrations.transformers import DenseFallback
 
     # The commands say which modules run dense, from `attention_modules` and `notes`.
     warnings.filterwarnings("ignore", category=DenseFallback)
@@ -98,17 +100,19 @@ def load_model(
         dtype = torch.float32
     source, name, prepare = _locate(name_or_path)
     with quiet():
-        config = _read_config(source)
-        prepare(config)
-        check_config(config)
-        tokenizer = _read_tokenizer(source)
-        processor, no_processor = _find_processor(source, config)
+        with importing():
+            config = _read_config(source)
+            prepare(config)
+            check_config(config)
+            tokenizer = _read_tokenizer(source)
+            processor, no_processor = _find_processor(source, config)
         with explain_memory("--dtype (bfloat16 halves float32), or take a smaller model"):
             model = _read_weights(source, config, dtype, attn_implementation)
             if gguf.is_gguf(source) and hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config  # its weights are plain numbers now, as any checkpoint's
             _check_causal(source, model)
             model = model.to(device).eval()
+            _check_finite(source, model)  # on its device: a GPU is where that takes least
     identity = _identity(model, name, getattr(config, "_commit_hash", None))
     return LoadedModel(model, tokenizer, identity, getattr(config, LABEL_KEY, None), processor, no_processor)
 
@@ -275,15 +279,13 @@ def _read_weights(source: str, config, dtype, attn_implementation):
             f"the weights of model {source} do not fit its config.json: {len(unexpected)} have no place in it, among "
             f"them {unexpected[0]} (fewer layers, or another architecture, than the weights were made for?)"
         )
-    _check_finite(source, model)
     return model
 
 
 def _check_finite(source: str, model) -> None:
     """Raise InputError, naming the parameter, for weights that are NaN or infinite."""
     for name, parameter in model.named_parameters():
-        # The sum is finite in nearly every model whose weights are, and needs no mask of their size.
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.sum(dtype=torch.float64).isfinite():
+        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel() or _is_finite(parameter):
             continue
         count = int((~parameter.isfinite()).sum())
         if count:
@@ -292,6 +294,14 @@ def _check_finite(source: str, model) -> None:
                 f"the weights of model {source} are not finite: {name} holds {count:,} values that are NaN or infinite"
                 + (" in float16; try --dtype bfloat16" if narrow else "; the checkpoint is damaged")
             )
+
+
+@torch.no_grad()
+def _is_finite(x: torch.Tensor) -> bool:
+    """By one pass that needs no mask of its size. Both extremes are NaN where one value is."""
+    if x.dtype in DTYPES.values():
+        return bool(torch.stack(x.aminmax()).isfinite().all())
+    return bool(x.sum(dtype=torch.float64).isfinite())  # a false alarm is settled by the caller's count
 
 
 def _check_causal(source: str, model) -> None:

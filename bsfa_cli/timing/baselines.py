@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -103,6 +102,7 @@ class _Flex:
         return self.compiled(self.q, self.k, self.v, block_mask=self.mask, enable_gqa=grouped)
 
     def _compile(self):
+        import torch._dynamo  # not at the top: it takes as long as torch itself
         from torch.nn.attention.flex_attention import flex_attention
 
         # After a few recompilations Dynamo would quietly run FlexAttention uncompiled: start afresh for every shape.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from bsfa_kernels import block_sparse_attention, explain, reference
-from bsfa_kernels.integrations.transformers import SparseAttention
+from bsfa_kernels.integrations.sparse import SparseAttention
 from bsfa_kernels.quantise import dequantised, prepare
 from bsfa_kernels.reference import Scoring, Span
 from bsfa_kernels.request import UNBOUNDED, Request

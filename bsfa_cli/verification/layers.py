@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from bsfa_kernels import Attention, Gate
 from bsfa_kernels.integrations.groups import exact_attention
-from bsfa_kernels.integrations.transformers import SparseAttention
+from bsfa_kernels.integrations.sparse import SparseAttention
 from bsfa_kernels.integrations.visual_tokens import VisualTokens
 from bsfa_kernels.modality import MODALITIES
 from bsfa_kernels.reference import Scoring

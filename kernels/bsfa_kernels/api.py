@@ -103,7 +103,8 @@ def block_sparse_attention(
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
 
-    Raises ValueError for arguments that do not fit together, BackendUnavailable when `backend` cannot serve them.
+    Raises TypeError for what is no tensor where one is needed, ValueError for arguments that do not fit together,
+    BackendUnavailable when `backend` cannot serve them.
     """
     sequences, packed_rows = None, 0
     if packed is not None:

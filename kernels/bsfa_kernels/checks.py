@@ -1,15 +1,25 @@
-"""What block_sparse_attention() and tile_statistics() refuse, each by a ValueError of one sentence."""
+"""What block_sparse_attention() and tile_statistics() refuse, each by one sentence: a ValueError, or a TypeError for
+what is no tensor where one is needed.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from .packed import Packed
 from .request import SCORES, query_tiles
 
 
+def check_tensor(name, x):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
 def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
+    check_tensor("q", q)
     dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
         if x.dtype != dtype or x.device != device:
@@ -41,6 +51,7 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
     if spans is None and q_offset < 0:
         raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
     if spans is not None:
+        check_tensor("spans", spans)
         if q_offset:
             raise ValueError("give either q_offset or spans, not both")
         if spans.shape != (batch, 4) or spans.dtype != torch.int32 or spans.device != q.device:
@@ -55,6 +66,10 @@ def check_packed(packed, q, k, q_offset, spans, blocks, block_table):
         raise ValueError("packed sequences say where they stand: give neither q_offset nor spans")
     if block_table is None or blocks is not None:
         raise ValueError("packed sequences need a block_table and take no block lists")
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be what pack() gives, got {type(packed).__name__}")
+    for name, x in (("q", q), ("k", k), ("block_table", block_table)):
+        check_tensor(name, x)
     if k.dim() != 4 or block_table.dim() != 2:
         raise ValueError(
             f"packed sequences need pages [pages, heads, page, head dim] and a block_table [sequences, pages], got "
@@ -74,6 +89,7 @@ def check_packed(packed, q, k, q_offset, spans, blocks, block_table):
 
 
 def check_table(q, block_table, batch):
+    check_tensor("block_table", block_table)
     if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.shape[1] < 1:
         raise ValueError(f"block_table must be [{batch}, pages], got {list(block_table.shape)}")
     if block_table.dtype != torch.int32 or block_table.device != q.device or block_table.stride(1) != 1:
@@ -91,6 +107,7 @@ def check_pages(block_table, pages):
 
 
 def check_out(out, q, k, v):
+    check_tensor("out", out)
     wanted = (*q.shape[:3], v.shape[3])
     if (out.shape, out.dtype, out.device) != (wanted, q.dtype, q.device):
         raise ValueError(

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .request import reached_by_descriptors
+
 # float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
 FLOAT32_DOT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "tf32x3")
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -37,10 +39,9 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
         bits |= n * size
     if bits % 16 == 0:
         return x
-    odd = [axis for axis, n in enumerate(x.stride()[:-1]) if n * size % 16]
-    if x.data_ptr() % 16 or any(x.shape[axis] > 1 for axis in odd):
+    if not reached_by_descriptors(x):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-    return x.as_strided(x.shape, [16 if axis in odd else n for axis, n in enumerate(x.stride())]) if odd else x
+    return x.as_strided(x.shape, [16 if n * size % 16 else n for n in x.stride()[:-1]] + [x.stride(-1)])
 
 
 def device_guard(x: torch.Tensor) -> AbstractContextManager:

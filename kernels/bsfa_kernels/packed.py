@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
 from .request import UNBOUNDED
+from .words import short
 
 
 class Packed(NamedTuple):
@@ -26,8 +28,12 @@ def pack(
     """Sequences whose queries begin at rows `starts`, `rows` of them, the last of `lengths` keys each.
 
     Sequences may go on: a chunk that ends inside a query tile is no whole tile. One copy to the device, which nothing
-    waits for. Raises ValueError where sequences overlap, are empty, or have more queries than keys.
+    waits for. Raises TypeError for what are no whole numbers, ValueError where sequences overlap, are empty, or have
+    more queries than keys.
     """
+    for name, numbers in (("starts", starts), ("rows", rows), ("lengths", lengths)):
+        if not isinstance(numbers, Iterable) or not all(isinstance(n, Integral) for n in numbers):
+            raise TypeError(f"{name} must be a list of whole numbers, got {short(numbers)}")
     if not len(starts) == len(rows) == len(lengths):
         raise ValueError(f"{len(starts)} starts, {len(rows)} rows and {len(lengths)} lengths are not of one batch")
     found = sorted(zip(starts, rows, lengths, strict=True))

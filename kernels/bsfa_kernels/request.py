@@ -143,7 +143,7 @@ class Request:
 
 
 def reached_by_descriptors(x: torch.Tensor) -> bool:
-    """Whether base and strides keep the 16-byte rule of tensor descriptors."""
+    """Whether the base, and the strides of axes longer than 1, keep the 16-byte rule of tensor descriptors."""
     strides = [n for n, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
     return not (x.data_ptr() % 16 or any(n * x.element_size() % 16 for n in strides))
 
