@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 from bsfa_kernels import Gate, block_sparse_attention, reference
+from gap_thresholds import thresholds
 
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.experiments import eight_bits, emulation, texts
 from bsfa_cli.experiments.emulation import TILE, Rounding, Values
-from bsfa_cli.presentation.eight_bits_table import eight_bits_table
+from bsfa_cli.models.load import load_model
+from bsfa_cli.presentation.eight_bits_table import eight_bits_table, planted_table
 from bsfa_cli.timing.plan import Shape
 
 SCALE = 0.125
@@ -153,22 +155,35 @@ def experiment(monkeypatch, *arguments):
 
 
 def test_the_experiment_at_toy_size(monkeypatch, random_model, folder, tmp_path):
-    out = tmp_path / "found.json"
-    monkeypatch.setattr(eight_bits, "VALUES", {name: eight_bits.VALUES[name] for name in eight_bits.SHORT})
+    out, artifact = tmp_path / "found.json", tmp_path / "thresholds.safetensors"
+    point = thresholds(load_model(random_model, device="cpu"), {"some": 2.0}, tile=TILE)
+    point.write(artifact)
     common = ["--model", random_model, "--texts", folder, "--length", 384, "--judge", 1, "--short", "--out", out]
-    assert experiment(monkeypatch, *common) == 0
+    assert experiment(monkeypatch, *common, "--thresholds", artifact) == 0
     found = json.loads(out.read_text())["model"]
     rows = {row["name"]: row for row in found["rows"]}
     assert found["evaluation"]["texts"] == 2 and rows[eight_bits.FLOOR]["kl_over_floor"]["value"] == 0
-    assert all(row["finite"] and row["skip"] == 0 and row["positions"] == 2 * 384 for row in rows.values())
+    assert all(row["finite"] and row["positions"] == 2 * 384 for row in rows.values())
+    assert all((row["skip"] > 0) == name.startswith("some: ") for name, row in rows.items())
     assert rows[eight_bits.FLOOR]["kl"] < rows[eight_bits.INT8]["kl"] < rows["FP8 scores, P and V"]["kl"]
     table = eight_bits_table(json.loads(out.read_text()), "../x.json")
     assert all(f"| {name} |" in table for name in rows)
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         experiment(monkeypatch, *common, "--thresholds", f"{random_model}/config.json")
 
 
+def test_planted_data_become_a_table(monkeypatch, tmp_path):
+    out, few = tmp_path / "planted.json", {name: eight_bits.VALUES[name] for name in eight_bits.SHORT}
+    monkeypatch.setattr(eight_bits, "VALUES", few)
+    monkeypatch.setattr(eight_bits, "Shape", lambda name, *_: Shape(name, 2, 1, 32))
+    monkeypatch.setattr(eight_bits, "LENGTHS", (256, 128))
+    assert experiment(monkeypatch, "--out", out) == 0
+    found = json.loads(out.read_text())
+    assert len(found["planted"]["rows"]) == len(eight_bits.PLANTED) * (1 + len(few))
+    assert planted_table(found, "../x.json").count("\n") == 3 + len(few) + 1
+
+
 def test_arguments_that_make_no_sense(monkeypatch, tmp_path):
-    for arguments in (["--model", "x"], ["--short"]):
+    for arguments in (["--model", "x"], ["--short"], ["--thresholds", "x"]):
         with pytest.raises(UsageError, match="--model"):
             experiment(monkeypatch, "--out", tmp_path / "x.json", *arguments)

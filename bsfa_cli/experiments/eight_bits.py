@@ -1,10 +1,10 @@
 """python -m bsfa_cli.experiments.eight_bits --out FILE.json [--model FOLDER --texts FOLDER --length 8192]
 
 What P and V in 8 bits would cost, before anyone writes a kernel: attention emulated in PyTorch (emulation.py), with
-exact, int8 or FP8 scores. Errors of the output on structured data with outliers planted in V; and with --model what
-becomes of a real model's predictions, on `experiments.texts`: KL divergence, top-1 agreement and perplexity against the
-dense model, beside the noise floor, the same emulation with P and V in bfloat16. With --thresholds, an artifact with the gap
-gate, also at its points. FILE is written anew after every text, so that a run that is cut short leaves whole texts.
+exact, int8 or FP8 scores. Without --model errors of the output on structured data with outliers planted in V; with it
+what becomes of a real model's predictions on `experiments.texts`: KL divergence, top-1 agreement and perplexity against
+the dense model, beside the noise floor, the same emulation with P and V in bfloat16. With --thresholds, an artifact
+with the gap gate, at its points too. FILE is written anew after every text: a run that is cut short leaves whole texts.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ SHORT = (
     "P u8 of the tile's maximum, V int8 by channel", "V int8 by tile, rotated, without its mean",
 )  # fmt: skip
 GATED = ("P e4m3 of the tile's maximum, V e4m3 by tile, rotated, without its mean", SHORT[-1])
-PLANTED = ("as it is", "two channels far from zero", "one channel 10 times as large", "every 16th channel 8 times as large",
-           "heavy tails", "every 64th key 16 times as large")  # fmt: skip
+LENGTHS = 2048, 1024  # of planted data
+PLANTED = (
+    "as it is", "two channels far from zero", "one channel 10 times as large", "every 16th channel 8 times as large",
+    "heavy tails", "every 64th key 16 times as large",
+)  # fmt: skip
 
 
 def contenders(short: bool) -> dict[str, Rounding]:
@@ -105,7 +108,7 @@ class Emulated:
 
 
 def handlers(loaded: LoadedModel, thresholds: Thresholds | None, short: bool) -> dict[str, dict[str, Emulated]]:
-    """{name: {module path: handler}}, FLOOR first."""
+    """{name: {module path: handler}}, FLOOR first. Raises UsageError or ThresholdsError for other `thresholds`."""
     modules = attention_modules(loaded.model)
     able = [path for path, module in modules.items() if module.dense_reason is None]
     found = {name: {path: Emulated(each) for path in able} for name, each in contenders(short).items()}
@@ -113,6 +116,7 @@ def handlers(loaded: LoadedModel, thresholds: Thresholds | None, short: bool) ->
         return found
     if thresholds.tile != TILE or not thresholds.keep_sink or any(point.gate != "gap" for point in thresholds.points):
         raise UsageError(f"--thresholds: expected points of the gap gate, tiles of {TILE} and the sink kept")
+    thresholds.check_model(loaded.identity, {path: module.query_heads for path, module in modules.items()})
     if missing := sorted(set(able) - set(thresholds.tensors)):
         raise UsageError(f"--thresholds holds nothing for {missing[0]}; expected every attention module")
     rounded = {f"{INT8}, {name}": dataclasses.replace(VALUES[name], scores="int8") for name in GATED}
@@ -183,10 +187,10 @@ def errors(data: str, named: dict[str, Rounding], shape: Shape, length: int, dev
 
 def planted_table(device: torch.device) -> dict:
     """JSON of all PLANTED, and of the ways to add up FP8 products on data that are small enough for the last."""
-    shape, length = Shape("text", 8, 2, 128), 2048
+    shape, (length, short) = Shape("text", 8, 2, 128), LENGTHS
     named = {"bfloat16": Rounding()} | VALUES
     rows = [row for data in PLANTED for row in errors(data, named, shape, length, device)]
-    few, short = Shape("text", 2, 1, 64), 1024
+    few = Shape("text", 2, 1, 64)
     ways = {f"FlashAttention-3's FP8 P and V, adds: {adds}": dataclasses.replace(FA3_PV, adds=adds) for adds in ADDS}
     return {
         "shape": shape.describe(), "length": length, "rows": rows,
@@ -215,39 +219,38 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=8192, help="tokens a text")
     parser.add_argument("--judge", type=int, default=4, help="texts of each kind to judge on")
     parser.add_argument("--thresholds", type=Path, help="artifact, to skip at its points too")
-    parser.add_argument("--short", action="store_true", help="the main roundings only, and no planted data")
+    parser.add_argument("--short", action="store_true", help="the main roundings only")
     parser.add_argument("--minutes", type=float, default=60.0, help="no text is begun after so many")
     options = parser.parse_args()
     if options.model and not options.texts:
         raise UsageError("--model needs --texts, the folder that experiments.texts wrote")
-    if options.short and not options.model:
-        raise UsageError("--short leaves nothing to do without --model")
+    if not options.model and (options.short or options.thresholds):
+        raise UsageError("--short and --thresholds need a --model")
     check_writable(options.out)
     started, device = time.monotonic(), resolve_device("auto")
     result = {"environment": describe(device), "tile": str(TILE)}
-    if not options.short:
-        result["planted"] = planted_table(device)
-        write_json(options.out, result)
     if options.model:
-        real_model(options, result, started + 60 * options.minutes, device)
+        real_model(options, result, started, device)
+    else:
+        write_json(options.out, result | {"planted": planted_table(device)})
     return 0
 
 
-def real_model(options: argparse.Namespace, result: dict, deadline: float, device: torch.device) -> None:
-    """Adds the key "model" to `result` and writes it, text by text, until `deadline`."""
-    try:
-        thresholds = None if options.thresholds is None else Thresholds.read(options.thresholds)
-    except ThresholdsError as error:
-        raise InputError(f"{options.thresholds}: {error}") from error
+def real_model(options: argparse.Namespace, result: dict, started: float, device: torch.device) -> None:
+    """Adds the key "model" to `result` and writes it, text by text, in time."""
     loaded = load_model(
         options.model, device=device, check_config=lambda config: check_positions(config, options.length, "--length")
     )
     judged = {kind: texts_of(options.texts, kind, options.judge, options.length, loaded.tokenizer) for kind in KINDS}
-    found = handlers(loaded, thresholds, options.short)
+    try:
+        thresholds = None if options.thresholds is None else Thresholds.read(options.thresholds)
+        found = handlers(loaded, thresholds, options.short)
+    except ThresholdsError as error:
+        raise InputError(f"{options.thresholds}: {error}") from error
     sums, head, done = {name: Predictions() for name in found}, Head(loaded.model), 0
     turns = [texts[i] for i in range(options.judge) for texts in judged.values() if i < len(texts)]
     for text in turns:
-        if time.monotonic() > deadline:
+        if time.monotonic() > started + 60 * options.minutes:
             break
         judge(head, loaded.model, found, torch.tensor(text.tokens, device=device), sums)
         done += 1
@@ -259,9 +262,7 @@ def real_model(options: argparse.Namespace, result: dict, deadline: float, devic
             "rows": summary(found, sums),
         }  # fmt: skip
         write_json(options.out, result)
-        print(
-            f"{done} of {len(turns)} texts, {time.monotonic() - deadline + 60 * options.minutes:.0f} s", file=sys.stderr
-        )
+        print(f"{done} of {len(turns)} texts, {time.monotonic() - started:.0f} s", file=sys.stderr)
     if not done:
         raise UsageError(f"--minutes {options.minutes:g} is too short for one text")
     say(result["model"]["rows"], done)

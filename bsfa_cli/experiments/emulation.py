@@ -1,10 +1,10 @@
 """What a kernel that rounds P and V to 8 bits would compute, in PyTorch on any device: causal prompts, tiles of 64x128.
 
 An online softmax as the kernels run it: diagonal tile, sink, then right to left, and the gap gate before P. All query
-rows take their step together, so that a step is a few products of [rows, D] with one key tile each, and memory is linear
-in the length. Scores and sums are float32; Q, K, V and the output are bfloat16.
+rows take a step together, each with one key tile, so that memory is linear in the length. Scores and sums are float32;
+Q, K, V and the output are bfloat16.
 
-For the scores s of a tile, its `reference` r (the running row maximum after the tile, or the row's maximum in the tile):
+For the scores s of a tile and its `reference` r, the running row maximum after the tile or the row's own in the tile:
 
     p = exp(s - r), rounded;  v - mean, rotated, rounded with a scale
     accumulator = accumulator * exp(old maximum - maximum) + (p @ v) * scale * exp(r - maximum)
@@ -190,7 +190,7 @@ def _stream(queries: torch.Tensor, keys: torch.Tensor, heads: int):
 
 
 def _dropped(largest: torch.Tensor, maximum: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-    """bool [tiles, group, query tiles]: where no row's maximum comes up to the running one by the gap [of that shape]."""
+    """bool [tiles, group, query tiles]: every row has its maximum, less the running one, below `gap`, of that shape."""
     return ((largest - maximum).view(*gap.shape, TILE.rows) < gap[..., None]).all(-1)
 
 

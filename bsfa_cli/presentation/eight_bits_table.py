@@ -10,9 +10,9 @@ def eight_bits_table(result: dict, source: str) -> str:
     rows = model["rows"]
     planned = "" if evaluation["texts"] == evaluation["planned"] else f" of {evaluation['planned']} planned"
     lines = [
-        f"[Stored]({source}): {model['identity']['id']}, {model['length']:,} tokens, {evaluation['texts']} texts{planned}, "
-        f"model in {model['dtype']} on {machine}, attention emulated; dense perplexity "
-        f"{rows[0]['perplexity_dense']:.3f}. KL is to the dense model, with 95 % intervals over texts where there are four.",
+        f"{model['identity']['id']}, {model['length']:,} tokens, {evaluation['texts']} texts{planned}, dense "
+        f"perplexity {rows[0]['perplexity_dense']:.3f}; the model in {model['dtype']} on {machine}, attention emulated "
+        f"([stored]({source})). Intervals are 95 % over texts, where there are four.",
         "",
         "| skipped | scores, P and V | KL | over int8 scores | top-1 | perplexity |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
@@ -28,11 +28,16 @@ def eight_bits_table(result: dict, source: str) -> str:
     return "\n".join(lines)
 
 
-def planted_table(result: dict, names: dict[str, str]) -> str:
-    """A table of output errors, roundings down and data across, of the roundings {name: words for it}."""
-    rows = {(row["name"], row["data"]): row["error"] for row in result["planted"]["rows"]}
-    data = list(dict.fromkeys(each for _, each in rows))
-    lines = ["| | " + " | ".join(data) + " |", "| --- |" + " ---: |" * len(data)]
-    for name, words in names.items():
-        lines.append(f"| {words} | " + " | ".join(f"{rows[name, each]:.4f}" for each in data) + " |")
+def planted_table(result: dict, source: str) -> str:
+    """A table of output errors with exact scores, roundings down and data across."""
+    planted, machine = result["planted"], result["environment"].get("gpu") or "a CPU"
+    rows = {(row["name"], row["data"]): row["error"] for row in planted["rows"]}
+    names, data = (list(dict.fromkeys(each)) for each in zip(*rows, strict=True))
+    lines = [
+        f"{planted['length']:,} tokens, heads of {planted['shape']['head_dim']}, on {machine} ([stored]({source})):",
+        "",
+        "| P and V | " + " | ".join(data) + " |",
+        "| --- |" + " ---: |" * len(data),
+    ]
+    lines += [f"| {name} | " + " | ".join(f"{rows[name, each]:.4f}" for each in data) + " |" for name in names]
     return "\n".join(lines)
