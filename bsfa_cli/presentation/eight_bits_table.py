@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from .marked import filled
+
+
+def rendered(root: Path) -> dict[Path, str]:
+    """{docs/int8.md: its content} from what is stored in checks; nothing where that is not."""
+    page, tables = root / "docs" / "int8.md", []
+    for path in sorted((root / "profiles" / "results" / "checks").glob("eight-bits-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        table = planted_table if "planted" in result else eight_bits_table
+        tables.append(table(result, f"../profiles/results/checks/{path.name}"))
+    if not tables or not page.exists():
+        return {}
+    return {page: filled(page.read_text(encoding="utf-8"), {"eight bits": "\n\n".join(tables)}, page.name)}
+
 
 def eight_bits_table(result: dict, source: str) -> str:
     """A table of the real model's predictions, one contender a row. `source` is a link to the JSON."""
