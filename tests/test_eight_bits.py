@@ -128,6 +128,8 @@ def test_what_is_not_emulated_is_refused():
         emulation.attention(q, k, v, Rounding(), scale=SCALE, gate=Gate(absolute=0.0))
     with pytest.raises(ValueError, match="one scale"):
         Rounding(adds="always")
+    with pytest.raises(ValueError, match="mean must be one of kept, head, tile"):
+        Rounding(mean="channel")
 
 
 def test_planted_outliers_reach_the_values_only():

@@ -10,7 +10,7 @@ For the scores s of a tile and its `reference` r, the running row maximum after 
     accumulator = accumulator * exp(old maximum - maximum) + (p @ v) * scale * exp(r - maximum)
 
 Products of integers are exact here as they are in hardware: 128 * 255 * 127 < 2^24. FP8 products can be added as Hopper
-is reported to add them (DeepSeek-V3, arXiv 2412.19437, 3.5.2; SageAttention2, 2411.10958, 3.4): 32 at a time, and
+is reported to add them (DeepSeek-V3, arXiv 2412.19437; SageAttention2, 2411.10958): 32 at a time, and
 of the accumulator 14 significant bits are kept, the rest cut off. NVIDIA documents neither.
 """
 
@@ -28,6 +28,11 @@ TILE = TileShape(64, 128)
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 ADDS = ("float32", "tile", "always", "aligned")
+CHOICES = {
+    "scores": ("exact", "int8", "e4m3"), "p": ("bf16", "e4m3", "u8", "s8"), "reference": ("running", "tile", "final"),
+    "v": ("bf16", "e4m3", "int8"), "scale": ("head", "tile", "channel"), "mean": ("kept", "head", "tile"),
+    "divisor": ("exact", "rounded"), "adds": ADDS,
+}  # fmt: skip
 LEVELS = {"u8": 255, "s8": 127}  # of P
 PRODUCT = 32  # FP8 values of one step of a tensor core
 DROPPED_BITS = 10  # of float32's 23 behind the point
@@ -35,13 +40,13 @@ DROPPED_BITS = 10  # of float32's 23 behind the point
 
 @dataclass(frozen=True)
 class Rounding:
-    """How one contender rounds. Only what its docstring says of a field is a value of it."""
+    """How one contender rounds. Raises ValueError for what is none of CHOICES, and for what does not go together."""
 
     scores: str = "exact"  # int8: quantise.py; e4m3: a scale a KV head, as FlashAttention-3 is called
-    p: str = "bf16"  # e4m3, u8, s8
-    reference: str = "running"  # what p is 1 at: running, tile, or final (the row's own maximum, known beforehand)
+    p: str = "bf16"
+    reference: str = "running"  # the maximum at which p is 1; final: the row's, known beforehand
     top: float = LARGEST  # what e4m3 has for p = 1
-    v: str = "bf16"  # e4m3, int8
+    v: str = "bf16"
     scale: str = "channel"  # of V: one a head, a tile (128 keys), or a channel of a tile
     mean: str = "kept"  # or taken off V before rounding: of the head, of the tile
     rotated: bool = False  # V's channels, by quantise.rotation
@@ -49,6 +54,9 @@ class Rounding:
     adds: str = "float32"  # tile: FP8's 14 bits within a tile; always: throughout; aligned: see `_cut_products`
 
     def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.adds == "always" and (self.scale, self.reference, self.mean) != ("head", "running", "kept"):
             raise ValueError("an accumulator that stays FP8's has one scale and no mean")
 
@@ -122,7 +130,7 @@ class _State:
 
     def __init__(self, queries: torch.Tensor, values: Values, rounding: Rounding):
         self.rounding, self.values = rounding, values
-        self.unit = 1 / {"bf16": 1, "e4m3": rounding.top}.get(rounding.p, LEVELS.get(rounding.p, 1))
+        self.unit = 1 / {"bf16": 1, "e4m3": rounding.top, **LEVELS}[rounding.p]
         full = values.tiles.shape
         self.factor = (values.scale * self.unit).expand(*full[:2], 1, -1).flatten(0, 1)
         self.v = values.tiles.flatten(0, 1)

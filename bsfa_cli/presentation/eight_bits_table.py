@@ -25,9 +25,10 @@ def eight_bits_table(result: dict, source: str) -> str:
     model = result["model"]
     machine, evaluation = result["environment"].get("gpu") or "a CPU", model["evaluation"]
     rows = model["rows"]
-    planned = "" if evaluation["texts"] == evaluation["planned"] else f" of {evaluation['planned']} planned"
+    texts, planned = evaluation["texts"], evaluation["planned"]
+    texts = f"{texts} text" + "s" * (texts > 1) + (f" of {planned} planned" if texts < planned else "")
     lines = [
-        f"{model['identity']['id']}, {model['length']:,} tokens, {evaluation['texts']} texts{planned}, dense "
+        f"{model['identity']['id']}, {model['length']:,} tokens, {texts}, dense "
         f"perplexity {rows[0]['perplexity_dense']:.3f}; the model in {model['dtype']} on {machine}, attention emulated "
         f"([stored]({source})). Intervals are 95 % over texts, where there are four.",
         "",
