@@ -8,7 +8,7 @@ from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
 TILE = TileShape(32, 64)
 
 
-def thresholds(loaded, gates, provenance=None):
+def thresholds(loaded, gates, provenance=None, tile=TILE):
     """Thresholds with one point for each {name: gap value}."""
     values = torch.tensor(list(gates.values()))
     tensors = {
@@ -17,4 +17,4 @@ def thresholds(loaded, gates, provenance=None):
     }
     identity = {key: loaded.identity.get(key) for key in MODEL_KEYS}
     points = tuple(Point(name, "gap", "test", 0.0) for name in gates)
-    return Thresholds(identity, TILE, True, (0,), points, tensors, provenance or {})
+    return Thresholds(identity, tile, True, (0,), points, tensors, provenance or {})

@@ -1,4 +1,4 @@
-"""README.md's figures, the tables of docs/results.md, docs/vision-model.md and docs/research-question.md and the plots
+"""README.md's figures, tables of docs (results, vision-model, research-question and int8) and the plots
 beside the stored results, made from profiles/results.
 
 python -m bsfa_cli.presentation.readme            # from the repository root; rewrites them all
@@ -14,7 +14,7 @@ from ..comparison import matching
 from ..errors import BsfaError
 from ..files import read_result, write_whole
 from ..timing.compare import FORMATS
-from . import compare_readme, figures, headline, research, training_table
+from . import compare_readme, eight_bits_table, figures, headline, research, training_table
 from .dense_kernels import named, without_flash_attention_3
 from .loss_table import loss_table
 from .marked import filled, marks
@@ -59,7 +59,7 @@ def rendered(root: Path) -> dict[Path, str]:
     if log.exists():
         page = root / "docs" / "vision-model.md"
         files[page] = _filled(page, training_table.block(log, f"../profiles/results/training/{log.name}"))
-    files |= research.rendered(root)
+    files |= research.rendered(root) | eight_bits_table.rendered(root)
     files[root / "docs" / "results.md"] = _filled(root / "docs" / "results.md", "\n\n".join(blocks) or NONE)
     files[root / "README.md"] = _filled(root / "README.md", headline.block(stored) or NONE)
     return files
