@@ -56,25 +56,25 @@ def rendered(root: Path) -> dict[Path, str]:
 
 
 def setup(compared: list[dict]) -> str:
-    """What was measured: length, questions, the fastest dense kernel, what the dense model answers, the files."""
+    """What was measured: length, questions, what the dense model answers, every dense kernel's time, the files."""
+    kernels = list(dict.fromkeys(row["name"] for result in compared for row in result["cells"][0]["dense"]))
     lines = [
-        "| tokens | model | questions a point | processes | dense answers | fastest dense | attention | TTFT with it "
-        "| file |",
-        "| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
+        f"| tokens | model | questions a point | processes | dense answers | {', ms | '.join(kernels)}, ms "
+        "| TTFT with the fastest, ms | file |",
+        "| ---: | --- | ---: | ---: | ---: |" + " ---: |" * len(kernels) + " ---: | --- |",
     ]
-    machines, commits, timed = {}, {}, []
+    machines, commits = {}, {}
     for name, result in zip(COMPARISONS, compared, strict=True):
         cell, facts = result["cells"][0], result["environment"]
         asked, tokens = matching.questions(cell, matching.ACCURACY), f"{cell['length']:,}"
+        ms = {row["name"]: f"{row['ms_median']:.2f}" for row in cell["dense"]}
+        ms[cell["fastest_dense"]] = f"**{ms[cell['fastest_dense']]}**"
         lines.append(
             f"| {tokens} | {cell['source']['model']['id']} | {asked} | {cell.get('processes', 1)} "
-            f"| {interval(cell['dense_accuracy'])} | {cell['fastest_dense']} | {cell['fastest_dense_ms']:.2f} ms "
-            f"| {cell['fastest_ttft_ms']:.2f} ms | [JSON](../profiles/results/{name}) |"
+            f"| {interval(cell['dense_accuracy'])} | {' | '.join(ms.get(kernel, '-') for kernel in kernels)} "
+            f"| {cell['fastest_ttft_ms']:.2f} | [JSON](../profiles/results/{name}) |"
         )
         machines[f"{facts['gpu']}, {versions(facts | {'commit': None})}"] = None
         commits.setdefault(versions({"commit": facts["commit"]}), []).append(tokens)
-        kernels = ", ".join(f"{row['name']} {row['ms_median']:.2f} ms" for row in cell["dense"])
-        timed.append(f"{tokens} tokens: {kernels}")
     by = "; ".join(f"{commit} ({' and '.join(lengths)} tokens)" for commit, lengths in commits.items())
-    lines += ["", f"{'; '.join(machines)}; {by}. Dense kernels timed: {'; '.join(timed)}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{'; '.join(machines)}; {by}."])

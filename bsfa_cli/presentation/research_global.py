@@ -45,7 +45,8 @@ def block(speed: dict, speed_source: str, compared: dict, source: str) -> str:
         alone = {name: row for name, row in table.items() if name in NAMES}
         for i, heading in enumerate(headings):
             best = matching.best(alone, i, METRICS[metric][1])
-            columns.append((f"{words}: {heading}", {name: row[i] for name, row in alone.items()}, best))
+            share = heading.removesuffix(" of dense")  # the line above names what of
+            columns.append((f"{words}: {share}", {name: row[i] for name, row in alone.items()}, best))
     lines += [
         "| method | " + " | ".join(heading for heading, *_ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
