@@ -34,9 +34,9 @@ def block(speed: dict, speed_source: str, compared: dict, source: str) -> str:
     cell = max(compared["cells"], key=lambda cell: cell["length"])
     lines += [
         "",
-        f"Softmax mass kept at equal time, {cell['length']:,} tokens ({cell['length'] // FRAME} frames), "
-        f"{compared['environment']['gpu']}, {cell['label']}, {cell['fastest_dense']} {cell['fastest_dense_ms']:.2f} ms "
-        f"([file]({source})). {without_flash_attention_3(compared)}".rstrip(),
+        f"Softmax mass kept at shares of the {cell['fastest_dense_ms']:.2f} ms that {cell['fastest_dense']} takes, "
+        f"{cell['length']:,} tokens ({cell['length'] // FRAME} frames), {compared['environment']['gpu']}, "
+        f"{cell['label']} ([file]({source})). {without_flash_attention_3(compared)}".rstrip(),
         "",
     ]
     columns = []
