@@ -32,6 +32,7 @@ SCHEMES = (
     f".bsfa {{ color: {INK}; --page: {PAGE} }} .bsfa * {{ stroke-linejoin: round; stroke-linecap: butt }} "
     "@media (prefers-color-scheme: dark) { .bsfa { color: #e6edf3; --page: #0d1117 } }"
 )
+MARKER = 9  # what it costs a label to cover a marker, or to be nearer to another's; a few pixels of a line cost 1
 PNG_DPI = 144  # twice the SVG's pixels
 MISSING = "plots need matplotlib, which is not installed: pip install 'bsfa[plots]'"
 
@@ -188,13 +189,14 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
 
 def line_labels(axes: Axes, lines: Sequence[tuple[Sequence[tuple[float, float]], str, str]], others=()) -> None:
     """A label in its line's colour beside each of the `lines` (points, words, colour), where it covers least of them,
-    of the `others` (points) and of the labels before it.
+    of the `others` (points) and of the labels before it, and stands nearer to its own points than to theirs.
     """
     routes = [axes.transData.transform(points) for points, _, _ in lines]
-    obstacles = [mark for route in routes for mark in _along(route)]
+    obstacles = [mark for route in routes for mark in [*_along(route), *MARKER * [tuple(point) for point in route]]]
     obstacles += [mark for points in others for mark in _along(axes.transData.transform(points))]
     taken: list = []
-    for route, (points, words, colour) in zip(routes, lines, strict=True):
+    for at, (route, (points, words, colour)) in enumerate(zip(routes, lines, strict=True)):
+        rivals = [point for other, marks in enumerate(routes) if other != at for point in marks]
         label = axes.annotate(
             words, points[0], (0, 0), textcoords="offset points", color=colour, fontweight="bold",
             annotation_clip=False,
@@ -205,6 +207,8 @@ def line_labels(axes: Axes, lines: Sequence[tuple[Sequence[tuple[float, float]],
             for dx, dy in _offsets(extent.width, extent.height):
                 box = (x + dx, y + dy, x + dx + extent.width, y + dy + extent.height)
                 cost = _cost(box, obstacles, taken, axes.bbox)
+                if any(_away(box, rival) <= _away(box, (x, y)) for rival in rivals):
+                    cost += MARKER
                 if best is None or cost < best[0]:
                     best = cost, i, (dx, dy), box
         _, i, offset, box = best
@@ -236,6 +240,12 @@ def _cost(box, obstacles, taken, frame) -> float:
     cost += 100 * sum(left < b[2] and b[0] < right and low < b[3] and b[1] < high for b in taken)
     outside = max(0, frame.x0 - left) + max(0, right - frame.x1) + max(0, frame.y0 - low) + max(0, high - frame.y1)
     return cost + outside
+
+
+def _away(box, point) -> float:
+    """Pixels from a box to a point."""
+    (left, low, right, high), (x, y) = box, point
+    return math.hypot(max(left - x, 0, x - right), max(low - y, 0, y - high))
 
 
 def _renderer(figure: Figure):

@@ -34,9 +34,9 @@ def block(speed: dict, speed_source: str, compared: dict, source: str) -> str:
     cell = max(compared["cells"], key=lambda cell: cell["length"])
     lines += [
         "",
-        f"Softmax mass kept at equal time, {cell['length']:,} tokens ({cell['length'] // FRAME} frames), "
-        f"{compared['environment']['gpu']}, {cell['label']}, {cell['fastest_dense']} {cell['fastest_dense_ms']:.2f} ms "
-        f"([file]({source})). {without_flash_attention_3(compared)}".rstrip(),
+        f"Softmax mass kept at shares of the {cell['fastest_dense_ms']:.2f} ms that {cell['fastest_dense']} takes, "
+        f"{cell['length']:,} tokens ({cell['length'] // FRAME} frames), {compared['environment']['gpu']}, "
+        f"{cell['label']} ([file]({source})). {without_flash_attention_3(compared)}".rstrip(),
         "",
     ]
     columns = []
@@ -45,7 +45,8 @@ def block(speed: dict, speed_source: str, compared: dict, source: str) -> str:
         alone = {name: row for name, row in table.items() if name in NAMES}
         for i, heading in enumerate(headings):
             best = matching.best(alone, i, METRICS[metric][1])
-            columns.append((f"{words}: {heading}", {name: row[i] for name, row in alone.items()}, best))
+            share = heading.removesuffix(" of dense")  # the line above names what of
+            columns.append((f"{words}: {share}", {name: row[i] for name, row in alone.items()}, best))
     lines += [
         "| method | " + " | ".join(heading for heading, *_ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),

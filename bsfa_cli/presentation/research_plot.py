@@ -17,7 +17,7 @@ COLOURS = {"exact": "C0", "8-bit": "C3", "estimated": "C1", "none": figures.GREY
 SHARED = {"estimated": "scores estimated", "none": "a fixed pattern"}
 MARKERS = {"bsfa": "o", "bsfa_top_k": "s", "blasst": "^", "bsfa_int8": "D"}  # close together: named in the legend
 PANELS = (("total_ms", "as measured, selection included"), ("attention_ms", "attention alone, were selection free"))
-LEAST, MOST = 0.5, 8.0
+LEAST, MOST, ROOM = 0.5, 8.0, 1.12  # speedups; beyond MOST as far as points lie
 
 
 @figures.styled
@@ -33,8 +33,10 @@ def research_plot(cell: dict, methods: Mapping[str, tuple[str, str]], machine: s
         f"asked at {cell['asked_at']:.0%} of the text; speedup over {cell['fastest_dense']}",
         left=LEFT,
     )
+    drawn = [row for row in cell["rows"] if row["method"] in methods]
+    most = max(MOST, *(ROOM * cell["fastest_dense_ms"] / row[axis] for row in drawn for axis, _ in PANELS))
     for panel, (axis, words) in zip(panels, PANELS, strict=True):
-        handles = _panel(panel, cell, axis, words, methods)
+        handles = _panel(panel, cell, axis, words, methods, most)
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(LEFT / WIDTH, 1 - LEGEND / HEIGHT), ncols=3, frameon=False,
         borderpad=0, borderaxespad=0, handletextpad=0.2, columnspacing=2,
@@ -42,22 +44,23 @@ def research_plot(cell: dict, methods: Mapping[str, tuple[str, str]], machine: s
     return figure
 
 
-def _panel(panel, cell: dict, axis: str, words: str, methods: Mapping[str, tuple[str, str]]) -> list:
-    """Draws one panel; the entries of the legend."""
+def _panel(panel, cell: dict, axis: str, words: str, methods: Mapping[str, tuple[str, str]], most: float) -> list:
+    """Draws one panel, up to a speedup of `most`; the entries of the legend."""
     panel.set_title(words, fontsize=11)
     panel.set_xscale("log")
-    panel.set_xlim(LEAST, MOST)
-    panel.set_ylim(0, 1.09)
+    panel.set_xlim(LEAST, most)
+    panel.set_yscale("function", functions=(_height, _share))
+    panel.set_ylim(0, 1.0005)  # a marker at 100 % is seen whole
     panel.minorticks_off()
-    panel.set_xticks([0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8])
+    panel.set_xticks([gain for gain in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16) if gain <= most])
     panel.xaxis.set_major_formatter(lambda gain, _: f"{gain:g}x")
-    panel.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    panel.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1])
     panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     panel.set_xlabel(f"attention's speedup over {cell['fastest_dense']}")
     dense = cell["dense_accuracy"]["mean"]
     panel.axvline(1, color=figures.INK, alpha=0.6, linewidth=1)
     panel.axhline(dense, color=figures.INK, alpha=0.6, linewidth=1)
-    panel.annotate(f"dense {dense:.1%}", (MOST, dense), (0, 6), textcoords="offset points", alpha=0.75, ha="right")
+    panel.annotate(f"dense {dense:.1%}", (most, dense), (0, 6), textcoords="offset points", alpha=0.75, ha="right")
     labels, bars, handles = [], [], []
     measured = matching.by_method(cell["rows"])
     for method in (method for method in methods if method in measured):
@@ -78,6 +81,16 @@ def _panel(panel, cell: dict, axis: str, words: str, methods: Mapping[str, tuple
     figures.line_labels(panel, labels, bars)
     handles += [panel.plot([], [], "o", color=COLOURS[key], label=words)[0] for key, words in SHARED.items()]
     return handles
+
+
+def _height(shares):
+    """Where shares of right answers stand: by the root of the rest, so that those near 100 % are told apart."""
+    rest = 1 - shares
+    return (1 - 2 * (rest >= 0)) * abs(rest) ** 0.5
+
+
+def _share(heights):
+    return 1 + heights * abs(heights)
 
 
 def _words(name: str, gain: float, row: dict) -> str:
