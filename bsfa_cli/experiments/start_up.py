@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,13 +113,19 @@ def _grouped(seconds: dict[str, float]) -> tuple[dict[str, float], dict[str, flo
     return phases, packages
 
 
-def measure(trees: list[Tree], wanted: list[str], device: str, length: int, warm: int, folder: Path) -> list[dict]:
-    """Rows {"tree", "command", "cache": "first", "cold" or "warm"} with what `run_once` says, printed as they come."""
+def measure(
+    trees: list[Tree], wanted: list[str], device: str, length: int, warm: int, folder: Path,
+    save: Callable[[list[dict]], None],
+) -> list[dict]:  # fmt: skip
+    """Rows {"tree", "command", "cache": "first", "cold" or "warm"} with what `run_once` says, printed and saved as they
+    come.
+    """
     rows = []
 
     def add(tree: Tree, command: str, cache: str, place: Path) -> None:
         row = run_once(tree, lines(place, device, length)[command], place)
         rows.append({"tree": tree.name, "command": command, "cache": cache, **row})
+        save(rows)
         compiled = sum(kernel["seconds"] for kernel in row["kernels"])
         print(
             f"{tree.name:12} {command:10} {cache:5}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s of CPU time, "
@@ -213,9 +220,13 @@ def main() -> int:
     if length < SMALLEST[device.type]:
         raise UsageError(f"--length must be at least {SMALLEST[device.type]}, got {length}")
     about = {"environment": describe(device), "device": str(device), "length": length}
+    about |= {"trees": {tree.name: str(tree.folder) for tree in trees}}
+
+    def save(rows: list[dict]) -> None:
+        write_json(options.out, about | {"runs": rows})
+
     with tempfile.TemporaryDirectory(prefix="bsfa-start-up-") as folder:
-        rows = measure(trees, wanted, str(device), length, options.warm, Path(folder))
-    write_json(options.out, about | {"trees": {tree.name: str(tree.folder) for tree in trees}, "runs": rows})
+        rows = measure(trees, wanted, str(device), length, options.warm, Path(folder), save)
     show(rows)
     return 0
 
