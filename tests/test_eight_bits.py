@@ -189,3 +189,5 @@ def test_arguments_that_make_no_sense(monkeypatch, tmp_path):
     for arguments in (["--model", "x"], ["--short"], ["--thresholds", "x"]):
         with pytest.raises(UsageError, match="--model"):
             experiment(monkeypatch, "--out", tmp_path / "x.json", *arguments)
+    with pytest.raises(UsageError, match="--judge must be at least 1"):
+        experiment(monkeypatch, "--out", tmp_path / "x.json", "--judge", 0)

@@ -227,6 +227,8 @@ def main() -> int:
         raise UsageError("--model needs --texts, the folder that experiments.texts wrote")
     if not options.model and (options.short or options.thresholds):
         raise UsageError("--short and --thresholds need a --model")
+    if options.judge < 1:
+        raise UsageError(f"--judge must be at least 1 text of each kind, got {options.judge}")
     check_writable(options.out)
     started, device = time.monotonic(), resolve_device("auto")
     result = {"environment": describe(device), "tile": str(TILE)}
