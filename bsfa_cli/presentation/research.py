@@ -17,7 +17,7 @@ PAGE = "research-question.md"
 COMPARISONS = tuple(f"methods-vision-{length}.nvidia-h200.json" for length in ("32k", "64k", "128k"))
 MODALITY = ("checks/modality-frames.nvidia-h200.json", "checks/modality-frames-128k.nvidia-h200.json")
 TENSORS, SPEED = "methods-frames.nvidia-h200.json", "global-attention.nvidia-h200.json"
-TIMING = "vision-timing.nvidia-h200.json"
+TIMING = ("vision-timing.nvidia-h200.json", "vision-timing-ttft.nvidia-h200.json")  # the newer first
 
 
 def rendered(root: Path) -> dict[Path, str]:
@@ -27,15 +27,14 @@ def rendered(root: Path) -> dict[Path, str]:
     """
     results, page = root / "profiles" / "results", root / "docs" / PAGE
     if (
-        not all((results / name).exists() for name in (*COMPARISONS, *MODALITY, TENSORS, SPEED, TIMING))
+        not all((results / name).exists() for name in (*COMPARISONS, *MODALITY, TENSORS, SPEED, *TIMING))
         or not page.exists()
     ):
         return {}
     compared = [read_result(results / name, {matching.KIND: matching.FORMAT}) for name in COMPARISONS]
     tensors = read_result(results / TENSORS, {matching.KIND: matching.FORMAT})
-    *modality, speed, timing = (
-        json.loads((results / name).read_text(encoding="utf-8")) for name in (*MODALITY, SPEED, TIMING)
-    )
+    speed, *others = (json.loads((results / name).read_text(encoding="utf-8")) for name in (SPEED, *MODALITY, *TIMING))
+    modality, timing = others[: len(MODALITY)], others[len(MODALITY) :]
     cells = [result["cells"][0] for result in compared]
     parts = {
         "short": short(cells),
@@ -44,7 +43,9 @@ def rendered(root: Path) -> dict[Path, str]:
         "tasks": "\n\n".join(by_task(cell) for cell in cells),
         "settings": "\n\n".join(settings(cell) for cell in cells),
         "modality": research_modality.block(modality, [f"../profiles/results/{name}" for name in MODALITY]),
-        "timing": research_timing.block(timing, f"../profiles/results/{TIMING}"),
+        "timing": research_timing.block(
+            [(each, f"../profiles/results/{name}") for each, name in zip(timing, TIMING, strict=True)]
+        ),
         "global": research_global.block(speed, f"../profiles/results/{SPEED}", tensors,
                                         f"../profiles/results/{TENSORS}"),
     }  # fmt: skip

@@ -1,27 +1,35 @@
-"""Table of what `experiments.vision_timing` stores: a prefill of a large model's shape, random weights, time only."""
+"""Tables of what `experiments.vision_timing` stores: a prefill of a large model's shape, random weights, time only."""
 
 from __future__ import annotations
 
-from .dense_kernels import without_flash_attention_3
+from .dense_kernels import named, without_flash_attention_3
 from .versions import versions
 
-PARTS = {"left out": "the language model alone", "timed": "whole first token, vision tower included"}
+PARTS = {"left out": "The language model alone", "timed": "The whole first token, vision tower included"}
 
 
-def block(result: dict, source: str) -> str:
-    """A row for every contender, without the vision tower and with it. `source` is a link."""
-    first = result["prefill"][0]
+def block(results: list[tuple[dict, str]]) -> str:
+    """A table for each part that was timed, the vision tower left out or not, from the first of the `results` (result,
+    link) that has it.
+    """
+    parts: dict[str, str] = {}
+    for result, source in results:
+        for entry in result["prefill"]:
+            parts.setdefault(entry["vision"], _table(result, entry, source))
+    return "\n\n".join(parts[vision] for vision in PARTS if vision in parts)
+
+
+def _table(result: dict, entry: dict, source: str) -> str:
     lines = [
-        f"{first['model']} ({first['label']}), {first['length']:,} tokens, {first['visual_tokens']:,} of them visual, "
-        f"{first['dtype']}, {result['environment']['gpu']}, {versions(result['environment'])} ([file]({source})). "
-        f"{without_flash_attention_3(result)}".rstrip(),
+        f"**{PARTS[entry['vision']]}**: {entry['model']} ({entry['label']}), {entry['length']:,} tokens, "
+        f"{entry['visual_tokens']:,} of them visual, {entry['dtype']}, {result['environment']['gpu']}, "
+        f"{versions(result['environment'])} ([file]({source})). "
+        f"{without_flash_attention_3(result | {'prefill': [entry]})}".rstrip(),
         "",
-        "| timed | attention | ms | speedup | skipped |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| attention | ms | speedup | skipped |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for entry in result["prefill"]:
-        for row in entry["contenders"]:
-            skip = "-" if row["skip"] is None else f"{row['skip']:.1%}"
-            fields = [PARTS[entry["vision"]], row["name"], f"{row['ms_median']:.0f}", f"{row['speedup']:.2f}x", skip]
-            lines.append(f"| {' | '.join(fields)} |")
+    for row in entry["contenders"]:
+        skip = "-" if row["skip"] is None else f"{row['skip']:.1%}"
+        lines.append(f"| {named(row)} | {row['ms_median']:.0f} | {row['speedup']:.2f}x | {skip} |")
     return "\n".join(lines)
