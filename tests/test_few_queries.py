@@ -1,5 +1,7 @@
 """Calls of few queries on many keys, without a GPU: who serves them, and into how many programs they are divided."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from bsfa_kernels.request import Request
 
 split_kv = pytest.importorskip("bsfa_kernels.split_kv", reason="needs Triton")
 CUDA = torch.device("cuda:0")
+MEASURED = Path(__file__).parents[1] / "profiles" / "results" / "checks" / "short-calls.nvidia-h200.json"
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +32,18 @@ def tensor(*shape: int) -> SimpleNamespace:
     [
         (64, 8192, 32, True),
         (128, 8192, 32, True),
-        (192, 131072, 32, False),
-        (64, 1023, 32, False),  # few keys
-        (128, 2047, 4, False),
-        (64, 8192, 32 * 3, False),  # three sequences fill the GPU by themselves
+        (261, 131072, 32, True),
+        (262, 131072, 32, False),
+        (205, 8192, 32, False),  # fewer than 40 keys to a query
+        (64, 2559, 32, False),
+        (8, 1023, 32, False),  # few keys
+        (64, 8192, 32 * 5, False),  # five sequences fill the GPU by themselves
     ],
 )
 def test_a_gate_is_left_out_where_it_would_cost_time(rows, keys, heads, few):
     assert few_queries(rows, keys, heads, CUDA) is few
     assert not few_queries(rows, keys, heads, torch.device("cpu"))
-    handler = SimpleNamespace(least_rows=64, fused_tile=TileShape(), knows_scoring=True)
+    handler = SimpleNamespace(least_rows=min(rows, 64), fused_tile=TileShape(), knows_scoring=True)
     q, k = tensor(1, heads, rows, 128), tensor(1, 8, keys, 128)
     call = Call(q, k, k, True, True, False, None, None, False)
     step = planner.plan(call, handler)
@@ -69,6 +74,22 @@ def request(rows: int, keys: int, batch: int = 1, heads: int = 32, **options) ->
 def test_which_calls_are_split(call, suits):
     assert split_kv.suits(call) is suits
     assert backends._suits("split_kv", call) is suits and backends._suits("hopper", call)
+
+
+def test_what_is_chosen_is_what_took_less_time():
+    stored = json.loads(MEASURED.read_text())
+    heads, kv_heads, head_dim = stored["shape"]
+    assert (heads, kv_heads, head_dim) == (32, 8, 128) and len(stored["cells"]) == 31
+    for cell in stored["cells"]:
+        rows, keys, batch = cell["rows"], cell["keys"], cell["batch"]
+        ms = {row["name"]: row["ms_median"] for row in cell["contenders"]}
+        found = request(rows, keys, batch)
+        assert split_kv.suits(found) is (cell["backend"] == "split_kv")
+        assert ms["bsfa, no gate"] < 1.002 * ms["bsfa, no gate, hopper"]
+        if "bsfa, gate" in ms:
+            few = few_queries(rows, keys, batch * heads, CUDA)
+            cost = ms["bsfa, no gate"] / ms["bsfa, gate"] if few else ms["bsfa, gate"] / ms["bsfa, no gate"]
+            assert cost < (1.06 if (batch, rows, keys) == (4, 64, 32768) else 1)
 
 
 def test_as_few_splits_as_fill_the_gpu():

@@ -26,8 +26,8 @@ GROUPS = "the tokens of an image see one another both ways"
 WIDEST_GAIN = 128  # head dim of Q and K; measured on an H200 at 32k: 16/4 heads of 256, kernels/NOTES.md
 INSTEAD = "exact scores instead of"
 FEW = "so few queries of so many keys take less time with every tile kept"
-FEW_SHARE = 0.2  # of the query tiles that a GPU works on at a time; measured on an H200, 75 % skipped, kernels/NOTES.md
-FEW_OF_KEYS, FEW_KEYS = 16, 1024  # with at least so many keys to a query, and in all
+FEW_SHARE = 0.33  # of the query tiles that a GPU works on at a time; measured on an H200, 75 % skipped, kernels/NOTES.md
+FEW_OF_KEYS, FEW_KEYS = 40, 1024  # with at least so many keys to a query, and in all
 TILES_AT_ONCE = 3  # query tiles of 64 rows that a multiprocessor works on
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
