@@ -51,7 +51,8 @@ def test_a_gate_is_left_out_where_it_would_cost_time(rows, keys, heads, few):
     # Of a narrow window, of an image's tokens, and of what a handler of one's own serves, nothing was measured.
     for other in (call._replace(window=500), call._replace(groups=True)):
         assert planner.plan(other, handler).route is Route.GATED
-    assert planner.plan(call, SimpleNamespace(least_rows=64, fused_tile=None, knows_scoring=True)).route is Route.GATED
+    handler.fused_tile = None
+    assert planner.plan(call, handler).route is Route.GATED
 
 
 def request(rows: int, keys: int, batch: int = 1, heads: int = 32, **options) -> Request:
