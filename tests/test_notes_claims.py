@@ -1,0 +1,199 @@
+"""Tables and sentences of kernels/NOTES.md, docs/int8.md and docs/serving.md, held to profiles/results/checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CHECKS = ROOT / "profiles" / "results" / "checks"
+
+
+def stored(name: str) -> dict:
+    return json.loads((CHECKS / f"{name}.nvidia-h200.json").read_text())
+
+
+def on_one_line(name: str) -> str:
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def ms(cell: dict) -> dict[str, float]:
+    return {row["name"]: row["ms_median"] for row in cell["contenders"]}
+
+
+def row_of(*values: str) -> str:
+    return f"| {' | '.join(values)} |".replace("|  |", "| |")
+
+
+def test_what_is_said_of_flash_attention_4s_lists_is_so():
+    notes, digits = on_one_line("kernels/NOTES.md"), {32768: 2, 131072: 1}
+    table, ratios, dense = {}, {}, []
+    for cell in stored("block-lists-fa4")["cells"]:
+        times, places = {}, digits[cell["length"]]
+        for row in cell["contenders"]:
+            if row["kind"] == "dense":
+                dense.append(f"{row['ms_median']:.{places}f}")
+            else:
+                assert row["largest_row_error"] < 0.004
+                assert row["kind"] == "bsfa" or row["library"] == "flash-attn-4 4.0.0b36+compiled.ahead"
+                times[row["left_out"], row["sharing"], row.get("form")] = row["ms_median"]
+        for entry in cell["ratios"]:
+            key = entry["left_out"], entry["sharing"]
+            forms = [times[*key, form] for form in (None, "causal", "mask_mod")]
+            assert entry["ratio"] == min(forms[1:]) / forms[0]
+            ratios.setdefault(entry["sharing"], []).append(entry["ratio"])
+            values = [f"{each:.{places}f}" for each in forms]
+            table.setdefault(key, []).extend([*values, f"{entry['ratio']:.2f}"])
+    for (left_out, sharing), values in table.items():
+        assert row_of(f"{left_out * 100:.0f} %", str(sharing), *values) in notes
+    pairs = [f"{near} and {far}" for near, far in zip(dense[:3], dense[3:], strict=True)]
+    assert f"FA3 {pairs[0]}, FA4 {pairs[1]}, bsfa without lists {pairs[2]}" in notes
+    level, *behind = sorted(ratios[128], reverse=True)
+    less = [100 * (1 - each) for each in behind]
+    assert round(level, 2) == 1 and f"else FA4 takes {min(less):.0f} to {max(less):.0f} % less time" in notes
+    assert f"x is {min(ratios[384]):.2f} to {max(ratios[384]):.2f}" in notes
+
+
+def test_what_is_said_of_architectures_is_so():
+    notes, wide = on_one_line("kernels/NOTES.md"), stored("architectures-wide")["cells"]
+    for cell in wide:
+        times, (skip,) = ms(cell), [row["skip"] for row in cell["contenders"] if row["name"] == "bsfa"]
+        names = ("sdpa", "flex_attention", "FlashAttention-3", "bsfa, no thresholds", "bsfa")
+        values = [f"{times[name]:.1f}" for name in names]
+        assert row_of(cell["name"], *values[:-1], f"{values[-1]}, {skip * 100:.0f} %") in notes
+        assert round(100 * (1 - times["bsfa"] / times["FlashAttention-3"])) == 7
+        assert all(route == "library" for route, _ in cell["notes"])  # of the call without thresholds
+    faster = [round(100 * (1 - ms(cell)["FlashAttention-3"] / ms(cell)["bsfa, no thresholds"])) for cell in wide]
+    assert f"FA3 is {faster[0]} and {faster[1]} % faster; with half skipped bsfa takes 7 % less than FA3" in notes
+    shares: dict[str, list[str]] = {"bsfa, no thresholds": [], "bsfa": []}
+    for cell in stored("architectures")["cells"][:5]:
+        times = ms(cell)
+        fastest = min(times[name] for name in ("sdpa", "flex_attention") if name in times)
+        for name, found in shares.items():
+            found.append(f"{times[name] / fastest:.2f}")
+    a, b, c, d, e = shares["bsfa, no thresholds"]
+    shapes = f"{a} of the faster of sdpa and flex_attention for Llama's shape, {b} for gpt-oss', {c} for Gemma 2's"
+    assert f"{shapes}, {d} for Mistral's and {e} for Gemma 3's" in notes
+    *first, last = shares["bsfa"]
+    assert f"with 50 % skipped {', '.join(first)} and {last}." in notes
+
+
+def test_what_is_said_of_short_calls_is_so():
+    notes, page = on_one_line("kernels/NOTES.md"), on_one_line("docs/serving.md")
+    cells = {(cell["batch"], cell["rows"], cell["keys"]): cell for cell in stored("short-calls")["cells"]}
+    times = {place: ms(cell) for place, cell in cells.items()}
+    none, gate, other, library, hopper = (
+        "bsfa, no gate", "bsfa, gate", "FlashAttention-3", "PyTorch", "bsfa, no gate, hopper"
+    )  # fmt: skip
+
+    def words(place: tuple[int, int, int], *names: str) -> list[str]:
+        return [f"{times[place][name]:.3f}" if name in times[place] else "" for name in names]
+
+    for rows in {rows for batch, rows, _ in cells if batch == 1}:
+        found = [words((1, rows, keys), none, gate, other, library) for keys in (8192, 32768, 131072)]
+        assert row_of(str(rows), *(each for columns in found for each in columns)) in notes
+    for place in (place for place in cells if place[0] > 1):
+        name = f"{place[0]} x {place[1]} of {place[2] // 1024}k"
+        assert row_of(name, *words(place, hopper, none, gate, other, library)) in notes
+    gated = [cell for cell in cells.values() if cell["skip"] is not None]
+    skips = [cell["skip"] for cell in gated]
+    assert f"skips {100 * min(skips):.0f} to {100 * max(skips):.0f} %" in notes
+    alone = {(rows, keys): each for (batch, rows, keys), each in times.items() if batch == 1}
+    assert all(abs(each[none] - each[other]) < 0.002 for (rows, _), each in alone.items() if rows <= 16)
+    slower = {rows: [alone[rows, keys][none] / alone[rows, keys][other] for keys in (8192, 32768, 131072)]
+              for rows in (64, 256)}  # fmt: skip
+    assert {round(each, 1) for each in slower[64]} <= {1.4, 1.5}
+    assert f"at 256 {min(slower[256]):.1f} to {max(slower[256]):.1f} times" in notes
+    flops = 4 * 32 * 128 * 64 * (131072 - 31.5)
+    speeds = [round(flops / alone[64, 131072][name] / 1e9) for name in (none, other)]
+    assert f"({speeds[0]} TFLOP/s at 128k, FA3 {speeds[1]})" in notes
+    cost = {rows: [alone[rows, keys][gate] / alone[rows, keys][none] for keys in (8192, 32768, 131072)]
+            for rows in (64, 128, 192, 256, 512)}  # fmt: skip
+    ranges = [f"{min(cost[rows]):.1f} to {max(cost[rows]):.1f}" for rows in (64, 128)]
+    assert f"{ranges[0]} times split_kv's time for 64 queries, {ranges[1]} times for 128" in notes
+    less = {rows: [f"{100 * (1 - 1 / each):.0f}" for each in cost[rows]] for rows in (192, 256)}
+    assert abs(cost[192][0] - 1) < 0.01 and f"takes {less[192][1]} and {less[192][2]} % less at 32k and 128k" in notes
+    assert cost[256][0] < 1 and f"split_kv by {less[256][1]} and {less[256][2]} % at 32k and 128k" in notes
+    assert max(cost[512]) < 1
+    saved = [100 * (1 - alone[512, keys][gate] / alone[512, keys][other]) for keys in (8192, 32768, 131072)]
+    assert f"from 512 queries of one sequence ({min(saved):.0f} to {max(saved):.0f} % less time)" in notes
+    eight, sixteen = times[8, 128, 8192], times[16, 64, 8192]
+    assert f"eight sequences of 128 ({100 * (1 - eight[gate] / eight[other]):.0f} %)" in notes
+    assert f"take {sixteen[gate] / sixteen[other]:.1f} times FA3's time" in notes
+    gains = [100 * (1 - alone[256, keys][none] / alone[256, keys][hopper]) for keys in (8192, 32768, 131072)]
+    assert f"it takes {min(gains):.0f} to {max(gains):.0f} % less than the Hopper kernel without a gate" in notes
+    assert {f"{alone[rows, 131072][none]:.2f}" for rows in (1, 8, 16)} == {"0.14"}
+    assert {f"{alone[rows, 131072][hopper]:.1f}" for rows in (1, 8, 16)} == {"1.6"}
+    longest = alone[64, 131072]
+    assert "0.14 ms for up to 16 queries of 131,072 keys" in page and "within 2 us of it, where it took 1.6" in page
+    assert f"{longest[none]:.2f} for 64 (FlashAttention-3: {longest[other]:.2f})" in page
+
+
+def test_what_is_said_of_int8s_errors_is_so():
+    page = on_one_line("docs/int8.md")
+    data = {
+        "normal": "unit-normal",
+        "structured": "structured data",
+        "offset in K": "K far from zero in two channels",
+        "scaled channels in Q and K": "K far from zero in one channel, one of Q 12 times and another of K 10 times "
+        "as large",
+        "shared outlier channels": "every 16th channel of both 8 times as large",
+    }
+    found: dict[str, list[str]] = {name: [] for name in data}
+    gated: dict[str, list[str]] = {"exact": [], "int8": []}
+    cells = stored("int8-errors")["cells"]
+    for cell in cells:
+        assert cell["length"] == 8192 and set(cell["backends"].values()) == {"hopper"}
+        errors = {row["scores"]: row["error"] for row in cell["rows"] if row["skip_target"] == 0}
+        found[cell["data"]] += [f"{each:.4f}" for each in (*errors.values(), cell["FlashAttention-3 FP8"]["error"])]
+        if cell["data"] == "structured":
+            for scores, each in gated.items():
+                rows = [row for row in cell["rows"] if row["scores"] == scores and row["skip_target"]]
+                assert all(abs(row["skip"] - row["skip_target"]) < 0.01 for row in rows)
+                each.append(" ".join(f"{row['error']:.3f}" for row in rows))
+    assert [cell["shape"]["head_dim"] for cell in cells] == [128] * 5 + [64] * 5
+    for name, words in data.items():
+        assert row_of(words, *found[name]) in page
+    wide, narrow = zip(*gated.values(), strict=True)
+    assert f"errors are {wide[0]} with exact scores and {wide[1]} with int8 ones" in page
+    assert f"(d=128; {narrow[0]} and {narrow[1]} at d=64)" in page
+
+
+def test_what_is_said_of_int8s_preparation_is_so():
+    page, notes = on_one_line("docs/int8.md"), on_one_line("kernels/NOTES.md")
+    times: dict[int, list[dict[str, float]]] = {128: [], 64: []}
+    for cell in stored("int8-after-preparation")["cells"]:
+        times[cell["shape"]["head_dim"]].append(ms(cell))
+    wide, narrow = ([f"{each['int8 preparation']:.3f}" for each in times[head_dim]] for head_dim in (128, 64))
+    assert f"takes {wide[0]}, {wide[1]} and {wide[2]} ms" in page
+    assert f"d=64: {narrow[0]}, {narrow[1]} and {narrow[2]})" in page
+    assert f"{wide[0]}, {wide[1]} and {wide[2]} ms at 8k, 32k and 128k (d=64: {', '.join(narrow)})" in notes
+    shares = {}
+    for head_dim, (_, each, _) in times.items():
+        names = ["skipping compiled out", *(f"{rate} % skipped" for rate in (0, 50, 75, 90))]
+        shares[head_dim] = [f"{100 * each['int8 preparation'] / each[f'bsfa int8, {name}']:.1f}" for name in names]
+    open_, none, half, most, nearly = shares[128]
+    assert f"{open_} % of the whole without a gate, and with one {none}, {half}, {most} and {nearly} %" in page
+    said = f"{open_} % of the attention without a gate, {none} % with one that drops nothing, {most} % at 75 % skipped"
+    open_, none, _, most, _ = shares[64]
+    assert f"{said}; d=64 {open_}, {none} and {most} %" in notes
+
+
+def test_what_is_said_of_the_gpu_tests_is_so():
+    notes, found = on_one_line("kernels/NOTES.md"), stored("gpu-tests")
+    counts: dict[str, int] = {}
+    for outcomes in found["outcomes"].values():
+        for outcome, number in outcomes.items():
+            counts[outcome] = counts.get(outcome, 0) + number
+    left = found["begun"] + found["not begun"]
+    assert (
+        counts == {"passed": 1786, "skipped": 5, "failed": 2, "not ended": len(left)} and sum(counts.values()) == 2015
+    )
+    kernels, int8 = (sum(f"tests/{name}.py" in each for each in left) for name in ("test_kernels_gpu", "test_int8_gpu"))
+    assert (
+        f"1,786 of 2,015 GPU tests passed within {found['seconds']} s, 5 were skipped, {len(left)} had not ended"
+        in notes
+    )
+    assert f"({kernels} of test_kernels_gpu, the thousand random calls among them" in notes
+    assert f"{int8} of test_int8_gpu) and two failed" in notes
+    assert [name.partition("::")[0] for name in found["failed"]] == ["tests/test_compare.py", "tests/test_profile.py"]
