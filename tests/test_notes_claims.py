@@ -64,7 +64,11 @@ def test_what_is_said_of_architectures_is_so():
         assert round(100 * (1 - times["bsfa"] / times["FlashAttention-3"])) == 7
         assert all(route == "library" for route, _ in cell["notes"])  # of the call without thresholds
     faster = [round(100 * (1 - ms(cell)["FlashAttention-3"] / ms(cell)["bsfa, no thresholds"])) for cell in wide]
-    assert f"FA3 is {faster[0]} and {faster[1]} % faster; with half skipped bsfa takes 7 % less than FA3" in notes
+    open_, half = (
+        [f"{ms(cell)[name] / ms(cell)['sdpa']:.2f}" for cell in wide] for name in ("bsfa, no thresholds", "bsfa")
+    )
+    assert f"({' and '.join(open_)} of sdpa), and FA3 takes {faster[0]} and {faster[1]} % less" in notes
+    assert f"with half skipped bsfa takes {' and '.join(half)} of sdpa's time and 7 % less than FA3" in notes
     shares: dict[str, list[str]] = {"bsfa, no thresholds": [], "bsfa": []}
     for cell in stored("architectures")["cells"][:5]:
         times = ms(cell)
