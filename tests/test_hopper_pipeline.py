@@ -22,7 +22,7 @@ def producer(v):
 
 
 def consumer(early: bool, late: bool):
-    """Steps ("wait" or "give", ring, tile) of a consumer, as in hopper_kernel.consumer and hopper_pipeline.meanwhile."""
+    """Steps ("wait" or "give", ring, tile) of a consumer, as in hopper_kernel.consumer and `meanwhile`."""
     if early:
         yield "wait", "k", 0
     for i in range(TILES):

@@ -98,7 +98,7 @@ def give_back_tile(i, first: gl.constexpr, slabs: gl.constexpr, stages: gl.const
 
 @gluon.jit
 def let_v_pass(buffers, i, VARIANT: gl.constexpr):
-    """V of a tile is given back, used or not, once it has landed."""
+    """V of a tile is given back, used or not. The wait is over long ago, but a part of what was measured (NOTES.md)."""
     wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
     give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
 
