@@ -21,38 +21,35 @@ def producer(v):
                 yield (ring, slab - stages) if slab >= stages else None
 
 
-def consumer(v, ahead: bool):
-    """Steps ("wait" or "give", ring, tile) of a consumer that keeps every tile, as in hopper_kernel.consumer."""
-    if ahead:
+def consumer(early: bool, late: bool):
+    """Steps ("wait" or "give", ring, tile) of a consumer, as in hopper_kernel.consumer and `meanwhile`."""
+    if early:
         yield "wait", "k", 0
     for i in range(TILES):
-        if not ahead:
+        if not early:
             yield "wait", "k", i
-        if ahead:
-            if i > 0:
-                yield "wait", "v", i - 1
-                yield "give", "v", i - 1
-            if v.v_awaited == "early":
-                yield "wait", "v", i
+        if late and i > 0:
+            yield "give", "v", i - 1
+        if early:
+            yield "wait", "v", i
             if i + 1 < TILES:
                 yield "wait", "k", i + 1
         yield "give", "k", i
-        if v.v_awaited != "early":
+        if not early:
             yield "wait", "v", i
-        if not ahead:
+        if not late:
             yield "give", "v", i
-    if ahead:
-        yield "wait", "v", TILES - 1
+    if late:
         yield "give", "v", TILES - 1
 
 
-def ends(v, ahead: bool) -> bool:
+def ends(v, early: bool, late: bool) -> bool:
     """Whether everyone comes to the end. All waits are for what can only become true, so no order of turns matters."""
     slabs = {"k": v.slabs, "v": v.v_slabs}
     loads, loaded = list(producer(v)), 0
     tiles = [(ring, i * slabs[ring]) for i in range(TILES) for ring in "kv"]
     order = [(ring, first + c) for ring, first in tiles for c in range(slabs[ring])]
-    steps = [list(consumer(v, ahead)) for _ in range(v.consumers)]
+    steps = [list(consumer(early, late)) for _ in range(v.consumers)]
     done = [0] * v.consumers
     given = [set() for _ in steps]
     moved = True
@@ -77,10 +74,13 @@ def ends(v, ahead: bool) -> bool:
 @pytest.mark.parametrize("shape", ALL, ids=str)
 def test_nobody_waits_for_ever(shape, gate):
     v = variant(shape, gate)
-    assert ends(v, v.ahead)
+    assert ends(v, v.awaits_early, v.returns_v_late)
 
 
 def test_the_next_tile_may_be_awaited_only_where_two_fit():
-    wide = variant(hopper.SHAPES[256, 256], True)
-    assert not wide.ahead and not ends(wide, True)
-    assert not ends(variant(replace(hopper.SHAPES[128, 128], k_stages=1), True), True)
+    wide = variant(hopper.SHAPES[256, 256], False)
+    assert not wide.awaits_early and not ends(wide, True, False)
+    narrow = variant(hopper.SHAPES[64, 64], True)
+    assert narrow.awaits_early and not narrow.returns_v_late
+    assert ends(narrow, True, True)
+    assert not ends(replace(narrow, k_stages=1), True, False)

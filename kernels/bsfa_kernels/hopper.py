@@ -48,6 +48,7 @@ class Shape:
     consumers: int
     k_stages: int  # slabs in flight
     v_stages: int
+    early: bool = False  # consumers wait early with gates too (hopper_pipeline.py), as measured
 
     @property
     def registers(self) -> int:
@@ -57,13 +58,16 @@ class Shape:
 
 # By the largest head dims of Q and K, and of V, narrow ones first; TMA fills what is more than the head dim with zeros.
 SHAPES = {
-    (64, 64): Shape(64, 1, 64, 1, 4, 3, 4, 4),
+    (64, 64): Shape(64, 1, 64, 1, 4, 3, 4, 4, early=True),
     (128, 128): Shape(128, 1, 128, 1, 2, 3, 3, 2),
     (192, 128): Shape(64, 3, 128, 1, 2, 3, 5, 2),
     (192, 192): Shape(64, 3, 64, 3, 2, 2, 5, 4),
     (256, 256): Shape(128, 2, 128, 2, 2, 2, 3, 2),
 }
-INT8_SHAPES = {(64, 64): Shape(64, 1, 64, 1, 4, 3, 5, 4), (128, 128): Shape(128, 1, 128, 1, 2, 3, 4, 3)}
+INT8_SHAPES = {
+    (64, 64): Shape(64, 1, 64, 1, 4, 3, 5, 4),
+    (128, 128): Shape(128, 1, 128, 1, 2, 3, 4, 3, early=True),
+}
 
 
 def unsupported(request: Request) -> str | None:
@@ -168,7 +172,7 @@ def narrowest(scores: str, head_dim: int, v_head_dim: int) -> Shape:
 def variant_of(shape: Shape, section: int, heads: int, group: int, head_dim: int, *kinds: bool) -> Variant:
     return Variant(
         section, heads, group, head_dim, shape.columns, shape.slabs, shape.v_columns, shape.v_slabs, shape.parts,
-        shape.consumers, shape.k_stages, shape.v_stages, *kinds,
+        shape.consumers, shape.k_stages, shape.v_stages, shape.early, *kinds,
     )  # fmt: skip
 
 

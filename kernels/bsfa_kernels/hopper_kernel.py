@@ -114,7 +114,7 @@ def in_parts(x, COUNT: gl.constexpr):
 def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
     """Starts QK^T of a tile, unscaled."""
     SLABS: gl.constexpr = VARIANT.slabs
-    if not VARIANT.ahead:
+    if not VARIANT.awaits_early:
         wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
     if VARIANT.int8:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
@@ -139,14 +139,9 @@ def by_row(unit, VARIANT: gl.constexpr):
 
 
 @gluon.jit
-def vote(
-    largest, valid, forced, candidate, maximum, unit, scale, shift, absolute, gap, WG: gl.constexpr,
-    VARIANT: gl.constexpr,
-):  # fmt: skip
-    """Whether a tile is kept: forced, or a candidate that passes its gates, each by one row at least. `largest` times
-    `unit` is in log2 units. The last barrier's word is the answer, so that nothing is computed behind it.
-    """
-    fails = ~valid[:, None]
+def vote(largest, valid, maximum, unit, scale, shift, absolute, gap, WG: gl.constexpr, VARIANT: gl.constexpr):
+    """Whether the tile passes its gates: each by one row at least. `largest` times `unit` is in log2 units."""
+    passes = True
     if VARIANT.absolute:
         if VARIANT.int8:
             natural = largest * by_row(unit / LOG2E, VARIANT)
@@ -156,17 +151,11 @@ def vote(
             natural = largest * scale
         if VARIANT.shifted:
             natural += shift[:, None]
-        below = fails | (natural < absolute)
-        if VARIANT.gap:
-            candidate = candidate & anyone(gl.where(below, 0, 1), WG)
-        else:
-            fails = below
+        passes = anyone(gl.where((natural < absolute) | ~valid[:, None], 0, 1), WG)
     if VARIANT.gap:
-        fails = fails | (largest * by_row(unit, VARIANT) - maximum[:, None] < gap)
-    if VARIANT.absolute or VARIANT.gap:
-        return anyone(gl.where((fails | ~candidate) & ~forced, 0, 1), WG)
-    else:
-        return forced | candidate
+        below = largest * by_row(unit, VARIANT) - maximum[:, None] < gap
+        passes = anyone(gl.where(below | ~valid[:, None], 0, 1), WG) & passes
+    return passes
 
 
 @gluon.jit
@@ -285,7 +274,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
     kept = gl.where(whole, 0, UNCOUNTED)  # forced tiles too; a flag of its own would be one more register
     if stream.length > 0:
         mbarrier.wait(buffers.q_full, 0)
-        if VARIANT.ahead:
+        if VARIANT.awaits_early:
             wait_for(buffers.k_full, 0, VARIANT.slabs, VARIANT.k_stages)
     if VARIANT.lists:
         following = gl.load(stream.entries)
@@ -313,7 +302,8 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             unit = q_scale
             if VARIANT.int8:  # behind the start: a load in flight holds up products that have not started
                 unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)
-            meanwhile(buffers, i, stream.length, VARIANT)
+            if VARIANT.awaits_early:
+                meanwhile(buffers, i, stream.length, VARIANT)
             s = trivially(warpgroup_mma_wait(0, deps=[s]), score_layout(KEYS))
             give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
             if masked:
@@ -324,31 +314,25 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             if VARIANT.capped:
                 largest = cap_scores(largest, call.scale, call.softcap)
                 unit = LOG2E
-            passes = vote(
-                largest, valid, forced, candidate, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT
-            )  # fmt: skip
-            if VARIANT.v_awaited == "voted":
+            passes = vote(largest, valid, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT)
+            if not VARIANT.awaits_early:
                 wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+            passes = forced | (candidate & passes)
             if VARIANT.lists:
                 following = entry_after(stream.entries, i, stream.length)
             if passes:
-                if VARIANT.v_awaited == "kept":
-                    wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
                 if VARIANT.capped:
                     s = cap_scores(s, call.scale, call.softcap)
                 acc, row = accumulate(s, largest, acc, row, unit, buffers, i, VARIANT)
                 kept += 1
         else:
-            if not VARIANT.ahead:
-                wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
+            wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
             give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
-            meanwhile(buffers, i, stream.length, VARIANT)
-            if VARIANT.v_awaited == "voted":
-                wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
             following = entry_after(stream.entries, i, stream.length)
-        if not VARIANT.ahead:
+        if not VARIANT.returns_v_late:
             give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
-    if VARIANT.ahead:
+    if VARIANT.returns_v_late:
         if stream.length > 0:
             let_v_pass(buffers, stream.length - 1, VARIANT)
 

@@ -8,12 +8,12 @@ in the stream:
     returned: all consumers arrived for i - stages    wait full(i), products read the slab
     expect bytes on full(i), start TMA       ------>  returned(i): arrive, when its own products are done
 
-What a consumer does in a tile is one chain, and its length is the kernel's speed (NOTES.md). So, where K's slots hold
-two tiles, nothing that can be done while QK^T runs is left to be done behind it (`meanwhile`):
+What a consumer does for a tile is one chain, and its length is the kernel's speed. Where that was faster (NOTES.md), it
+waits early, while QK^T runs anyway, and without gates it gives V back there too:
 
-    QK^T of i   ||   V of i - 1: wait, return;  V of i: wait;  K of i + 1: wait
-    maximum, vote
-    softmax, PV of i, if it is kept
+    plain       wait K i   QK^T i         return K i   vote   wait V i   softmax, PV of i, if kept   return V i
+    early       QK^T i || wait V i, K i + 1                   return K i   vote   softmax, PV of i   return V i
+    and late    QK^T i || return V i - 1, wait V i, K i + 1   return K i          softmax, PV of i
 
 `full` are mbarriers in shared memory; `returned` are hardware barriers, one arrival a warp, because Triton puts two
 barriers of a whole warpgroup around an mbarrier's arrive. A consumer lets a slab pass only after it has landed, so no
@@ -98,21 +98,20 @@ def give_back_tile(i, first: gl.constexpr, slabs: gl.constexpr, stages: gl.const
 
 @gluon.jit
 def let_v_pass(buffers, i, VARIANT: gl.constexpr):
-    """Used or not, V of a tile is given back once it has landed."""
+    """V of a tile is given back, used or not. The wait is over long ago, but a part of what was measured (NOTES.md)."""
     wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
     give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
 
 
 @gluon.jit
 def meanwhile(buffers, i, length, VARIANT: gl.constexpr):
-    """What a consumer does while QK^T of the i-th tile runs; V goes back first, or K might wait for it."""
-    if VARIANT.ahead:
+    """What an early consumer does while QK^T of the i-th tile runs; V goes back first, or K might wait for it."""
+    if VARIANT.returns_v_late:
         if i > 0:
             let_v_pass(buffers, i - 1, VARIANT)
-        if VARIANT.v_awaited == "early":
-            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
-        if i + 1 < length:
-            wait_for(buffers.k_full, i + 1, VARIANT.slabs, VARIANT.k_stages)
+    wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+    if i + 1 < length:
+        wait_for(buffers.k_full, i + 1, VARIANT.slabs, VARIANT.k_stages)
 
 
 @gluon.jit
@@ -179,14 +178,13 @@ def anyone(flags, WG: gl.constexpr):
     """Whether a flag [ROWS, 4] is set in some thread of the consumer: every thread votes for its own, one barrier asks.
 
     A tensor's values cannot become a scalar without shuffles and shared memory; they do by way of a register that only
-    PTX knows (`declare_vote`). All threads get the same answer, which ptxas believes of a warp's vote only: without it,
-    what depends on the answer is compiled for threads that may part.
+    PTX knows (`declare_vote`).
     """
     own = gl.reduce(flags.reshape([4, 2, 8, 4]), 1, either)
     gl.inline_asm_elementwise("mov.b32 bsfa_vote, $1; mov.b32 $0, $1;", "=r,r", [own], gl.int32, False, 1)
     PTX: gl.constexpr = (
         "{.reg .pred mine, all; setp.ne.b32 mine, bsfa_vote, 0; barrier.cta.red.or.pred all, $1, 128, mine; "
-        "vote.sync.any.pred all, all, -1; selp.b32 $0, 1, 0, all;}"
+        "selp.b32 $0, 1, 0, all;}"
     )
     return gl.inline_asm_elementwise(PTX, "=r,r,~{memory}", [gl.to_tensor(VOTES + WG)], gl.int32, False, 1) == 1
 

@@ -44,6 +44,7 @@ class Variant:
     consumers: int
     k_stages: int  # slabs of K and of V in flight
     v_stages: int
+    early: bool  # with gates too
     causal: bool
     keep_sink: bool
     absolute: bool
@@ -59,20 +60,17 @@ class Variant:
     packed: bool  # queries of several sequences side by side
 
     @property
-    def ahead(self) -> bool:
-        """Whether a consumer waits for the next tile's K while this one's QK^T runs: where K's slots hold two tiles,
-        since otherwise the next one may lack a slot of this one.
+    def awaits_early(self) -> bool:
+        """Whether V of a tile and K of the next one are awaited while the tile's QK^T runs. K's slots must hold two
+        tiles, or the next one may lack a slot of this one, for ever.
         """
-        return self.k_stages >= 2 * self.slabs
+        wanted = self.early or not (self.absolute or self.gap)
+        return wanted and not self.lists and self.k_stages >= 2 * self.slabs
 
     @property
-    def v_awaited(self) -> str:
-        """When a consumer waits for a tile's V: "early", while QK^T runs; "kept", once the vote has kept it, where V
-        has few slots and often lands later than that; "voted", behind any vote, where V goes back at the tile's end.
-        """
-        if not self.ahead:
-            return "voted"
-        return "early" if self.v_stages >= 3 * self.v_slabs or not (self.absolute or self.gap) else "kept"
+    def returns_v_late(self) -> bool:
+        """Whether V goes back while the next tile's QK^T runs."""
+        return self.awaits_early and not (self.absolute or self.gap)
 
     @property
     def width(self) -> int:
