@@ -22,6 +22,7 @@ from .hopper_pipeline import (
     let_v_pass,
     meanwhile,
     producer,
+    reinterpret,
     slot_of,
     wait_for,
 )
@@ -389,7 +390,7 @@ def store_output(acc, inverse, staging, call, first_chunk, first_column, first_v
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], dtype)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     o_rows: gl.constexpr = gl.SliceLayout(1, score_layout(VARIANT.v_columns))
-    staging = staging._reinterpret(dtype, [ROWS, WIDTH], layout)
+    staging = reinterpret(staging, dtype, [ROWS, WIDTH], layout)
     PARTS: gl.constexpr = VARIANT.v_columns // WIDTH
     parts = in_parts(acc * gl.convert_layout(inverse, o_rows)[:, None], PARTS)
     for part in gl.static_range(PARTS):

@@ -30,6 +30,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .hopper_stream import KEYS, ROWS, entry_after, stream_tile
 
+# Of a shared_memory_descriptor; public since Triton 3.9.
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
 # Triton 3.9 renamed it.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
