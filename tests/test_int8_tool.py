@@ -103,7 +103,7 @@ def test_a_gpu_without_int8_scores_runs_exact_ones_and_says_so(monkeypatch):
         return ("triton", "") if scores == "exact" else (None, "it has no int8 scores")
 
     monkeypatch.setattr(planner, "fused", fused)
-    q = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shape=(1, 2, 64, 64))
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 2, 64, 64))
     handler = SimpleNamespace(least_rows=64, fused_tile=sweep.TileShape(), knows_scoring=True, scores="int8")
     step = planner.plan(planner.Call(q, q, q, True, False, False, None, None, False), handler)
     assert step.route is planner.Route.GATED and step.expected
