@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from bsfa_kernels import TileShape, block_sparse_attention
+from bsfa_kernels import TileShape, block_sparse_attention, split_kv
 from bsfa_kernels.selection import METHODS, density, select
 from bsfa_kernels.thresholds import MODEL_KEYS, Point, Thresholds
 from one_round import one_round
@@ -290,6 +290,23 @@ def test_a_method_that_cannot_take_part_is_left_out_of_all_and_refused_by_name()
         methods.chosen("sliding_window,pbs", None, False)
     with pytest.raises(UsageError, match="there is no method"):
         methods.chosen("pbs,", None, True)
+
+
+def test_every_tile_is_kept_by_the_kernel_that_drops_some(source, monkeypatch):
+    """Where few heads leave a GPU idle, "auto" gives a call without a gate to split_kv: other rounding, other times."""
+
+    def unsupported(request):
+        gated = request.gate.absolute is not None or request.gate.gap is not None
+        return "tiles are dropped or counted" if gated or request.blocks or request.want_counts else None
+
+    def attention(request):
+        raise AssertionError("served by another kernel")
+
+    monkeypatch.setattr(split_kv, "suits", lambda request: True)
+    monkeypatch.setattr(split_kv, "unsupported", unsupported)
+    monkeypatch.setattr(split_kv, "attention", attention)
+    found = run.cell(source, None, "dense,sliding_window", TILE, CPU, 0.001, 0)
+    assert {row["backend"] for row in found["rows"]} == {"torch"} and rows_of(found, "dense")[0]["error"] == 0
 
 
 @pytest.mark.gpu

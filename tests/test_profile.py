@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import sys
 import time
 
@@ -15,7 +16,7 @@ from bsfa_cli import app as cli
 from bsfa_cli import structured
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing import baselines, compare, flash_attention, interleave, plan, skip_softmax, sweep, thresholds
-from bsfa_cli.timing.lead import Lead
+from bsfa_cli.timing.lead import MARGIN, Lead
 
 pytestmark = pytest.mark.usefixtures("random_model")
 
@@ -407,16 +408,26 @@ def test_end_to_end_on_a_missing_model(profile):
 
 @pytest.mark.gpu
 def test_a_host_that_launches_slowly_is_timed_only_where_a_user_waits_for_it():
-    x = torch.zeros(1024, device="cuda")
+    x, launches = torch.zeros(1024, device="cuda"), {True: [], False: []}
 
-    def slow():
-        x.add_(1)
-        time.sleep(0.005)
-        return x.add_(1)
+    def contender(ahead: bool):
+        def slow():
+            begun = time.perf_counter()
+            x.add_(1)
+            time.sleep(0.005)
+            x.add_(1)
+            launches[ahead].append((time.perf_counter() - begun) * 1e3)
+            return x
 
-    contenders = [interleave.Contender(f"ahead: {ahead}", slow, ahead=ahead) for ahead in (True, False)]
-    timings = interleave.measure(contenders, x.device, seconds=0)
-    assert max(timings["ahead: True"].samples_ms) < 1 < 4 < min(timings["ahead: False"].samples_ms)
+        return interleave.Contender(f"ahead: {ahead}", slow, ahead=ahead)
+
+    timings = interleave.measure([contender(True), contender(False)], x.device, seconds=0, at_least=15)
+    assert min(timings["ahead: False"].samples_ms) > 4
+    # A busy machine may launch later than any lead, or have the GPU do something else within a sample.
+    samples = timings["ahead: True"].samples_ms
+    late = MARGIN * 0.75 * min(launches[True])
+    prompt = [ms for ms, host in zip(samples, launches[True][-len(samples) :], strict=True) if host < late]
+    assert prompt and statistics.median(prompt) < 1
 
 
 @pytest.mark.gpu

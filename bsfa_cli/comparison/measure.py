@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from bsfa_kernels import TileShape, block_sparse_attention
+from bsfa_kernels import TileShape
 
 from ..errors import BsfaError
 from ..timing import baselines
@@ -52,8 +52,8 @@ class Bench:
 
     def add(self, layer: Layer, begin: Begin = unseen) -> None:
         """Measure every entry on one layer."""
-        exact = block_sparse_attention(
-            layer.q, layer.k, layer.v, scale=layer.scale, causal=layer.causal, tile=self.tile, return_lse=True
+        exact = attend(
+            layer.q, Choice(layer.k, layer.v), scale=layer.scale, causal=layer.causal, tile=self.tile, return_lse=True
         )
         contenders, step = self._dense(layer), begin(len(self.entries), "selections and losses")
         for entry in self.entries:

@@ -53,8 +53,12 @@ class Choice:
 
 
 def attend(q: torch.Tensor, choice: Choice, **options) -> Attention:
-    """The kernel on a choice; `options` as for `block_sparse_attention`."""
-    return block_sparse_attention(q, choice.k, choice.v, choice.gate, **choice.options, **options)
+    """The kernel on a choice, with counts; `options` as for `block_sparse_attention`.
+
+    Kernels for tiles count them at no cost. Without, "auto" may give a call that has no gate to split_kv, and methods
+    would be compared across kernels.
+    """
+    return block_sparse_attention(q, choice.k, choice.v, choice.gate, return_counts=True, **choice.options, **options)
 
 
 @dataclass(frozen=True)

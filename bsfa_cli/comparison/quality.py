@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from bsfa_kernels import Attention, Gate, TileShape, block_sparse_attention, explain
+from bsfa_kernels import Attention, Gate, TileShape, explain
 from bsfa_kernels.tiles import tile_counts
 
 from ..metrics.distance import relative, squares
@@ -35,10 +35,12 @@ class Quality:
         `exact`: attention with every tile kept, with its lse, where the caller has it.
         """
         options = dict(scale=layer.scale, causal=layer.causal, tile=tile)
-        result = attend(layer.q, choice, return_lse=True, return_counts=True, **options)
-        self.backend, _ = explain(layer.q, choice.k, choice.v, choice.gate, **choice.options, **options)
+        result = attend(layer.q, choice, return_lse=True, **options)
+        self.backend, _ = explain(
+            layer.q, choice.k, choice.v, choice.gate, return_counts=True, **choice.options, **options
+        )
         if exact is None:
-            exact = block_sparse_attention(layer.q, layer.k, layer.v, return_lse=True, **options)
+            exact = attend(layer.q, Choice(layer.k, layer.v), return_lse=True, **options)
         whole = exact
         if choice.options.get("scores", "exact") != "exact":  # mass is what a gate drops, of the scores that it sees
             whole = attend(layer.q, replace(choice, gate=Gate()), return_lse=True, **options)
