@@ -1,12 +1,13 @@
 """Calls of few queries on many keys, without a GPU: who serves them, and into how many programs they are divided."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from bsfa_kernels import Gate, TileShape, backends
+from bsfa_kernels import Gate, TileShape, backends, devices
 from bsfa_kernels.integrations import plan as planner
 from bsfa_kernels.integrations.plan import FEW, Call, Route, few_queries
 from bsfa_kernels.request import Request
@@ -53,6 +54,23 @@ def test_a_gate_is_left_out_where_it_would_cost_time(rows, keys, heads, few):
         assert planner.plan(other, handler).route is Route.GATED
     handler.fused_tile = None
     assert planner.plan(call, handler).route is Route.GATED
+
+
+def test_a_compiled_model_does_not_trace_how_large_its_gpu_is(monkeypatch):
+    def properties(device):
+        torch._dynamo.graph_break()
+        return SimpleNamespace(multi_processor_count=132)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(planner, "processors", devices.processors)
+    devices._processors.cache_clear()
+
+    @partial(torch.compile, backend="eager", fullgraph=True)
+    def layer(x):
+        return x + few_queries(x.shape[0], 8192, 32, CUDA)
+
+    assert layer(torch.zeros(64)).sum() == 64
+    devices._processors.cache_clear()
 
 
 def request(rows: int, keys: int, batch: int = 1, heads: int = 32, **options) -> Request:

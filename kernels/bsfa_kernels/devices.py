@@ -7,11 +7,15 @@ from functools import cache
 import torch
 
 
-@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _processors(device)
 
 
-# As backends.fused: torch.compile need not look into it.
+# As backends.fused: torch.compile need not look into it. It does look into what is cached, with a warning.
 processors._dynamo_marked_constant = True
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
