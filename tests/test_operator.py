@@ -245,6 +245,10 @@ REFUSED = [
     (dict(scale=0.0), r"scale must be positive and finite, got 0.0"),
     (dict(scale=float("nan")), r"scale must be positive and finite, got nan"),
     (dict(q_offset=-1), r"q_offset must not be negative, got -1; left padding is described by spans"),
+    (
+        dict(q_offset=2**31),
+        r"queries end before position 2,147,483,647, got q_offset 2,147,483,648 and 40 queries",
+    ),
     (dict(q_offset=3, spans=make_spans(2)), r"give either q_offset or spans, not both"),
     (dict(spans=make_spans(3)), r"spans must be int32 \[2, 4\] on cpu, got torch.int32 \[3, 4\] on cpu"),
     (dict(spans=make_spans(2).long()), r"spans must be int32 \[2, 4\] on cpu, got torch.int64 \[2, 4\] on cpu"),
@@ -298,6 +302,15 @@ def test_bad_tiles_and_lse_are_refused():
         TileShape(64, 0)
     with pytest.raises(ValueError, match=r"lse must be float32 \[2, 4, 40\], got torch.float32 \[2, 4, 39\]"):
         tile_statistics(Q, K, torch.zeros(2, 4, 39))
+    with pytest.raises(TypeError, match="^lse must be a torch.Tensor, got list$"):
+        tile_statistics(Q, K, [0.0])
+
+
+def test_what_is_asked_of_packed_sequences_is_about_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "choose", lambda request: asked.append(request) or ("torch", None, {}))
+    explain(torch.zeros(1, 4, 60, 16), K, V, packed=PACKED, block_table=TABLE)
+    assert (asked[0].batch, asked[0].rows) == (2, 30) and asked[0].spans is PACKED.spans
 
 
 def request(**changes) -> Request:
@@ -315,6 +328,8 @@ def test_auto_says_why_faster_backends_were_passed_over():
     assert passed_over["hopper"] == "tensors are on cpu; the Hopper kernel needs an H100 or H200"
     assert passed_over["triton"] == "tensors are on cpu; the Triton kernel needs a CUDA device"
     assert explain(Q, K, V) == (name, passed_over)
+    with pytest.raises(TypeError, match="^block_sparse_attention has no argument 'casual'$"):
+        explain(Q, K, V, casual=False)
     assert backends.choose(request(), table=backends.STATISTICS)[0] == "torch"
 
 

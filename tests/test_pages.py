@@ -132,8 +132,8 @@ def test_a_place_that_does_not_fit_is_refused(out):
 @pytest.mark.parametrize(
     "options",
     [{"block_table": [[0, 1]]}, {"block_table": [[0, 1]], "packed": pack([0], [20], [28])}, {"out": "here"},
-     {"spans": (0, 0, 70, 70)}],
-    ids=["block_table", "packed block_table", "out", "spans"],
+     {"spans": (0, 0, 70, 70)}, {"sinks": [0.0] * 4}],
+    ids=["block_table", "packed block_table", "out", "spans", "sinks"],
 )  # fmt: skip
 def test_what_is_no_tensor_is_refused_by_its_name(options):
     name, value = next(iter(options.items()))
@@ -150,7 +150,9 @@ def test_queries_and_packed_have_to_be_what_they_are():
         block_sparse_attention(q, k, v, block_table=table, packed=([0], [1]))
 
 
-@pytest.mark.parametrize("batch", [([0.5], [1], [1]), ([0], 1, [1]), ([0], [1], ["many"])])
+@pytest.mark.parametrize(
+    "batch", [([0.5], [1], [1]), ([0], 1, [1]), ([0], [1], ["many"]), (iter([0]), [1], [1]), ([0], {1}, [1])]
+)
 def test_packed_rows_are_whole_numbers(batch):
     with pytest.raises(TypeError, match="^(starts|rows|lengths) must be a list of whole numbers, got "):
         pack(*batch)

@@ -11,6 +11,7 @@ bsfa::tile_statistics, so torch.compile and fake tensors see through them.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -160,6 +161,7 @@ def tile_statistics(
     """
     checks.check(q, k, k, scale, q_offset, spans)
     checks.check_scoring(q, k.shape[2], causal, q_offset, spans, window, softcap, None, scores)
+    checks.check_tensor("lse", lse)
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
     return TileStatistics(
@@ -183,15 +185,21 @@ def tile_statistics(
 
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
-    """(backend that "auto" takes for this call, {faster backend: why it cannot})."""
-    tile, spans = options.get("tile", TileShape()), options.get("spans")
-    gate = gate.expanded(q.shape[1], q.device)
+    """(backend that "auto" takes for this call, {faster backend: why it cannot}). Raises TypeError for an option that
+    `block_sparse_attention` has not.
+    """
+    defaults = block_sparse_attention.__kwdefaults__
+    unknown = sorted(options.keys() - defaults.keys())
+    if unknown:
+        raise TypeError(f"block_sparse_attention has no argument {unknown[0]!r}")
+    given = SimpleNamespace(**defaults | options)
+    sequences, packed_rows = None, 0
+    if given.packed is not None:
+        sequences, packed_rows, given.spans = given.packed.table, given.packed.rows, given.packed.spans
     request = Request(
-        q, k, v, gate, _scale(q, options.get("scale")), options.get("causal", True), tile,
-        options.get("keep_sink", True), options.get("q_offset", 0), spans, options.get("return_lse", False),
-        options.get("return_counts", False),
-        options.get("blocks"), options.get("window"), options.get("softcap"), options.get("sinks"),
-        options.get("scores", "exact"), block_table=options.get("block_table"),
+        q, k, v, gate.expanded(q.shape[1], q.device), _scale(q, given.scale), given.causal, given.tile,
+        given.keep_sink, given.q_offset, given.spans, given.return_lse, given.return_counts, given.blocks,
+        given.window, given.softcap, given.sinks, given.scores, None, given.block_table, sequences, packed_rows,
     )  # fmt: skip
     name, _, passed_over = backends.choose(request)
     return name, passed_over

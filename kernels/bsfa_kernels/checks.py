@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from .packed import Packed
-from .request import SCORES, query_tiles
+from .request import SCORES, UNBOUNDED, query_tiles
 
 
 def check_tensor(name, x):
@@ -50,6 +50,8 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if spans is None and q_offset < 0:
         raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
+    if spans is None and q_offset + of_q[2] > UNBOUNDED:
+        raise ValueError(f"queries end before position {UNBOUNDED:,}, got q_offset {q_offset:,} and {of_q[2]:,} queries")
     if spans is not None:
         check_tensor("spans", spans)
         if q_offset:
@@ -154,6 +156,8 @@ def check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scor
             )
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if sinks is not None:
+        check_tensor("sinks", sinks)
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         raise ValueError(f"sinks must be [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -32,7 +32,8 @@ def pack(
     more queries than keys.
     """
     for name, numbers in (("starts", starts), ("rows", rows), ("lengths", lengths)):
-        if not isinstance(numbers, Iterable) or not all(isinstance(n, Integral) for n in numbers):
+        listed = isinstance(numbers, Sequence) or hasattr(numbers, "__array__")
+        if not listed or not all(isinstance(n, Integral) for n in numbers):
             raise TypeError(f"{name} must be a list of whole numbers, got {short(numbers)}")
     if not len(starts) == len(rows) == len(lengths):
         raise ValueError(f"{len(starts)} starts, {len(rows)} rows and {len(lengths)} lengths are not of one batch")
