@@ -124,7 +124,7 @@ def check_writable(path: Path, kind: str | None = None) -> None:
         if kind is not None and found not in (None, kind):
             raise UsageError(f"{path} is {found} and would be replaced by {kind}; choose another place, or remove it")
         if not folder.is_dir():
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)  # another process may make it now
             note(f"created the folder {folder}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from bsfa_cli import app
 from bsfa_cli.calibration.claims import Claims
 from bsfa_cli.calibration.curves import ModuleCurves
+from bsfa_cli.calibration.group import Group
 from bsfa_cli.calibration.store import Run
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the run that its tests share
@@ -176,6 +178,10 @@ def test_a_group_keeps_others_from_its_run(finished, random_model, run, one_sent
         ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
         (dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0") | {"WORLD_SIZE": "2"},
          ["--processes", "3"], "--processes 3, but 2 processes were started"),
+        (dict.fromkeys(("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0") | {"WORLD_SIZE": "2", "RANK": "2"}, [],
+         "RANK is 2, not a number below 2; start the processes by torchrun"),
+        (dict.fromkeys(("RANK", "MASTER_ADDR", "MASTER_PORT"), "0") | {"WORLD_SIZE": "2", "LOCAL_RANK": "one"}, [],
+         "LOCAL_RANK is one, not a number below 2"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("no_model")
@@ -187,10 +193,28 @@ def test_an_environment_that_cannot_be_meant_is_refused(variables, arguments, sa
     assert not (tmp_path / "run").exists()
 
 
+def test_nobody_goes_on_before_all_are_here():
+    store, passed = torch.distributed.HashStore(), []
+
+    def come(rank):
+        Group(rank, 3, rank, store).meet("here")
+        passed.append(rank)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
+    for thread in threads[:2]:
+        thread.start()
+    time.sleep(0.3)
+    assert passed == []
+    threads[2].start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(passed) == [0, 1, 2]
+
+
 @pytest.mark.usefixtures("no_model")
 def test_a_gpu_for_each_process(monkeypatch):
     from bsfa_cli import environment
-    from bsfa_cli.calibration.group import Group, place_of
+    from bsfa_cli.calibration.group import place_of
     from bsfa_cli.errors import MachineError, UsageError
 
     chosen = []

@@ -3,6 +3,7 @@
     group = Group.joined()      # None where this process is alone
     group.begin(make)           # the first process makes the run, the others wait until it stands
     group.gather(name, value)   # every process's value, in the first one
+    group.meet(name)            # nobody goes on before all are here
 
 Samples are shared out through the run directory (claims.py); the store, a server in the first process or in torchrun's
 agent, carries the start, how long each sample took, and answers to questions.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 BEGUN = "bsfa/begun"
+POLL_SECONDS = 0.1
 PATIENCE = timedelta(hours=2)  # for the first process to load a model and its texts
 
 
@@ -85,16 +88,41 @@ class Group:
 
         Raises MachineError where the first process is gone, or another gives nothing.
         """
-        key = f"bsfa/{name}"
-        try:
-            self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        with _lost():
+            keys = self._give(name, json.dumps(value))
             if not self.first:
                 return None
-            keys = [f"{key}/{rank}" for rank in range(self.size)]
-            self.store.wait(keys, PATIENCE)
+            self._await(keys)
             return [json.loads(self.store.get(key)) for key in keys]
-        except RuntimeError as error:
-            raise MachineError(f"the processes lost each other: {said(error)}") from error
+
+    def meet(self, name: str) -> None:
+        """Return once all processes have come here; the first has to stay for a while. Raises MachineError where one of
+        them does not come.
+        """
+        with _lost():
+            self._await(self._give(name, ""))
+
+    def _await(self, keys: list[str]) -> None:
+        """`store.wait` would hold an interrupt back until it is through. Raises RuntimeError."""
+        until = time.monotonic() + PATIENCE.total_seconds()
+        while not self.store.check(keys):
+            if time.monotonic() > until:
+                raise RuntimeError(f"nothing came within {PATIENCE}")
+            time.sleep(POLL_SECONDS)
+
+    def _give(self, name: str, value: str) -> list[str]:
+        """Set this process's value of a name; returns the keys of all."""
+        keys = [f"bsfa/{name}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], value)
+        return keys
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise MachineError(f"the processes lost each other: {said(error)}") from error
 
 
 def check_shared(device: str) -> None:
@@ -130,9 +158,13 @@ def place_of(device: str, group: Group | None) -> torch.device:
 def started() -> int:
     """How many processes were started together, with this one. Raises UsageError where only half of that is said."""
     size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdigit() or int(size) < 2:
+    if not size.isdecimal() or int(size) < 2:
         return 1
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start the processes by torchrun")
+    for name, end in (("RANK", int(size)), ("LOCAL_RANK", int(size)), ("MASTER_PORT", 1 << 16)):
+        value = os.environ[name]
+        if not value.isdecimal() or int(value) >= end:
+            raise UsageError(f"{name} is {value}, not a number below {end}; start the processes by torchrun")
     return int(size)

@@ -73,12 +73,13 @@ def run(processes: int, prints: bool, replaceable: bool = True) -> None:
     `replaceable`: what a lost process was at, another one does.
 
     Raises what the first one that failed says, with its exit code; MachineError where all were lost, or one that cannot
-    be replaced; KeyboardInterrupt once an interrupted group has ended.
+    be replaced; KeyboardInterrupt once an interrupted group has ended, or one whose parent was told to end (SIGTERM).
     """
-    port = _free_port()
-    group = [Process(rank, processes, port) for rank in range(processes)]
-    codes: dict[int, int] = {}
+    port, codes, group = _free_port(), {}, []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the processes would go on without it
     try:
+        for rank in range(processes):
+            group.append(Process(rank, processes, port))
         while len(codes) < processes:
             time.sleep(POLL_SECONDS)
             for rank, process in enumerate(group):
@@ -87,6 +88,7 @@ def run(processes: int, prints: bool, replaceable: bool = True) -> None:
                     _judge(group, rank, code, replaceable)
     finally:
         _stop(group, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
+        signal.signal(signal.SIGTERM, before)
     if 0 not in codes.values():
         raise MachineError("every process was lost; the same command resumes the run")
     if codes[0] != 0 and prints:
@@ -99,7 +101,7 @@ def _judge(group: list[Process], rank: int, code: int, replaceable: bool) -> Non
     if code < 0:
         lost = f"process {rank + 1} was lost ({signal.Signals(-code).name})"
         if not replaceable:
-            raise MachineError(f"{lost}, and nothing was written; repeat the command")
+            raise MachineError(f"{lost}, and its answers with it; repeat the command")
         note(f"{lost}, and its sample in progress with it")
     if code > 0:
         # Where the first one fails, the others fail to find it, and it is the one that knows why.

@@ -168,8 +168,9 @@ def compare(
         raise UsageError("several processes share the questions of --tasks out; give --tasks, or start one process")
     group = Group.joined(processes)
     place = place_of(device, group)
+    first = group is None or group.first
     for path, kind in ((output, RESULT), (plot, None)):
-        if path is not None:
+        if path is not None and first:
             check_writable(path, kind)
     shown = TileShape(*map(int, tile.split("x")))
     if model is not None:
@@ -186,7 +187,7 @@ def compare(
         wake(place)
         loaded = _loaded(model, given, place, dtype, wanted[-1])
         spec = given_data or default_data(loaded)
-        for remark in remarks(given_data, spec, samples):
+        for remark in remarks(given_data, spec, samples) if first else ():
             note(remark)
         texts = [_texts(loaded, spec, samples, n, seed + 1) for n in wanted]
         asked = [_questions(loaded, tasks, n, questions, seed, ask_at) if tasks else [] for n in wanted]
@@ -210,9 +211,15 @@ def compare(
         def cell(i: int, begin) -> dict:
             return bench.cell(sources[i], fitted[i], methods, shown, place, seconds, seed, begin, settings)
 
-    if group is not None and not group.first:
+    def measured(i: int) -> None:
+        """On a CPU nobody answers the next length's questions while this length is timed."""
+        if group is not None and place.type == "cpu" and i + 1 < len(wanted):
+            group.meet(f"measured/{i}")
+
+    if not first:
         for i in range(len(wanted)):
             cell(i, unseen)
+            measured(i)
         return
     result = bench.empty(place, shown, seed) | {"settings": setting or []}
     note_speeds(place)
@@ -220,6 +227,7 @@ def compare(
         with progress() as display:
             begin = beginner(display, "all tokens" if n is None else f"{n:,} tokens")
             result["cells"].append(cell(i, begin))
+        measured(i)
         found = result["cells"][-1]
         if found.get("questions_left"):
             note(f"{n:,} tokens: {minutes:g} minutes were over with {found['questions_left']} questions left unasked")

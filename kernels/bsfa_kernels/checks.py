@@ -51,7 +51,9 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
     if spans is None and q_offset < 0:
         raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
     if spans is None and q_offset + of_q[2] > UNBOUNDED:
-        raise ValueError(f"queries end before position {UNBOUNDED:,}, got q_offset {q_offset:,} and {of_q[2]:,} queries")
+        raise ValueError(
+            f"queries end before position {UNBOUNDED:,}, got q_offset {q_offset:,} and {of_q[2]:,} queries"
+        )
     if spans is not None:
         check_tensor("spans", spans)
         if q_offset:
