@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from bsfa_kernels import TileShape
+from bsfa_kernels.integrations import plan as planner
 from bsfa_kernels.integrations import sglang as backend_module
 from bsfa_kernels.integrations.dense import attention
 from bsfa_kernels.integrations.sparse import SparseAttention
@@ -259,6 +260,14 @@ def test_short_chunks_alone_go_to_the_stock_backend(rows, stock, engine, monkeyp
     backend.forward_extend(*inputs(sum(rows)), make_layer(), make_batch(runner, prefixes, rows))
     assert backend.calls == stock
     assert asked == [(n, prefix + n, HEADS) for n, prefix in zip(rows, prefixes, strict=True)]
+
+
+def test_many_short_prompts_are_not_few_queries_of_many_keys(engine, monkeypatch):
+    monkeypatch.setattr(planner, "_few", lambda call, tile: call.k.shape[2] >= 2 * call.q.shape[2])
+    runner = make_runner()
+    backend = create(engine, runner)
+    backend.forward_extend(*inputs(300), make_layer(), make_batch(runner, [0] * 3, [100] * 3))
+    assert backend.calls == 0
 
 
 def test_settings_that_cannot_be_meant_are_refused(engine, monkeypatch):

@@ -179,9 +179,10 @@ class Extend:
         ):
             return FEW
         rows = max(batch.extend_seq_lens_cpu)
+        keys, values = (x[None, :rows].transpose(1, 2) for x in (k, v))  # a sequence's, not all tokens' of the batch
         call = Call(
-            q.view(1, -1, layer.tp_q_head_num, layer.qk_head_dim).transpose(1, 2)[:, :, :rows], k[None].transpose(1, 2),
-            v[None].transpose(1, 2), True, True, False, None, None, False,
+            q.view(1, -1, layer.tp_q_head_num, layer.qk_head_dim).transpose(1, 2)[:, :, :rows], keys, values, True,
+            True, False, None, None, False,
         )  # fmt: skip
         step = plan(call, handler)
         return handler if step.route is Route.GATED else step.reason
