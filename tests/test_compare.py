@@ -81,7 +81,7 @@ def test_errors_and_masses_are_those_of_the_outputs(source):
     choice = method.choose("", layer.q, layer.k, layer.v, setting=512, **options)
     found = quality.Quality()
     exact = block_sparse_attention(layer.q, layer.k, layer.v, return_lse=True, **options)
-    result = methods.attend(layer.q, choice, return_lse=True, return_counts=True, **options)
+    result = methods.attend(layer.q, choice, return_lse=True, **options)
     found.add(layer, result, exact, TILE, True)
     s = layer.q.double() @ layer.k.double().repeat_interleave(2, 1).mT * layer.scale
     s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)

@@ -174,6 +174,11 @@ def test_the_experiment_at_toy_size(monkeypatch, random_model, folder, tmp_path)
         experiment(monkeypatch, *common, "--thresholds", f"{random_model}/config.json")
 
 
+def test_what_measures_nothing_fails():
+    rows = [{"name": name, "finite": name != "b", "skip": skip} for name, skip in (("a", 0.0), ("b", 0.5), ("c", 0.0))]
+    assert eight_bits.failures(rows, {"b", "c"}) == ["b is not finite", "c: nothing was skipped"]
+
+
 def test_planted_data_become_a_table(monkeypatch, tmp_path):
     out, few = tmp_path / "planted.json", {name: eight_bits.VALUES[name] for name in eight_bits.SHORT}
     monkeypatch.setattr(eight_bits, "VALUES", few)
@@ -191,3 +196,6 @@ def test_arguments_that_make_no_sense(monkeypatch, tmp_path):
             experiment(monkeypatch, "--out", tmp_path / "x.json", *arguments)
     with pytest.raises(UsageError, match="--judge must be at least 1"):
         experiment(monkeypatch, "--out", tmp_path / "x.json", "--judge", 0)
+    for option in ("--length", "--minutes"):
+        with pytest.raises(UsageError, match="must be above 0"):
+            experiment(monkeypatch, "--out", tmp_path / "x.json", option, 0)

@@ -5,6 +5,7 @@ exact, int8 or FP8 scores. Without --model errors of the output on structured da
 what becomes of a real model's predictions on `experiments.texts`: KL divergence, top-1 agreement and perplexity against
 the dense model, beside the noise floor, the same emulation with P and V in bfloat16. With --thresholds, an artifact
 with the gap gate, at its points too. FILE is written anew after every text: a run that is cut short leaves whole texts.
+Ends with an error, once everything is written, where a prediction is not finite or a point skipped nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bsfa_kernels.thresholds import Thresholds, ThresholdsError
 
 from ..data.texts import data_hash
 from ..environment import describe, resolve_device
-from ..errors import InputError, UsageError
+from ..errors import GateFailed, InputError, UsageError
 from ..files import check_writable, write_json
 from ..metrics.distance import relative, squares
 from ..metrics.logits import Head, Predictions
@@ -229,6 +230,8 @@ def main() -> int:
         raise UsageError("--short and --thresholds need a --model")
     if options.judge < 1:
         raise UsageError(f"--judge must be at least 1 text of each kind, got {options.judge}")
+    if options.length < 1 or not 0 < options.minutes < float("inf"):
+        raise UsageError(f"--length and --minutes must be above 0, got {options.length} and {options.minutes:g}")
     check_writable(options.out)
     started, device = time.monotonic(), resolve_device("auto")
     result = {"environment": describe(device), "tile": str(TILE)}
@@ -269,6 +272,16 @@ def real_model(options: argparse.Namespace, result: dict, started: float, device
     if not done:
         raise UsageError(f"--minutes {options.minutes:g} is too short for one text")
     say(result["model"]["rows"], done)
+    gated = {name for name, each in found.items() if any(one.gated for one in each.values())}
+    failed = failures(result["model"]["rows"], gated)
+    if failed:
+        raise GateFailed("; ".join(failed))
+
+
+def failures(rows: list[dict], gated: set[str]) -> list[str]:
+    """What makes the rows no measurement: predictions that are not finite, and a gate that dropped nothing."""
+    found = [f"{row['name']} is not finite" for row in rows if not row["finite"]]
+    return found + [f"{row['name']}: nothing was skipped" for row in rows if row["name"] in gated and not row["skip"]]
 
 
 if __name__ == "__main__":
