@@ -75,11 +75,18 @@ def run(processes: int, prints: bool, replaceable: bool = True) -> None:
     Raises what the first one that failed says, with its exit code; MachineError where all were lost, or one that cannot
     be replaced; KeyboardInterrupt once an interrupted group has ended, or one whose parent was told to end (SIGTERM).
     """
-    port, codes, group = _free_port(), {}, []
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the processes would go on without it
+    port, codes, group, told = _free_port(), {}, [], []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     try:
+        for number in heard:  # held back, or the process that is being started would go on without us
+            signal.signal(number, lambda *_: told.append(True))
         for rank in range(processes):
             group.append(Process(rank, processes, port))
+        for number in heard:
+            signal.signal(number, signal.default_int_handler)
+        if told:
+            raise KeyboardInterrupt
         while len(codes) < processes:
             time.sleep(POLL_SECONDS)
             for rank, process in enumerate(group):
@@ -88,7 +95,8 @@ def run(processes: int, prints: bool, replaceable: bool = True) -> None:
                     _judge(group, rank, code, replaceable)
     finally:
         _stop(group, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
-        signal.signal(signal.SIGTERM, before)
+        for number in heard:
+            signal.signal(number, before[number])
     if 0 not in codes.values():
         raise MachineError("every process was lost; the same command resumes the run")
     if codes[0] != 0 and prints:
