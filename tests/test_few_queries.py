@@ -86,6 +86,7 @@ def request(rows: int, keys: int, batch: int = 1, heads: int = 32, **options) ->
         (request(320, 8192), True),
         (request(512, 8192), False),  # two thirds of the GPU are busy
         (request(1, 1023), False),
+        (request(2048, 2048, heads=8), False),  # few heads, but not many keys to a query
         (request(1, 8192, batch=64), True),  # all of it, but with 63 of 64 rows for nothing
         (request(64, 8192, batch=8), False),
     ],

@@ -20,7 +20,7 @@ from .portable import MAX_HEAD_DIM, columns
 from .request import Request, reached_by_descriptors
 from .split_kv_kernel import attend, combine
 
-LEAST_KEYS = 1024  # fewer are left to the other kernels
+LEAST_KEYS, KEYS_OF_ROW = 1024, 16  # fewer, or fewer to a query than were measured, are left to the other kernels
 SHARE = 0.5  # of the GPU that another kernel would have use for, up to which this one is faster (kernels/NOTES.md)
 TILE_ROWS, TILES = 64, 3  # what a multiprocessor works on at a time there
 KEYS_OF_SPLIT = 256  # at least
@@ -73,7 +73,7 @@ def unsupported(request: Request) -> str | None:
 
 def suits(request: Request) -> bool:
     """Whether a call is of the kind that this backend is there for."""
-    if request.k_rows < LEAST_KEYS or not request.q.is_cuda:
+    if request.k_rows < max(LEAST_KEYS, KEYS_OF_ROW * request.rows) or not request.q.is_cuda:
         return False
     tiles = request.batch * request.q.shape[1] * request.query_tiles
     busy = min(1.0, tiles / (TILES * processors(request.q.device)))
