@@ -29,7 +29,8 @@ MAX_GRID_Y = 65_535  # CUDA's limit, of the z axis too
 WIDE_BYTES = 112 * 1024  # shared memory of 64x128 tiles at head dim 256; sm_86 and sm_89 give a program 99 KB
 
 
-def unsupported(request: Request) -> str | None:
+def unreachable(request: Request) -> str | None:
+    """Why Triton's kernels cannot take the tensors of a call, whatever it asks for."""
     q = request.q
     dtypes = (torch.float16, torch.float32) if interpreted() else (torch.float16, torch.bfloat16, torch.float32)
     if interpreted():
@@ -42,10 +43,17 @@ def unsupported(request: Request) -> str | None:
     for head_dim in (q.shape[3], request.v.shape[3]):
         if head_dim % 8 or head_dim > MAX_HEAD_DIM:
             return f"head dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
-    if request.tile.rows not in TILE_SIZES or request.tile.keys not in TILE_SIZES:
-        return f"tile {request.tile}: both sides must be one of {', '.join(map(str, TILE_SIZES))}"
     if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
         return "float32 with head dims above 128 does not fit in shared memory"
+    return None
+
+
+def unsupported(request: Request) -> str | None:
+    q, reason = request.q, unreachable(request)
+    if reason is not None:
+        return reason
+    if request.tile.rows not in TILE_SIZES or request.tile.keys not in TILE_SIZES:
+        return f"tile {request.tile}: both sides must be one of {', '.join(map(str, TILE_SIZES))}"
     if q.shape[3] > 128 and request.tile.keys >= 128 and not interpreted():
         room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
         if room < WIDE_BYTES:

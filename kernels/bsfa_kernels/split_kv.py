@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from .devices import processors
-from .launch import Launches, aligned, device_guard, interpreted, wide_products
-from .portable import MAX_HEAD_DIM, columns
+from .launch import Launches, aligned, device_guard, wide_products
+from .portable import columns, unreachable
 from .request import Request, reached_by_descriptors
 from .split_kv_kernel import attend, combine
 
@@ -47,20 +47,9 @@ class Division(NamedTuple):
 
 
 def unsupported(request: Request) -> str | None:
-    q = request.q
-    dtypes = (torch.float16, torch.float32) if interpreted() else (torch.float16, torch.bfloat16, torch.float32)
-    if interpreted():
-        if q.device.type != "cpu":
-            return "Triton's interpreter is on (TRITON_INTERPRET=1) and the tensors are not on the CPU"
-    elif q.device.type != "cuda":
-        return f"tensors are on {q.device.type}; the Triton kernel needs a CUDA device"
-    if q.dtype not in dtypes:
-        return f"{q.dtype} is not one of {', '.join(str(d) for d in dtypes)}"
-    for head_dim in (q.shape[3], request.v.shape[3]):
-        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-            return f"head dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}"
-    if q.dtype == torch.float32 and q.shape[3] > 128 and not interpreted():
-        return "float32 with head dims above 128 does not fit in shared memory"
+    reason = unreachable(request)
+    if reason is not None:
+        return reason
     if request.blocks is not None:
         return "block lists say what is visited"
     if request.may_hold_tiles:
