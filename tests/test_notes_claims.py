@@ -201,3 +201,16 @@ def test_what_is_said_of_the_gpu_tests_is_so():
     assert f"({kernels} of test_kernels_gpu, the thousand random calls among them" in notes
     assert f"{int8} of test_int8_gpu) and two failed" in notes
     assert [name.partition("::")[0] for name in found["failed"]] == ["tests/test_compare.py", "tests/test_profile.py"]
+
+
+def test_what_the_readme_says_of_few_queries_is_so():
+    readme = on_one_line("README.md")
+    alone = {(cell["rows"], cell["keys"]): ms(cell) for cell in stored("short-calls")["cells"] if cell["batch"] == 1}
+    assert {keys for _, keys in alone} == {8192, 32768, 131072}
+    over = {place: each["bsfa, no gate"] / each["FlashAttention-3"] for place, each in alone.items()}
+    most = max(abs(share - 1) for (rows, _), share in over.items() if rows <= 16)
+    slower = [share for (rows, _), share in over.items() if 64 <= rows <= 256]
+    assert f"1 to 16 take FlashAttention-3's time within {100 * most:.0f} %" in readme
+    assert f"64 to 256 take {min(slower):.1f} to {max(slower):.1f} times it" in readme
+    ahead = [each["bsfa, gate"] < each["FlashAttention-3"] for (rows, _), each in alone.items() if rows == 512]
+    assert ahead == [True] * 3 and "at 512 a gate that skips 75 % is ahead of it" in readme
