@@ -14,6 +14,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from bsfa_cli.experiments import end
+
 CALLS = "calls"
 
 
@@ -116,4 +118,4 @@ def main(tool: str, backends) -> int:
 if __name__ == "__main__":
     tool, *backends = sys.argv[1:]
     backends = backends or ["hopper", "triton", "split_kv"]
-    sys.exit(calls(backends) if tool == CALLS else main(tool, backends))
+    end(tool, lambda: calls(backends) if tool == CALLS else main(tool, backends))

@@ -21,9 +21,10 @@ from bsfa_kernels.pages import gather_pages
 from ..environment import describe, resolve_device
 from ..errors import UsageError
 from ..files import check_writable, write_json
-from ..timing import flash_attention, plan
+from ..timing import flash_attention
 from ..timing.interleave import Contender, first_call, measure
 from . import end
+from .calls import add_options, check_options, say
 
 PAGE = 128
 BISECTIONS = 12
@@ -190,30 +191,17 @@ def main() -> int:
     parser.add_argument(
         "--cells", default=CELLS, help="queries/keys of a prefill chunk, of several prefills in a batch joined by +"
     )
-    parser.add_argument("--skip", type=float, default=0.5)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring, for each cell")
+    add_options(parser, skip=0.5, seconds=3.0)
     options = parser.parse_args()
     wanted = _cells(options.cells)
-    if not 0 <= options.skip < 1 or not 0 < options.seconds < float("inf"):
-        raise UsageError(
-            f"--skip must be from 0 to below 1 and --seconds above 0, got {options.skip:g} and {options.seconds:g}"
-        )
-    plan.Shape("paged", options.heads, options.kv_heads, options.head_dim)  # refuses heads that do not fit
+    shape = check_options("paged", options)
     check_writable(options.out)
     device, cells = resolve_device("auto"), []
-    shape = options.heads, options.kv_heads, options.head_dim
     for sequences in wanted:
         common = shape, options.skip, device, options.seconds
         cells.append(cell(*sequences[0], *common) if len(sequences) == 1 else batch(sequences, *common))
         said = ", ".join(f"{rows:,} queries of {keys:,} keys" for rows, keys in sequences)
-        print(f"{said}, {cells[-1]['skip']:.1%} skipped", flush=True)
-        for row in cells[-1]["contenders"]:
-            print(f"    {row['name']:28} {row['ms_median']:9.3f} ms", flush=True)
-        for absent in cells[-1]["unavailable"]:
-            print(f"    {absent['name']:28} {absent['reason'][:90]}", flush=True)
+        say(f"{said}, {cells[-1]['skip']:.1%} skipped", cells[-1], digits=3)
         write_json(options.out, {"environment": describe(device), "shape": shape, "page": PAGE, "cells": cells})
     return 0
 

@@ -22,9 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..environment import describe, resolve_device
 from ..errors import UsageError
 from ..files import check_writable, write_json
-from ..timing import flash_attention, plan
+from ..timing import flash_attention
 from ..timing.interleave import Contender, first_call, measure
 from . import end
+from .calls import add_options, check_options, say
 from .paged import gap_that_skips
 
 CELLS = ",".join(f"{rows}/{keys}" for keys in (8192, 32768, 131072) for rows in (1, 8, 16, 32, 64, 128, 192, 256, 512))
@@ -119,32 +120,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--cells", default=CELLS, help="queries/keys of a call, xN where it has N sequences")
     parser.add_argument("--backends", default="", help="to time besides, with nothing dropped, by commas")
-    parser.add_argument("--skip", type=float, default=0.75)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of measuring, for each cell")
+    add_options(parser, skip=0.75, seconds=0.3)
     options = parser.parse_args()
     wanted = _cells(options.cells)
-    if not 0 <= options.skip < 1 or not 0 < options.seconds < float("inf"):
-        raise UsageError(
-            f"--skip must be from 0 to below 1 and --seconds above 0, got {options.skip:g} and {options.seconds:g}"
-        )
+    shape = check_options("short", options)
     backends = [name for name in options.backends.split(",") if name]
     if not set(backends) <= set(NAMES):
         raise UsageError(f"--backends takes {', '.join(NAMES)}; got {options.backends!r}")
-    plan.Shape("short", options.heads, options.kv_heads, options.head_dim)  # refuses heads that do not fit
     check_writable(options.out)
     device, cells = resolve_device("auto"), []
-    shape = options.heads, options.kv_heads, options.head_dim
     for rows, keys, batch in wanted:
         cells.append(cell(rows, keys, batch, shape, options.skip, backends, device, options.seconds))
         skip = "" if cells[-1]["skip"] is None else f", {cells[-1]['skip']:.1%} skipped"
-        print(f"{batch} x {rows:,} queries of {keys:,} keys, {cells[-1]['backend']}{skip}", flush=True)
-        for row in cells[-1]["contenders"]:
-            print(f"    {row['name']:28} {row['ms_median']:9.4f} ms", flush=True)
-        for absent in cells[-1]["unavailable"]:
-            print(f"    {absent['name']:28} {absent['reason'][:90]}", flush=True)
+        say(f"{batch} x {rows:,} queries of {keys:,} keys, {cells[-1]['backend']}{skip}", cells[-1], digits=4)
         write_json(options.out, {"environment": describe(device), "shape": shape, "cells": cells})
     return 0
 
