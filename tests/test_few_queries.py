@@ -13,14 +13,13 @@ from bsfa_kernels.integrations.plan import FEW, Call, Route, few_queries
 from bsfa_kernels.request import Request
 
 split_kv = pytest.importorskip("bsfa_kernels.split_kv", reason="needs Triton")
-CUDA = torch.device("cuda:0")
+CUDA, COUNTED = torch.device("cuda:0"), devices._processors
 MEASURED = Path(__file__).parents[1] / "profiles" / "results" / "checks" / "short-calls.nvidia-h200.json"
 
 
 @pytest.fixture(autouse=True)
 def h200(monkeypatch):
-    for module in (planner, split_kv):
-        monkeypatch.setattr(module, "processors", lambda device: 132)
+    monkeypatch.setattr(devices, "_processors", lambda device: 132)
     monkeypatch.setattr(planner, "fused", lambda *_: ("hopper", ""))
 
 
@@ -62,15 +61,15 @@ def test_a_compiled_model_does_not_trace_how_large_its_gpu_is(monkeypatch):
         return SimpleNamespace(multi_processor_count=132)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(planner, "processors", devices.processors)
-    devices._processors.cache_clear()
+    monkeypatch.setattr(devices, "_processors", COUNTED)
+    COUNTED.cache_clear()
 
     @partial(torch.compile, backend="eager", fullgraph=True)
     def layer(x):
         return x + few_queries(x.shape[0], 8192, 32, CUDA)
 
     assert layer(torch.zeros(64)).sum() == 64
-    devices._processors.cache_clear()
+    COUNTED.cache_clear()
 
 
 def request(rows: int, keys: int, batch: int = 1, heads: int = 32, **options) -> Request:

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+TILE_ROWS, TILES = 64, 3  # query tiles that a multiprocessor works on at a time, but in split_kv
+
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device."""
@@ -14,6 +16,11 @@ def processors(device: torch.device) -> int:
 
 # As backends.fused: torch.compile need not look into it. It does look into what is cached, with a warning.
 processors._dynamo_marked_constant = True
+
+
+def tiles_at_once(device: torch.device) -> int:
+    """Query tiles of TILE_ROWS that a CUDA device works on at a time."""
+    return TILES * processors(device)
 
 
 @cache

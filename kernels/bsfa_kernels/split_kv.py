@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .devices import processors
+from .devices import TILE_ROWS, processors, tiles_at_once
 from .launch import Launches, aligned, device_guard, wide_products
 from .portable import columns, unreachable
 from .request import Request, reached_by_descriptors
@@ -22,7 +22,6 @@ from .split_kv_kernel import attend, combine
 
 LEAST_KEYS, KEYS_OF_ROW = 1024, 16  # fewer, or fewer to a query than were measured, are left to the other kernels
 SHARE = 0.5  # of the GPU that another kernel would have use for, up to which this one is faster (kernels/NOTES.md)
-TILE_ROWS, TILES = 64, 3  # what a multiprocessor works on at a time there
 KEYS_OF_SPLIT = 256  # at least
 MOST_SPLITS = 128
 PROCESSORS = 132  # of a GPU that is none: Triton's interpreter
@@ -65,7 +64,7 @@ def suits(request: Request) -> bool:
     if request.k_rows < max(LEAST_KEYS, KEYS_OF_ROW * request.rows) or not request.q.is_cuda:
         return False
     tiles = request.batch * request.q.shape[1] * request.query_tiles
-    busy = min(1.0, tiles / (TILES * processors(request.q.device)))
+    busy = min(1.0, tiles / tiles_at_once(request.q.device))
     return busy * request.rows / (request.query_tiles * TILE_ROWS) < SHARE
 
 

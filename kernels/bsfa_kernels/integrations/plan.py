@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..backends import fused
-from ..devices import processors
+from ..devices import TILE_ROWS, tiles_at_once
 from ..tiles import TileShape
 
 SINKS = "attention sinks"
@@ -28,7 +28,6 @@ INSTEAD = "exact scores instead of"
 FEW = "so few queries of so many keys take less time with every tile kept"
 FEW_SHARE = 0.33  # of the query tiles that a GPU works on at a time; on an H200 with 75 % skipped, kernels/NOTES.md
 FEW_OF_KEYS, FEW_KEYS = 40, 1024  # with at least so many keys to a query, and in all
-TILES_AT_ONCE = 3  # query tiles of 64 rows that a multiprocessor works on
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
 
@@ -154,7 +153,7 @@ def few_queries(rows: int, keys: int, heads: int, device: torch.device) -> bool:
     """
     if device.type != "cuda" or keys < max(FEW_KEYS, FEW_OF_KEYS * rows):
         return False
-    return rows * heads < FEW_SHARE * TILES_AT_ONCE * TileShape().rows * processors(device)
+    return rows * heads < FEW_SHARE * TILE_ROWS * tiles_at_once(device)
 
 
 def _few(call: Call, tile: TileShape | None) -> bool:
