@@ -134,13 +134,14 @@ def hopper(
     variant = hopper.variant_of(shape, 8, 32, 4, min(both(head_dim)), *kinds, shifted, paged, packed)
 
     def descriptor(rows, element, columns=shape.columns):
-        layout = hopper.tile_layout(rows.value, columns, element)
-        return f"tensordesc<{NAMES[element]}[1, 1, {rows.value}, {columns}],{layout!r}>"
+        layout = hopper.tile_layout(rows, columns, element)
+        return f"tensordesc<{NAMES[element]}[1, 1, {rows}, {columns}],{layout!r}>"
 
     rounded = torch.int8 if int8 else dtype
     signature = RUNTIME | dict(
-        q_desc=descriptor(hopper_stream.ROWS, rounded), k_desc=descriptor(hopper_stream.KEYS, rounded),
-        v_desc=descriptor(hopper_stream.KEYS, dtype, shape.v_columns), out_ptr=f"*{NAMES[dtype]}",
+        q_desc=descriptor(hopper_stream.ROWS.value, rounded), k_desc=descriptor(hopper_stream.KEYS.value, rounded),
+        v_desc=descriptor(hopper_stream.KEYS.value // shape.v_parts, dtype, shape.v_columns),
+        out_ptr=f"*{NAMES[dtype]}",
     )  # fmt: skip
     options = dict(num_warps=4, maxnreg=shape.registers)
     return compile_kernel(hopper_kernel.forward, signature, dict(VARIANT=variant), 90, folder, **options)

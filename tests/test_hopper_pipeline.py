@@ -14,11 +14,11 @@ def variant(shape: hopper.Shape, gate: bool):
 
 
 def producer(v):
-    """Waits of the producer: (ring, slab) that all consumers must have given back before the next load starts."""
+    """Waits of the producer: (ring, piece) that all consumers must have given back before the next load starts."""
     for i in range(TILES):
-        for ring, slabs, stages in (("k", v.slabs, v.k_stages), ("v", v.v_slabs, v.v_stages)):
-            for slab in range(i * slabs, (i + 1) * slabs):
-                yield (ring, slab - stages) if slab >= stages else None
+        for ring, pieces, stages in (("k", v.slabs, v.k_stages), ("v", v.v_parts, v.v_stages)):
+            for piece in range(i * pieces, (i + 1) * pieces):
+                yield (ring, piece - stages) if piece >= stages else None
 
 
 def consumer(early: bool, late: bool):
@@ -45,10 +45,10 @@ def consumer(early: bool, late: bool):
 
 def ends(v, early: bool, late: bool) -> bool:
     """Whether everyone comes to the end. All waits are for what can only become true, so no order of turns matters."""
-    slabs = {"k": v.slabs, "v": v.v_slabs}
+    pieces = {"k": v.slabs, "v": v.v_parts}
     loads, loaded = list(producer(v)), 0
-    tiles = [(ring, i * slabs[ring]) for i in range(TILES) for ring in "kv"]
-    order = [(ring, first + c) for ring, first in tiles for c in range(slabs[ring])]
+    tiles = [(ring, i * pieces[ring]) for i in range(TILES) for ring in "kv"]
+    order = [(ring, first + c) for ring, first in tiles for c in range(pieces[ring])]
     steps = [list(consumer(early, late)) for _ in range(v.consumers)]
     done = [0] * v.consumers
     given = [set() for _ in steps]
@@ -61,7 +61,7 @@ def ends(v, early: bool, late: bool) -> bool:
         for w, own in enumerate(steps):
             while done[w] < len(own):
                 what, ring, tile = own[done[w]]
-                of_tile = {(ring, slab) for slab in range(tile * slabs[ring], (tile + 1) * slabs[ring])}
+                of_tile = {(ring, n) for n in range(tile * pieces[ring], (tile + 1) * pieces[ring])}
                 if what == "wait" and not of_tile <= landed:
                     break
                 if what == "give":

@@ -45,8 +45,9 @@ class Shape:
     v_columns: int  # of a slab of V, and of the output
     v_slabs: int
     parts: int  # of a tile's keys that are worked on by themselves
+    v_parts: int  # of a tile's keys, each of which has a slot of its own for V: 1, or `parts`
     consumers: int
-    k_stages: int  # slabs in flight
+    k_stages: int  # slots in flight: of K a slab each, of V all slabs of a part
     v_stages: int
     early: bool = False  # consumers wait early with gates too (hopper_pipeline.py), as measured
 
@@ -58,15 +59,15 @@ class Shape:
 
 # By the largest head dims of Q and K, and of V, narrow ones first; TMA fills what is more than the head dim with zeros.
 SHAPES = {
-    (64, 64): Shape(64, 1, 64, 1, 4, 3, 4, 4, early=True),
-    (128, 128): Shape(128, 1, 128, 1, 2, 3, 3, 2),
-    (192, 128): Shape(64, 3, 128, 1, 2, 3, 5, 2),
-    (192, 192): Shape(64, 3, 64, 3, 2, 2, 5, 4),
-    (256, 256): Shape(128, 2, 128, 2, 2, 2, 3, 2),
+    (64, 64): Shape(64, 1, 64, 1, 4, 1, 3, 4, 4, early=True),
+    (128, 128): Shape(128, 1, 128, 1, 2, 1, 3, 3, 2),
+    (192, 128): Shape(64, 3, 128, 1, 2, 1, 3, 5, 2),
+    (192, 192): Shape(64, 3, 64, 3, 4, 1, 2, 5, 2),
+    (256, 256): Shape(128, 2, 128, 2, 2, 2, 2, 3, 2),
 }
 INT8_SHAPES = {
-    (64, 64): Shape(64, 1, 64, 1, 4, 3, 5, 4),
-    (128, 128): Shape(128, 1, 128, 1, 2, 3, 4, 3, early=True),
+    (64, 64): Shape(64, 1, 64, 1, 4, 1, 3, 5, 4),
+    (128, 128): Shape(128, 1, 128, 1, 2, 1, 3, 4, 4, early=True),
 }
 
 
@@ -138,7 +139,7 @@ def attention(request: Request):
         launch(
             (variant.section, blocks(request, shape), count),
             descriptor(q, ROWS.value, shape.columns, kind), descriptor(k, KEYS.value, shape.columns, kind),
-            descriptor(v, KEYS.value, shape.v_columns, kind),
+            descriptor(v, KEYS.value // shape.v_parts, shape.v_columns, kind),
             written, lse, kept, candidates, *[lse if x is None else x for x in optional],
             request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, request.k_rows,
             request.query_tiles, *[0 if x is None else x.shape[-1] for x in (absolute, gap, scales[2], entries)],
@@ -172,7 +173,7 @@ def narrowest(scores: str, head_dim: int, v_head_dim: int) -> Shape:
 def variant_of(shape: Shape, section: int, heads: int, group: int, head_dim: int, *kinds: bool) -> Variant:
     return Variant(
         section, heads, group, head_dim, shape.columns, shape.slabs, shape.v_columns, shape.v_slabs, shape.parts,
-        shape.consumers, shape.k_stages, shape.v_stages, shape.early, *kinds,
+        shape.v_parts, shape.consumers, shape.k_stages, shape.v_stages, shape.early, *kinds,
     )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from .hopper_pipeline import (
     allocate_buffers,
     anyone,
     declare_vote,
-    give_back_tile,
+    give_back_k,
+    give_back_v,
+    let_k_pass,
     let_v_pass,
     meanwhile,
     producer,
@@ -131,6 +133,16 @@ def start_scores(buffers, i, WG: gl.constexpr, VARIANT: gl.constexpr):
 
 
 @gluon.jit
+def finish_scores(s, i, VARIANT: gl.constexpr):
+    """QK^T when it is done; each slab of K goes back as soon as its own products are."""
+    SLABS: gl.constexpr = VARIANT.slabs
+    for c in gl.static_range(SLABS):
+        s = warpgroup_mma_wait(VARIANT.slabs - 1 - c, deps=[s])
+        give_back_k(i, c, VARIANT)
+    return trivially(s, score_layout(KEYS))
+
+
+@gluon.jit
 def by_row(unit, VARIANT: gl.constexpr):
     """What a score is multiplied with: one number or, of int8 scores, one for each row."""
     if VARIANT.int8:
@@ -171,6 +183,7 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
     """One tile joins the softmax, its keys in parts: a part's product runs behind the next one's exponentials."""
     SLABS: gl.constexpr = VARIANT.v_slabs
     PARTS: gl.constexpr = VARIANT.parts
+    OF_SLOT: gl.constexpr = VARIANT.parts // VARIANT.v_parts
     new_max = larger(row.maximum, gl.reduce(largest * by_row(unit, VARIANT), 1, larger))
     shift = new_max
     if VARIANT.windowed:  # a row whose window begins behind this tile may have seen nothing yet: nothing to subtract
@@ -199,10 +212,11 @@ def accumulate(s, largest, acc, row, unit, buffers, i, VARIANT: gl.constexpr):
         p = gl.exp2(x * factor - subtracted)
         total += sum_per_thread(p)
         weights = gl.convert_layout(p.to(buffers.v.dtype), operand)
+        slot, phase = slot_of(i, h // OF_SLOT, VARIANT.v_parts, VARIANT.v_stages)
         started = ()
         for c in gl.static_range(SLABS):
-            slot, phase = slot_of(i, c, VARIANT.v_slabs, VARIANT.v_stages)
-            v = buffers.v.index(slot).reshape([KEYS, VARIANT.v_columns]).slice(h * PART, PART)
+            v = buffers.v.index(slot * VARIANT.v_slabs + c).reshape([KEYS // VARIANT.v_parts, VARIANT.v_columns])
+            v = v.slice(h % OF_SLOT * PART, PART)
             started = started + (warpgroup_mma(weights, v, acc[c], is_async=True),)
         acc = started
     return finished(acc, VARIANT), Row(new_max, total)
@@ -305,8 +319,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
                 unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)
             if VARIANT.awaits_early:
                 meanwhile(buffers, i, stream.length, VARIANT)
-            s = trivially(warpgroup_mma_wait(0, deps=[s]), score_layout(KEYS))
-            give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
+            s = finish_scores(s, i, VARIANT)
             if masked:
                 s = hide(s, tile, query_tile, call, span, VARIANT)
             largest = largest_per_thread(s)
@@ -317,7 +330,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
                 unit = LOG2E
             passes = vote(largest, valid, row.maximum, unit, call.scale, shift, absolute, gap, WG, VARIANT)
             if not VARIANT.awaits_early:
-                wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+                wait_for(buffers.v_full, i, VARIANT.v_parts, VARIANT.v_stages)
             passes = forced | (candidate & passes)
             if VARIANT.lists:
                 following = entry_after(stream.entries, i, stream.length)
@@ -327,12 +340,11 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
                 acc, row = accumulate(s, largest, acc, row, unit, buffers, i, VARIANT)
                 kept += 1
         else:
-            wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
-            give_back_tile(i, 0, VARIANT.slabs, VARIANT.k_stages, VARIANT)
-            wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+            let_k_pass(buffers, i, VARIANT)
+            wait_for(buffers.v_full, i, VARIANT.v_parts, VARIANT.v_stages)
             following = entry_after(stream.entries, i, stream.length)
         if not VARIANT.returns_v_late:
-            give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
+            give_back_v(i, VARIANT)
     if VARIANT.returns_v_late:
         if stream.length > 0:
             let_v_pass(buffers, stream.length - 1, VARIANT)

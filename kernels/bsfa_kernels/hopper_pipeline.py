@@ -79,31 +79,48 @@ def threads(variant) -> str:
 
 
 @gluon.jit
-def slot_of(i, c: gl.constexpr, slabs: gl.constexpr, stages: gl.constexpr):
-    """Slot and phase of slab c of the stream's i-th tile of `slabs`."""
-    slab = i * slabs + c
-    return slab % stages, slab // stages & 1
+def slot_of(i, c: gl.constexpr, pieces: gl.constexpr, stages: gl.constexpr):
+    """Slot and phase of piece c of the stream's i-th tile of `pieces`: slabs of K, parts of V."""
+    piece = i * pieces + c
+    return piece % stages, piece // stages & 1
 
 
 @gluon.jit
-def wait_for(full, i, slabs: gl.constexpr, stages: gl.constexpr):
-    for c in gl.static_range(slabs):
-        slot, phase = slot_of(i, c, slabs, stages)
+def wait_for(full, i, pieces: gl.constexpr, stages: gl.constexpr):
+    for c in gl.static_range(pieces):
+        slot, phase = slot_of(i, c, pieces, stages)
         mbarrier.wait(full.index(slot), phase)
 
 
 @gluon.jit
-def give_back_tile(i, first: gl.constexpr, slabs: gl.constexpr, stages: gl.constexpr, VARIANT: gl.constexpr):
-    for c in gl.static_range(slabs):
-        slot, phase = slot_of(i, c, slabs, stages)
-        give_back(first + slot, VARIANT)
+def give_back_k(i, c: gl.constexpr, VARIANT: gl.constexpr):
+    slot, phase = slot_of(i, c, VARIANT.slabs, VARIANT.k_stages)
+    give_back(slot, VARIANT)
+
+
+@gluon.jit
+def give_back_v(i, VARIANT: gl.constexpr):
+    PARTS: gl.constexpr = VARIANT.v_parts
+    for h in gl.static_range(PARTS):
+        slot, phase = slot_of(i, h, VARIANT.v_parts, VARIANT.v_stages)
+        give_back(VARIANT.k_stages + slot, VARIANT)
+
+
+@gluon.jit
+def let_k_pass(buffers, i, VARIANT: gl.constexpr):
+    SLABS: gl.constexpr = VARIANT.slabs
+    wait_for(buffers.k_full, i, VARIANT.slabs, VARIANT.k_stages)
+    for c in gl.static_range(SLABS):
+        give_back_k(i, c, VARIANT)
 
 
 @gluon.jit
 def let_v_pass(buffers, i, VARIANT: gl.constexpr):
-    """V of a tile is given back, used or not. The wait is over long ago, but a part of what was measured (NOTES.md)."""
-    wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
-    give_back_tile(i, VARIANT.k_stages, VARIANT.v_slabs, VARIANT.v_stages, VARIANT)
+    """V of a tile is given back, used or not. Behind early waits this one is over long ago, but a part of what was
+    measured (NOTES.md).
+    """
+    wait_for(buffers.v_full, i, VARIANT.v_parts, VARIANT.v_stages)
+    give_back_v(i, VARIANT)
 
 
 @gluon.jit
@@ -112,22 +129,25 @@ def meanwhile(buffers, i, length, VARIANT: gl.constexpr):
     if VARIANT.returns_v_late:
         if i > 0:
             let_v_pass(buffers, i - 1, VARIANT)
-    wait_for(buffers.v_full, i, VARIANT.v_slabs, VARIANT.v_stages)
+    wait_for(buffers.v_full, i, VARIANT.v_parts, VARIANT.v_stages)
     if i + 1 < length:
         wait_for(buffers.k_full, i + 1, VARIANT.slabs, VARIANT.k_stages)
 
 
 @gluon.jit
-def fetch(desc, batch, head, row, column, full, buffer):
-    mbarrier.expect(full, desc.block_type.nbytes)
-    tma_load(desc, [batch, head, row, column], full, buffer)
+def fetch(desc, batch, head, row, column, full, buffers, slot, columns: gl.constexpr, SLABS: gl.constexpr):
+    """One slot, of SLABS slabs side by side."""
+    mbarrier.expect(full.index(slot), SLABS * desc.block_type.nbytes)
+    for c in gl.static_range(SLABS):
+        at = [batch, head, row, column + c * columns]
+        tma_load(desc, at, full.index(slot), buffers.index(slot * SLABS + c))
 
 
 @gluon.jit
 def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.constexpr):
     CONSUMERS: gl.constexpr = VARIANT.consumers
     SLABS: gl.constexpr = VARIANT.slabs
-    V_SLABS: gl.constexpr = VARIANT.v_slabs
+    V_PARTS: gl.constexpr = VARIANT.v_parts
     if stream.length > 0:
         mbarrier.expect(buffers.q_full, VARIANT.consumers * VARIANT.slabs * q_desc.block_type.nbytes)
         for w in gl.static_range(CONSUMERS):
@@ -153,22 +173,22 @@ def producer(q_desc, k_desc, v_desc, buffers, place, span, stream, VARIANT: gl.c
             slot = slab % VARIANT.k_stages
             if slab >= VARIANT.k_stages:
                 wait_returned(slot, VARIANT)
-            fetch(k_desc, sequence, place.kv_head, row, c * VARIANT.columns, buffers.k_full.index(slot),
-                  buffers.k.index(slot))  # fmt: skip
-        for c in gl.static_range(V_SLABS):
-            slab = i * VARIANT.v_slabs + c
-            slot = slab % VARIANT.v_stages
-            if slab >= VARIANT.v_stages:
+            fetch(k_desc, sequence, place.kv_head, row, c * VARIANT.columns, buffers.k_full, buffers.k, slot,
+                  VARIANT.columns, 1)  # fmt: skip
+        for h in gl.static_range(V_PARTS):
+            part = i * VARIANT.v_parts + h
+            slot = part % VARIANT.v_stages
+            if part >= VARIANT.v_stages:
                 wait_returned(VARIANT.k_stages + slot, VARIANT)
-            fetch(v_desc, sequence, place.kv_head, row, c * VARIANT.v_columns, buffers.v_full.index(slot),
-                  buffers.v.index(slot))  # fmt: skip
+            fetch(v_desc, sequence, place.kv_head, row + h * (KEYS // VARIANT.v_parts), 0, buffers.v_full, buffers.v,
+                  slot, VARIANT.v_columns, VARIANT.v_slabs)  # fmt: skip
     # A program ends with its barriers as it found them.
     slabs = stream.length * VARIANT.slabs
     for slab in range(gl.maximum(slabs - VARIANT.k_stages, 0), slabs):
         wait_returned(slab % VARIANT.k_stages, VARIANT)
-    v_slabs = stream.length * VARIANT.v_slabs
-    for slab in range(gl.maximum(v_slabs - VARIANT.v_stages, 0), v_slabs):
-        wait_returned(VARIANT.k_stages + slab % VARIANT.v_stages, VARIANT)
+    parts = stream.length * VARIANT.v_parts
+    for part in range(gl.maximum(parts - VARIANT.v_stages, 0), parts):
+        wait_returned(VARIANT.k_stages + part % VARIANT.v_stages, VARIANT)
 
 
 @gluon.jit
@@ -209,7 +229,9 @@ def allocate_buffers(q_desc, k_desc, v_desc, VARIANT: gl.constexpr):
     buffers = Buffers(
         gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * VARIANT.slabs, 1, 1, ROWS, COLUMNS], q_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [K_STAGES, 1, 1, KEYS, COLUMNS], k_desc.layout),
-        gl.allocate_shared_memory(v_desc.dtype, [V_STAGES, 1, 1, KEYS, V_COLUMNS], v_desc.layout),
+        gl.allocate_shared_memory(
+            v_desc.dtype, [V_STAGES * VARIANT.v_slabs, 1, 1, KEYS // VARIANT.v_parts, V_COLUMNS], v_desc.layout
+        ),
         gl.allocate_shared_memory(gl.int64, [1], bars),
         gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], bars),
         gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], bars),

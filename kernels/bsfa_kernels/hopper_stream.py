@@ -41,8 +41,9 @@ class Variant:
     v_columns: int  # of a slab of V, and of the output
     v_slabs: int
     parts: int  # of a tile's keys, each of whose products starts before the next one's exponentials
+    v_parts: int  # of a tile's keys, each of which has a slot of its own for V
     consumers: int
-    k_stages: int  # slabs of K and of V in flight
+    k_stages: int  # slots in flight: of K a slab each, of V all slabs of a part
     v_stages: int
     early: bool  # with gates too
     causal: bool
@@ -62,10 +63,10 @@ class Variant:
     @property
     def awaits_early(self) -> bool:
         """Whether V of a tile and K of the next one are awaited while the tile's QK^T runs. K's slots must hold two
-        tiles, or the next one may lack a slot of this one, for ever.
+        tiles, or the next one may lack a slot of this one, for ever; V's, or it comes late where it goes back late.
         """
         wanted = self.early or not (self.absolute or self.gap)
-        return wanted and not self.lists and self.k_stages >= 2 * self.slabs
+        return wanted and not self.lists and self.k_stages >= 2 * self.slabs and self.v_stages >= 2 * self.v_parts
 
     @property
     def returns_v_late(self) -> bool:
