@@ -2,7 +2,7 @@
 
     gated     the module's handler: its gate judges the query tiles that the call holds whole
     kept      our kernels without a gate: every tile is kept
-    library   PyTorch's scaled_dot_product_attention, without a mask
+    library   PyTorch's scaled_dot_product_attention, without a mask, where ours is not known to be faster
     fallback  dense.attention: exact as well, in chunks, for what neither of them knows
 
 Nothing else is decided anywhere else: a caller carries out the step, and notes the reason.
@@ -28,6 +28,7 @@ INSTEAD = "exact scores instead of"
 FEW = "so few queries of so many keys take less time with every tile kept"
 FEW_SHARE = 0.33  # of the query tiles that a GPU works on at a time; on an H200 with 75 % skipped, kernels/NOTES.md
 FEW_OF_KEYS, FEW_KEYS = 40, 1024  # with at least so many keys to a query, and in all
+LONG, MANY_ROWS = 4096, 131_072  # the shortest prompt measured beside PyTorch's attention, and fewest rows of all heads
 NO_THRESHOLDS = "no thresholds are attached: every tile is kept"
 
 
@@ -105,7 +106,7 @@ def plan(call: Call, handler: Gated | None) -> Step:
         if reason is None:
             return Step(Route.GATED, _other_scores(call, tile, getattr(handler, "scores", "exact")), True)
     if not (call.spans or call.masked or scoring) and (not call.causal or rows == call.k.shape[2]):
-        return Step(Route.LIBRARY, reason, expected)
+        return Step(Route.KEPT if _faster_than_library(call) else Route.LIBRARY, reason, expected)
     if not call.masked and call.q.is_cuda and no_kernel(call.q, call.v, TileShape()) is None:
         return Step(Route.KEPT, reason, expected)
     return Step(Route.FALLBACK, reason, expected)
@@ -145,6 +146,19 @@ def _no_gain(call: Call, tile: TileShape | None) -> str | None:
     if backend == "hopper":
         return None
     return f"head dim {call.q.shape[-1]}: PyTorch's dense attention is faster than the Triton kernel with any gate"
+
+
+def _faster_than_library(call: Call) -> bool:
+    """Whether our kernel takes less time for a plain call: the Hopper kernel without a gate takes 78 to 99 % of cuDNN's
+    wherever both were measured, from LONG tokens on (profiles/results). It has no backward pass.
+    """
+    q, k, v = call.q, call.k, call.v
+    if not q.is_cuda or min(q.shape[2], k.shape[2]) < LONG or q.shape[0] * q.shape[1] * q.shape[2] < MANY_ROWS:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    tile = TileShape()
+    return fused(q.device, q.dtype, q.shape[-1], v.shape[-1], tile.rows, tile.keys)[0] == "hopper"
 
 
 def few_queries(rows: int, keys: int, heads: int, device: torch.device) -> bool:

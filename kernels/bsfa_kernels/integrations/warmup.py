@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from ..tiles import TileShape
 from .modules import attention_modules, most_positions
+from .plan import LONG
 from .transformers import active, named_modules
 from .visual_tokens import visual_ids
 
@@ -66,6 +67,8 @@ def warmup(
         for padding in (0, 1) if padded else (0,):
             mask = torch.ones_like(ids)
             mask[:, :padding] = 0
+            if length - FEWER - 1 < LONG <= length:  # as one chunk it may be served otherwise (plan.py)
+                model.base_model(input_ids=ids, attention_mask=mask)
             cache = DynamicCache(config=model.config.get_text_config())
             for end in (length - FEWER - 1, length - 1, length):
                 begin = cache.get_seq_length()
