@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans, schedule
+from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans, schedule, shortcut
 from bsfa_kernels.launch import Launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -57,6 +57,7 @@ class Driver:
 def gpu(monkeypatch):
     monkeypatch.setattr(hopper, "unsupported", lambda request: None)
     monkeypatch.setattr(hopper, "device_guard", lambda x: nullcontext())
+    monkeypatch.setattr(shortcut, "plans", {})
     for launches in (hopper.launches, schedule.launches):
         monkeypatch.setattr(launches, "kernels", {})
     for kernel in (hopper.forward, schedule._schedule):
