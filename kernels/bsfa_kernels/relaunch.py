@@ -65,13 +65,11 @@ def _bare(kernel, slabs: tuple[tuple, ...]) -> Callable | None:
         for kind, (shape, strides, *_) in zip(kinds, slabs, strict=True)
     ]  # fmt: skip
     first = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
-    if version == "3.6":
-        launch, encode = run.launch, driver.utils.fill_tma_descriptor
-        if slabs:
-            launch = _closed_over(launch, "launcher")
-        middle = (None, None, kernel.packed_metadata, None, None, None)
-        last = None
-    else:
+    if version == "3.6":  # a function for each kernel, which takes its arguments one by one
+        launch = _closed_over(run.launch, "launcher") if slabs else run.launch
+        encode = driver.utils.fill_tma_descriptor
+        middle, last = (None, None, kernel.packed_metadata, None, None, None), None
+    else:  # one for all
         launch, encode = driver.utils.launch, driver.utils.fill_tma_descriptor_tiled
         middle = (kernel.packed_metadata, None, None, None, None, None)
         last = (run.arg_annotations, run.kernel_signature)
