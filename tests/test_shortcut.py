@@ -1,8 +1,10 @@
-"""The shortcut of calls whose signature was served before: it hands to the kernel what the long way hands to it, nothing
-is remembered but by signature, and whoever looks at operators still sees them.
+"""The shortcut of calls whose signature was served before: the kernel is given what the long way gives it, nothing is
+remembered but by signature, and whoever looks at operators still sees them.
 """
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,8 +125,7 @@ def launched(kernel, **changes):
     given = BASE | changes
     result = call(**changes)
     gate, packed = given["gate"], given.get("packed")
-    flat = {name: x for name, x in given.items() if isinstance(x, torch.Tensor) and x.dtype != torch.bfloat16}
-    flat |= {name: given.get(name) for name in ("q", "k", "v", "out")}
+    flat = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
     flat |= dict(absolute=gate.absolute, gap=gate.gap)
     if packed is not None:
         flat |= dict(table=packed.table, spans=packed.spans)
@@ -216,12 +217,48 @@ def test_what_is_refused_is_refused_behind_a_call_that_was_served(kernel, change
     assert str(behind.value) == str(before.value)
 
 
-def test_few_queries_and_int8_scores_are_not_remembered(kernel, monkeypatch):
+def test_few_queries_are_not_remembered(kernel):
     call(q=Q[:, :, :63])
     assert not shortcut.plans
+
+
+SMALL_PAGES = [tensor(KV, 64) for _ in range(2)]
+NO_PLAN = {
+    "int8": dict(scores="int8"),
+    "strides-no-descriptor-takes": dict(q=torch.empty(B, T, H, D + 1, dtype=Q.dtype)[..., :D].transpose(1, 2)),
+    "output-no-wide-store-reaches": dict(out=torch.empty(B, T, H, D + 1, dtype=Q.dtype)[..., :D].transpose(1, 2)),
+    "every-other-element-of-an-output": dict(out=torch.empty(B, H, T, 2 * D, dtype=Q.dtype)[..., ::2]),
+    "strided-gate": dict(gate=Gate(gap=torch.zeros(4, H).mT)),
+    "strided-lists": dict(blocks=BlockLists(lists(4).indices[..., ::2], lists().counts)),
+    "small-pages": dict(k=SMALL_PAGES[0], v=SMALL_PAGES[1], block_table=TABLE.repeat(1, 2)),
+}
+
+
+@pytest.mark.parametrize("change", NO_PLAN.values(), ids=NO_PLAN)
+def test_calls_that_need_more_than_a_launch_have_no_plan(kernel, monkeypatch, change):
+    class Any(dict):
+        def get(self, key):
+            return SimpleNamespace(kernel=None)
+
     monkeypatch.setattr(api, "_long_way", lambda *arguments: None)  # as if it had been served
-    call(scores="int8")
-    assert list(shortcut.plans.values()) == [shortcut.nothing]
+    monkeypatch.setattr(hopper.launches, "kernels", Any())
+    call(), call(**change)
+    plan, none = shortcut.plans.values()
+    assert plan is not shortcut.nothing and none is shortcut.nothing
+
+
+def test_padding_is_filled_and_rows_of_no_sequence_stay(kernel):
+    out = torch.empty_like(Q)
+    for changes in (dict(), dict(out=out)):
+        for _ in range(2):
+            out.fill_(7.0)
+            result = call(spans=make_spans(B), return_lse=True, return_counts=True, **changes)
+        assert not result.out.any() and result.lse.eq(-torch.inf).all()
+        assert not result.kept.any() and not result.candidates.any()
+    packed = CHANGES["packed"]
+    packed["out"].fill_(7.0)
+    for _ in range(2):
+        assert call(**packed).out.eq(7.0).all()
 
 
 def test_memory_is_bounded(kernel, monkeypatch):
@@ -231,12 +268,14 @@ def test_memory_is_bounded(kernel, monkeypatch):
         assert len(shortcut.plans) <= 3
 
 
-def test_devices_and_dispatch_keys_are_part_of_a_signature():
+def test_devices_and_dispatch_keys_are_part_of_a_signature(monkeypatch):
     def signature(q):
         return shortcut.find(q, K, V, Gate(), *[None] * 6, TileShape(), ())[0]
 
-    found = {signature(x) for x in (Q, Q.to("meta"), torch._neg_view(Q), torch.nn.Parameter(Q))}
-    assert len(found) == 4 and None not in found
+    found = {signature(x) for x in (Q, torch._neg_view(Q), torch.nn.Parameter(Q))}
+    assert len(found) == 3 and None not in found
+    monkeypatch.setattr(shortcut, "_dispatch_keys", lambda x: SimpleNamespace(raw_repr=lambda: 0))  # of one kind
+    assert signature(Q) != signature(torch.empty_strided(Q.shape, Q.stride(), dtype=Q.dtype, device="meta"))
 
 
 def test_negated_and_foreign_tensors_take_the_long_way(kernel, long_ways):
@@ -295,7 +334,7 @@ def test_fake_tensors_profilers_and_compilers_see_the_operator(kernel):
     torch._dynamo.reset()
 
 
-def test_transforms_tracing_and_gradients_close_it():
+def test_transforms_tracing_compiling_and_gradients_close_it(monkeypatch):
     opened = []
 
     def look(x):
@@ -310,6 +349,8 @@ def test_transforms_tracing_and_gradients_close_it():
         torch.func.grad(lambda x: look(x).sum())(Q.float())
         torch.jit.trace(look, Q, check_trace=False)
     assert opened == [True, False, True, False, False, False]
+    monkeypatch.setattr(shortcut, "_compiling_callback", lambda: look)  # in a frame that torch.compile gave up
+    assert not shortcut.is_open()
 
 
 def test_tensors_that_require_gradients_still_refuse_a_backward_pass(kernel):
