@@ -71,7 +71,7 @@ def find(
         if packed is not None:
             if spans is not None:
                 return None, (), None
-            sequences, spans, rows, *of_packed = packed
+            sequences, spans, rows, of_packed = packed.table, packed.spans, packed.rows, (packed.keys, packed.end)
         if rows < tile.rows:  # mostly another backend's, which has no plans, and at each step of other lengths
             return None, (), None
         tensors = (q, k, v, gate.absolute, gate.gap, spans, indices, counts, sinks, out, block_table, sequences)
@@ -85,7 +85,7 @@ def find(
             *options,
         )
         return signature, tensors, plans.get(signature)
-    except (AttributeError, IndexError, TypeError):  # some argument is of another kind: to be refused, or a number
+    except Exception:  # an argument of another kind: the long way serves it or says what is wrong
         return None, (), None
 
 
