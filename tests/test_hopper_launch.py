@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
-import triton
-from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans, schedule
+from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans
 from bsfa_kernels.launch import Launches
-from triton.backends.compiler import GPUTarget
+from fake_hopper import Function, pretend
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-ROOM = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-IGNORED = 9  # a launcher's arguments before the kernel's: grid, stream, function, metadata and hooks
-
-
-class Driver:
-    """An H100 that remembers what it was asked to run: `loaded` kernels by name, `launched` (name, grid, arguments)."""
-
-    def __init__(self):
-        self.loaded, self.launched = [], []
-        self.utils = SimpleNamespace(
-            load_binary=self._load, get_device_properties=lambda device: ROOM, unload_module=lambda module: None
-        )
-
-    def _load(self, name, kernel, shared, device):
-        self.loaded.append(name)
-        return 1, 2, 128, 0, 1024
-
-    def launcher_cls(self, source, metadata):
-        def launch(x, y, z, *rest):
-            self.launched.append((source.fn.__name__, (x, y, z), rest[IGNORED - 3 :]))
-
-        return launch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(hopper, "unsupported", lambda request: None)
-    monkeypatch.setattr(hopper, "device_guard", lambda x: nullcontext())
-    for launches in (hopper.launches, schedule.launches):
-        monkeypatch.setattr(launches, "kernels", {})
-    for kernel in (hopper.forward, schedule._schedule):
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    fake = Driver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", fake)
-    return fake
+    return pretend(monkeypatch)
 
 
 def call(length: int, columns: int, head_dim: int = 128, mask: torch.Tensor | None = None):
@@ -149,28 +101,6 @@ def test_block_lists_are_scheduled_first(gpu, front_end):
     for mine, checked in zip(gpu.launched[3][2][:3], gpu.launched[1][2][:3], strict=True):
         assert vars(mine).keys() == vars(checked).keys() and mine.layout == checked.layout
         assert (mine.shape, mine.strides, mine.padding) == (checked.shape, checked.strides, checked.padding)
-
-
-class Function:
-    """A JIT function that compiles nothing: what its front end, and what its compiled kernels were called with."""
-
-    def __init__(self, kernels: bool = True):
-        self.front_end, self.by_hand, self.kernels = [], [], kernels
-
-    def __getitem__(self, grid):
-        def run(*arguments, **options):
-            self.front_end.append((grid, arguments))
-            return Kernel(self) if self.kernels else None
-
-        return run
-
-
-class Kernel:
-    def __init__(self, function: Function):
-        self.function = function
-
-    def __getitem__(self, grid):
-        return lambda *arguments: self.function.by_hand.append((grid, arguments))
 
 
 def test_what_makes_another_kernel_is_seen_by_the_front_end(gpu, monkeypatch):

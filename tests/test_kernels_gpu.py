@@ -8,7 +8,7 @@ import paged_attention_cases
 import pytest
 import torch
 import whole_tiles
-from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper
+from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper, shortcut
 from kernel_cases import PLACES, Case, check, check_place, check_statistics
 from paged_attention_cases import Paged
 from whole_tiles import Prompt
@@ -171,6 +171,7 @@ def test_hopper_in_several_sections_gives_the_same_bits(monkeypatch, kv_heads, b
     calls = []
     for fits in (kv_heads, 6):
         monkeypatch.setattr(hopper, "SECTION_BYTES", fits * 2 * 777 * 128 * 2)
+        monkeypatch.setattr(shortcut, "plans", {})
         assert hopper.section_kv_heads(k, v, 777) == fits
         check(case, "hopper", "cuda")
         calls.append(block_sparse_attention(q, k, v, gate, blocks=case.block_lists("cuda"), return_lse=True))
@@ -197,7 +198,13 @@ def test_statistics(case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("listed", (False, True), ids=("dense", "lists"))
-def test_graph_replays_with_new_thresholds_and_is_deterministic(backend, listed):
+@pytest.mark.parametrize("grad", (True, False), ids=("operator", "shortcut"))
+def test_graph_replays_with_new_thresholds_and_is_deterministic(backend, listed, grad):
+    with torch.set_grad_enabled(grad):
+        replays_with_new_thresholds(backend, listed)
+
+
+def replays_with_new_thresholds(backend, listed):
     q, k, v = (torch.randn(1, h, 2048, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
     gate = Gate(gap=torch.full((8, 32), -torch.inf, device="cuda"))
 

@@ -11,16 +11,15 @@ bsfa::tile_statistics, so torch.compile and fake tensors see through them.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from . import backends, checks
+from . import backends, checks, shortcut
 from .blocks import BlockLists
 from .gates import Gate
 from .packed import Packed
-from .request import Request
+from .request import Request, shares_memory
 from .tiles import TileShape
 
 OPEN = Gate()
@@ -107,6 +106,30 @@ def block_sparse_attention(
     Raises TypeError for what is no tensor where one is needed, ValueError for arguments that do not fit together,
     BackendUnavailable when `backend` cannot serve them.
     """
+    arguments = (
+        q, k, v, gate, blocks, scale, causal, q_offset, spans, tile, keep_sink, window, softcap, sinks, scores,
+        return_lse, return_counts, backend, out, block_table, packed,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or not shortcut.is_open():
+        return _long_way(*arguments)
+    options = (scale, causal, q_offset, keep_sink, window, softcap, scores, return_lse, return_counts, backend)
+    signature, tensors, plan = shortcut.find(
+        q, k, v, gate, blocks, spans, sinks, out, block_table, packed, tile, options
+    )  # fmt: skip
+    result = plan and plan(*tensors)
+    if result:
+        return Attention(*result)
+    result = _long_way(*arguments)
+    if signature is not None and plan is None:
+        shortcut.remember(signature, _as_request(*arguments), backend)
+    return result
+
+
+def _long_way(
+    q, k, v, gate, blocks, scale, causal, q_offset, spans, tile, keep_sink, window, softcap, sinks, scores, return_lse,
+    return_counts, backend, out, block_table, packed,
+) -> Attention:  # fmt: skip
+    """Arguments checked, and the operator called."""
     sequences, packed_rows = None, 0
     if packed is not None:
         checks.check_packed(packed, q, k, q_offset, spans, blocks, block_table)
@@ -192,17 +215,23 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
         raise TypeError(f"block_sparse_attention has no argument {unknown[0]!r}")
-    given = SimpleNamespace(**defaults | options)
-    sequences, packed_rows = None, 0
-    if given.packed is not None:
-        sequences, packed_rows, given.spans = given.packed.table, given.packed.rows, given.packed.spans
-    request = Request(
-        q, k, v, gate.expanded(q.shape[1], q.device), _scale(q, given.scale), given.causal, given.tile,
-        given.keep_sink, given.q_offset, given.spans, given.return_lse, given.return_counts, given.blocks,
-        given.window, given.softcap, given.sinks, given.scores, None, given.block_table, sequences, packed_rows,
-    )  # fmt: skip
+    request = _as_request(**dict(q=q, k=k, v=v, gate=gate) | defaults | options)
     name, _, passed_over = backends.choose(request)
     return name, passed_over
+
+
+def _as_request(
+    q, k, v, gate, blocks, scale, causal, q_offset, spans, tile, keep_sink, window, softcap, sinks, scores, return_lse,
+    return_counts, backend, out, block_table, packed,
+) -> Request:  # fmt: skip
+    """The call as backends see it."""
+    sequences, packed_rows = None, 0
+    if packed is not None:
+        sequences, packed_rows, spans = packed.table, packed.rows, packed.spans
+    return Request(
+        q, k, v, gate.expanded(q.shape[1], q.device), _scale(q, scale), causal, tile, keep_sink, q_offset, spans,
+        return_lse, return_counts, blocks, window, softcap, sinks, scores, out, block_table, sequences, packed_rows,
+    )  # fmt: skip
 
 
 def _scale(q: torch.Tensor, scale: float | None) -> float:
@@ -267,8 +296,7 @@ def _(*call):
 def _attend_into(out, *call):
     """The same with the output's place given."""
     request, backend = _request(*call)
-    storages = {x.untyped_storage().data_ptr() for x in (request.q, request.k, request.v)}
-    direct = out.stride(-1) == 1 and out.untyped_storage().data_ptr() not in storages
+    direct = out.stride(-1) == 1 and not shares_memory(out, request.q, request.k, request.v)
     place = out if direct else out.clone(memory_format=torch.contiguous_format)  # packed, some of it stays as it is
     _, *rest = _run(replace(request, out=place), backend)
     if not direct:

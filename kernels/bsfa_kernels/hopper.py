@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -113,45 +114,72 @@ def reads_pages(request: Request) -> bool:
 
 
 def attention(request: Request):
-    v, shape = aligned(request.v), shape_of(request)
+    v = aligned(request.v)
     if request.scores == "int8":
         rounded = prepare(request)
         q, k, scales = rounded.q8, rounded.k8, (rounded.q_scale, rounded.q_shift, rounded.k_scale)
     else:
         q, k, scales = aligned(request.q), aligned(request.k), (None, None, None)
-    batch, (heads, rows), table = request.batch, q.shape[1:3], request.block_table
     absolute, gap = (x if x is None else x.contiguous() for x in (request.gate.absolute, request.gate.gap))
     out, lse, kept, candidates = request.new_outputs()
     written = aligned(out)
     with device_guard(q):
-        count = sections(request)
         entries = lengths = order = None
         if request.blocks is not None:
-            entries, lengths, candidates = schedule(request, shape.consumers, forced=True)
-            order = lengths.view(count, -1).argsort(descending=True)
-        variant = variant_of(
-            shape, batch * heads // count, heads, heads // k.shape[1], v.shape[3], request.causal, request.keep_sink,
-            *(x is not None for x in (absolute, gap, request.spans, entries, request.window)),
-            *(x is not None for x in (request.softcap, request.sinks, scales[0], scales[1], table, request.packed)),
-        )  # fmt: skip
+            entries, lengths, candidates = schedule(request, shape_of(request).consumers, forced=True)
+            order = longest_first(lengths, sections(request))
+        plan = plan_of(request, q, k, v, written, scales, 0 if entries is None else entries.shape[2])
         optional = (
-            absolute, gap, request.spans, entries, lengths, order, table, request.packed, request.sinks, *scales,
+            absolute, gap, request.spans, entries, lengths, order, request.block_table, request.packed, request.sinks,
+            *scales,
         )  # fmt: skip
-        launch = launches.of((variant, v.dtype, v.device), (written, lse, *optional))
-        kind = Aligned if launch.compiled else TensorDescriptor
+        launch = launches.of(plan.key, (written, lse, *optional))
         launch(
-            (variant.section, blocks(request, shape), count),
-            descriptor(q, ROWS.value, shape.columns, kind), descriptor(k, KEYS.value, shape.columns, kind),
-            descriptor(v, KEYS.value // shape.v_parts, shape.v_columns, kind),
-            written, lse, kept, candidates, *[lse if x is None else x for x in optional],
-            request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, request.k_rows,
-            request.query_tiles, *[0 if x is None else x.shape[-1] for x in (absolute, gap, scales[2], entries)],
-            0 if table is None else table.stride(0), *[stride // CHUNK.value for stride in written.stride()[:3]],
-            variant, num_warps=4, maxnreg=shape.registers,
+            plan.grid, *plan.descriptors(q, k, v, Aligned if launch.compiled else TensorDescriptor), written, lse, kept,
+            candidates, *[lse if x is None else x for x in optional], *plan.numbers, num_warps=4,
+            maxnreg=plan.registers,
         )  # fmt: skip
     if written.data_ptr() != out.data_ptr():
         out.copy_(written)
     return out, lse, kept, candidates
+
+
+class Plan(NamedTuple):
+    """A launch but for addresses, which calls of the same shapes, strides and options share."""
+
+    key: tuple  # of the compiled kernel
+    grid: tuple[int, int, int]
+    slabs: tuple[tuple, ...]  # of Q, K and V, for their descriptors
+    numbers: tuple  # the kernel's arguments behind its pointers
+    registers: int
+
+    def descriptors(self, q, k, v, kind: type[TensorDescriptor]) -> list[TensorDescriptor]:
+        return [kind(x, *slab) for x, slab in zip((q, k, v), self.slabs, strict=True)]
+
+
+def plan_of(request: Request, q, k, v, out, scales: tuple[torch.Tensor | None, ...], room: int) -> Plan:
+    """For Q, K, V and the output as the kernel takes them. A stream of block lists has room for so many entries."""
+    shape, count, (heads, rows) = shape_of(request), sections(request), q.shape[1:3]
+    absolute, gap, table = request.gate.absolute, request.gate.gap, request.block_table
+    variant = variant_of(
+        shape, request.batch * heads // count, heads, heads // k.shape[1], v.shape[3], request.causal,
+        request.keep_sink, *(x is not None for x in (absolute, gap, request.spans, request.blocks, request.window)),
+        *(x is not None for x in (request.softcap, request.sinks, *scales[:2], table, request.packed)),
+    )  # fmt: skip
+    numbers = (
+        request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, request.k_rows,
+        request.query_tiles, *(0 if x is None else x.shape[-1] for x in (absolute, gap, scales[2])), room,
+        0 if table is None else table.stride(0), *(stride // CHUNK.value for stride in out.stride()[:3]), variant,
+    )  # fmt: skip
+    q_rows, keys, columns = ROWS.value, KEYS.value, shape.columns
+    slabs = slab(q, q_rows, columns), slab(k, keys, columns), slab(v, keys // shape.v_parts, shape.v_columns)
+    grid = (variant.section, blocks(request, shape), count)
+    return Plan((variant, v.dtype, v.device), grid, slabs, numbers, shape.registers)
+
+
+def longest_first(lengths: torch.Tensor, sections: int) -> torch.Tensor:
+    """The order in which the streams of each section start."""
+    return lengths.view(sections, -1).argsort(descending=True)
 
 
 def blocks(request: Request, shape: Shape) -> int:
@@ -187,8 +215,9 @@ class Aligned(TensorDescriptor):
         pass
 
 
-def descriptor(x: torch.Tensor, rows: int, columns: int, kind: type[TensorDescriptor]) -> TensorDescriptor:
-    return kind(x, x.shape, x.stride(), [1, 1, rows, columns], tile_layout(rows, columns, x.dtype))
+def slab(x: torch.Tensor, rows: int, columns: int) -> tuple:
+    """A descriptor of a slab of x but for the base: (shape, strides, block, layout)."""
+    return x.shape, x.stride(), [1, 1, rows, columns], tile_layout(rows, columns, x.dtype)
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .relaunch import Relaunch
 from .request import reached_by_descriptors
 
 # float32 is for tests: three tf32 products come close to it without unrolling thousands of FMAs.
@@ -57,13 +58,12 @@ class Launches:
     The front end looks at every argument anew: a fifth of a call's host time or more. Here the caller says by `key`
     what it would have found: all constants, dtypes, options and the device; integers have to be among the function's
     do_not_specialize. What is left are addresses: the front end tells multiples of 16 from others, which it serves
-    itself. A compiled kernel's own launcher is public: Triton's tutorials call `kernel[grid](...)` with all arguments
-    of the function in their order.
+    itself.
     """
 
     def __init__(self, function):
         self.function = function
-        self.kernels: dict[Hashable, object] = {}
+        self.kernels: dict[Hashable, Relaunch] = {}
 
     def of(self, key: Hashable, pointers: Iterable[torch.Tensor | None]) -> Launch:
         """The launch of such a call."""
@@ -85,8 +85,8 @@ class Launch:
 
     def __call__(self, grid: tuple[int, int, int], *arguments, **options) -> None:
         if self.compiled is not None:
-            self.compiled[grid](*arguments)
+            self.compiled(grid, (), *arguments)
             return
         kernel = self.launches.function[grid](*arguments, **options)
         if self.key is not None and hasattr(kernel, "__getitem__"):
-            self.launches.kernels[self.key] = kernel
+            self.launches.kernels[self.key] = Relaunch(kernel)

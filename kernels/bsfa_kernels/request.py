@@ -110,19 +110,16 @@ class Request:
         return self.v.new_empty(batch, rows, heads, self.v.shape[3]).transpose(1, 2)
 
     def new_outputs(self):
-        """(out, lse, kept, candidates) for a kernel to fill, `out` where the caller wants it. With spans some rows and
-        tiles are padding that no program writes: they are zero from the start, and their lse is -inf. Of packed
-        sequences the rows in none stay what they are in a given `out`.
+        """(out, lse, kept, candidates) for a kernel to fill, `out` where the caller wants it. Of packed sequences the
+        rows in none stay what they are in a given `out`.
         """
         out = self.new_output() if self.out is None else self.out
-        new = self.q.new_empty if self.spans is None else self.q.new_zeros
         lse = self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
-        if self.spans is not None:
-            if self.out is None or self.packed is None:
-                out.zero_()
-            lse.fill_(-torch.inf)
         shape = (self.batch, self.q.shape[1], self.query_tiles)
-        return out, lse, new(shape, dtype=torch.int32), new(shape, dtype=torch.int32)
+        kept, candidates = (self.q.new_empty(shape, dtype=torch.int32) for _ in range(2))
+        if self.spans is not None:
+            fill_padding(out if self.out is None or self.packed is None else None, lse, kept, candidates)
+        return out, lse, kept, candidates
 
     def one_by_one(self) -> Iterator[tuple[slice, Request]]:
         """(rows of q, the call) of each packed sequence. Waits for the device."""
@@ -140,6 +137,18 @@ class Request:
         if self.spans is None:
             return [Span(self.q_offset, 0, keys, UNBOUNDED)] * self.q.shape[0]
         return [Span(q0, k0, min(n, k0 + keys), nq) for q0, k0, n, nq in self.spans.tolist()]
+
+
+def fill_padding(out, lse, kept, candidates) -> None:
+    """Before a kernel fills them: with spans some rows and tiles are padding that no program writes."""
+    for x, padding in ((out, 0), (lse, -torch.inf), (kept, 0), (candidates, 0)):
+        if x is not None:
+            x.fill_(padding)
+
+
+def shares_memory(out: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether `out` lies in the storage of one of the others."""
+    return out.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in others}
 
 
 def reached_by_descriptors(x: torch.Tensor) -> bool:

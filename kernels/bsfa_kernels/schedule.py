@@ -31,27 +31,47 @@ class Schedule(NamedTuple):
     candidates: torch.Tensor  # int32 [B, Hq, query tiles]: listed tiles that a gate may drop; see reference.py
 
 
+class Plan(NamedTuple):
+    """A launch but for addresses, which lists of the same shapes and options share."""
+
+    key: tuple  # of the compiled kernel
+    streams: tuple[int, int, int]  # B * Hq, S, room
+    listed: tuple[int, int, int]  # B * Hq, query tiles, key tiles
+    numbers: tuple  # the kernel's arguments behind its pointers
+
+    def run(
+        self, indices: torch.Tensor, counts: torch.Tensor, spans: torch.Tensor | None, counted: bool = True
+    ) -> Schedule:
+        """Of contiguous lists; what is not `counted` leaves anything in `candidates`."""
+        new = indices.new_empty
+        entries, lengths = new(self.streams), new(self.streams[:2])
+        candidates = torch.zeros_like(counts) if counted else torch.empty_like(counts)
+        listed = torch.zeros(self.listed, dtype=torch.int8, device=indices.device)
+        pointers = (indices, counts, spans, listed, entries, lengths, candidates)
+        launches.of(self.key, pointers)((*self.streams[:2], 1), *pointers, *self.numbers)
+        return Schedule(entries, lengths, candidates)
+
+
 def schedule(request: Request, width: int, forced: bool) -> Schedule:
     """`request.blocks` as streams, on its device and without waiting for it. With `forced`, streams hold the forced
     tiles too, each before the candidates of the query tile it belongs to; a query tile's diagonal is then one tile.
     """
-    indices, counts = request.blocks.indices.contiguous(), request.blocks.counts.contiguous()
-    batch, heads, tiles, capacity = indices.shape
-    planes, streams, keys = batch * heads, -(-tiles // width), request.key_tiles
+    blocks = request.blocks
+    return plan_of(request, width, forced).run(blocks.indices.contiguous(), blocks.counts.contiguous(), request.spans)
+
+
+def plan_of(request: Request, width: int, forced: bool) -> Plan:
+    batch, heads, tiles, capacity = request.blocks.indices.shape
+    planes, keys, shape = batch * heads, request.key_tiles, request.tile
     # Forced tiles beside the listed ones: each query tile's diagonal, and the sink.
-    room = min(width * capacity, keys) + (width + 1 if forced else 0)
-    new = indices.new_empty
-    entries, lengths = new(planes, streams, max(room, 1)), new(planes, streams)
-    candidates = torch.zeros_like(counts)
-    listed = torch.zeros(planes, tiles, keys, dtype=torch.int8, device=indices.device)
-    tile, windowed = request.tile, request.window is not None
-    constants = (heads, tile.rows, tile.keys, request.causal, request.keep_sink, windowed, width, forced, BLOCK)
-    pointers = (indices, counts, request.spans, listed, entries, lengths, candidates)
-    launches.of((constants, request.spans is None, indices.device), pointers)(
-        (planes, streams, 1), *pointers, request.q_offset, request.q.shape[2], request.k.shape[2], tiles, keys,
-        capacity, entries.shape[2], request.window or 0, *constants,
+    room = max(min(width * capacity, keys) + (width + 1 if forced else 0), 1)
+    windowed = request.window is not None
+    constants = (heads, shape.rows, shape.keys, request.causal, request.keep_sink, windowed, width, forced, BLOCK)
+    numbers = (
+        request.q_offset, request.q.shape[2], request.k.shape[2], tiles, keys, capacity, room, request.window or 0
     )  # fmt: skip
-    return Schedule(entries, lengths, candidates)
+    key = (constants, request.spans is None, request.blocks.indices.device)
+    return Plan(key, (planes, -(-tiles // width), room), (planes, tiles, keys), (*numbers, *constants))
 
 
 @triton.jit
