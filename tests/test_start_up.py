@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -216,9 +218,57 @@ def test_compiled_kernels_are_listed_by_name(monkeypatch):
     doors = start_up_probe.Doors(start_up_probe.Clock(time.perf_counter()))
     doors._open(jit)
     assert JITFunction()._do_compile("key") == "key"
-    assert [kernel["name"] for kernel in doors.kernels] == ["attend"]
+    assert [(kernel["name"], kernel["other_thread"]) for kernel in doors.kernels] == [("attend", False)]
     doors._open(ModuleType("triton.runtime.build"))
     assert doors.missing == ["triton.runtime.build.compile_module_from_src"]
+
+
+def test_what_other_threads_compile_is_no_work_of_the_main_thread():
+    """As autograd's backward pass does on a GPU; here two threads at once, and what they compile fails once."""
+    jit = ModuleType("triton.runtime.jit")
+    both = threading.Barrier(2)
+
+    class JITFunction:
+        __name__ = "costs"
+
+        def _do_compile(self, fails):
+            both.wait()
+            time.sleep(0.1)
+            if fails:
+                raise ValueError("does not compile")
+
+    jit.JITFunction = JITFunction
+    clock = start_up_probe.Clock(time.perf_counter())
+    doors = start_up_probe.Doors(clock)
+    doors._open(jit)
+
+    def compiles(fails):
+        with suppress(ValueError):
+            JITFunction()._do_compile(fails)
+
+    threads = [threading.Thread(target=compiles, args=[fails]) for fails in (False, True)]
+    began = clock._since
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.sleep(0.05)
+    clock.enter("writing")
+    clock.leave()
+    taken = clock.stop() - began
+    (kernel,) = doors.kernels
+    assert kernel["name"] == "costs" and kernel["other_thread"] and kernel["seconds"] >= 0.1
+    assert clock.seconds[start_up_probe.ELSEWHERE] >= 0.1 and clock.seconds[start_up_probe.WORK] >= 0.05
+    assert start_up_probe.COMPILE not in clock.seconds and abs(sum(clock.seconds.values()) - taken) < 1e-9
+
+
+def test_other_phases_are_not_timed_in_other_threads():
+    clock = start_up_probe.Clock(time.perf_counter())
+    thread = threading.Thread(target=clock.timed(time.sleep, "writing"), args=[0.01])
+    thread.start()
+    thread.join()
+    clock.stop()
+    assert set(clock.seconds) == {start_up_probe.WORK}
 
 
 def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatch, capsys):
@@ -231,7 +281,7 @@ def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatc
             (folder / "run" / "run.json").write_text("{}")
         wall = 2.0 + len(asked)
         return {"wall_s": wall, "cpu_s": 1.0, "modules": 9, "phases": {"import: torch": wall}, "packages": {},
-                "kernels": [{"name": "k", "seconds": 0.25}], "missing": []}  # fmt: skip
+                "kernels": [{"name": "k", "seconds": 0.25, "other_thread": True}], "missing": []}  # fmt: skip
 
     monkeypatch.setattr(start_up, "run_once", pretended)
     out = tmp_path / "out.json"
@@ -253,7 +303,7 @@ def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatc
         "b",
     }
     table = capsys.readouterr().out
-    assert "1 kernels in 0.25 s" in table and "together" in table
+    assert "1 kernels in 0.25 s, 1 of them in other threads" in table and "together" in table
 
 
 @pytest.mark.parametrize(

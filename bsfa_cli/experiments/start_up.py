@@ -71,6 +71,7 @@ def lines(folder: Path, device: str, length: int) -> dict[str, list[str]]:
 
 def run_once(tree: Tree, arguments: list[str], folder: Path) -> dict:
     """What one process took: {"wall_s", "cpu_s", "modules", "phases": {phase: s}, "packages", "kernels", "missing"}.
+    `kernels` has {"name", "seconds", "other_thread"} of each that Triton compiled or read from its cache.
 
     Raises InputError, with the last line that it printed, for a command that fails.
     """
@@ -127,9 +128,11 @@ def measure(
         rows.append({"tree": tree.name, "command": command, "cache": cache, **row})
         save(rows)
         compiled = sum(kernel["seconds"] for kernel in row["kernels"])
+        others = sum(kernel["other_thread"] for kernel in row["kernels"])
         print(
             f"{tree.name:12} {command:10} {cache:5}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s of CPU time, "
-            f"{row['modules']:5} modules, {len(row['kernels']):3} kernels in {compiled:.2f} s",
+            f"{row['modules']:5} modules, {len(row['kernels']):3} kernels in {compiled:.2f} s"
+            + (f", {others} of them in other threads" if others else ""),
             flush=True,
         )
 
