@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -177,6 +178,15 @@ def test_phases_are_those_of_the_command(tmp_path, monkeypatch, capsys):
     assert 0 < phases["import: torch"] < found["wall_s"] and found["cpu_s"] > 0 and "numpy" in found["packages"]
     with pytest.raises(InputError, match="this: bsfa inspect ended with 4: bsfa: .*nothing"):
         start_up.run_once(tree, ["inspect", str(tmp_path / "nothing")], tmp_path)
+
+
+def test_packages_alone_are_timed_with_nothing_of_ours(tmp_path):
+    tree = start_up.Tree("this", start_up.HERE)
+    found = start_up.run_once(tree, start_up.lines(tmp_path, "cpu", 1024)["packages"], tmp_path)
+    phases, packages = found["phases"], found["packages"]
+    assert {"torch", "transformers"} <= set(packages) and ("triton" in packages) == (find_spec("triton") is not None)
+    assert not any("bsfa" in name for name in packages) and "import: ours" not in phases
+    assert abs(sum(phases.values()) - found["wall_s"]) < 1e-6 and phases["import: transformers"] > 0
 
 
 def test_the_context_is_made_once_and_has_its_time(monkeypatch):

@@ -1,4 +1,5 @@
-"""python -P start_up_probe.py FILE.json COMMAND ...: one command of bsfa, with a clock at every door it goes through.
+"""python -P start_up_probe.py FILE.json COMMAND ...: one command of bsfa, with a clock at every door it goes through;
+with PACKAGES as COMMAND and a device, what no `bsfa calibrate` can do without, and nothing of bsfa.
 
 What start_up.py runs in a fresh process. It imports nothing but the standard library before the command does, and
 takes functions by their names, so that it can time any checkout on PYTHONPATH; names that are not there are listed.
@@ -10,13 +11,16 @@ import time
 
 BEGAN = time.perf_counter()
 
+import gc  # noqa: E402
 import importlib.machinery  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 from functools import wraps  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 
 WORK, CONTEXT, COMPILE = "the work itself", "CUDA context", "kernels compiled (Triton)"
+PACKAGES = "packages"
 LAUNCHERS, ELSEWHERE = "launchers compiled (C)", "compiled in other threads"
 # {module: {function or method: phase}}
 DOORS = {
@@ -175,18 +179,42 @@ class Doors:
         sys.modules["torch"].cuda.current_stream().synchronize()
 
 
-def main() -> int:
-    out, *arguments = sys.argv[1:]
-    clock = Clock(BEGAN)
-    doors = Doors(clock)
-    doors.install()
+def packages(device: str) -> None:
+    """Import torch, Triton where it is, and the classes of the bundled model and its tokenizer, and make a CUDA
+    context. As commands do: no garbage collection, and transformers does without scikit-learn and SciPy.
+    """
+    gc.disable()
+    for name in ("sklearn", "scipy"):
+        sys.modules[name] = None
+    import torch
+
+    if find_spec("triton") is not None:
+        import triton  # noqa: F401
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    if torch.device(device).type == "cuda":
+        torch.zeros(1, device=device)
+    gc.freeze()  # nor one at the end
+
+
+def bsfa(*arguments: str) -> int:
+    """The exit code of a command."""
     from bsfa_cli.__main__ import main as command
 
     sys.argv = ["bsfa", *arguments]
     try:
         command()
     except SystemExit as done:
-        code = done.code
+        return done.code
+    return 0
+
+
+def main() -> int:
+    out, *arguments = sys.argv[1:]
+    clock = Clock(BEGAN)
+    doors = Doors(clock)
+    doors.install()
+    code = packages(*arguments[1:]) if arguments[0] == PACKAGES else bsfa(*arguments)
     ended = clock.stop()
     found = {"began": BEGAN, "ended": ended, "seconds": clock.seconds, "kernels": doors.kernels}
     with open(out, "w") as file:
