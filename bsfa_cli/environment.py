@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import MachineError, UsageError
 
 DRIVER = "/proc/driver/nvidia/version"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def resolve_device(name: str):
@@ -62,7 +63,7 @@ def describe(device=None) -> dict:
 
     facts = {
         "bsfa": _version("bsfa"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -139,14 +140,15 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+` when the tree differs from it."""
-    root = Path(__file__).resolve().parent.parent
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of a checkout, by default of the one this package runs from, with `+` when the tree differs from it;
+    None for a folder that is none.
+    """
     if not (root / ".git").exists():
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    head = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return commit and commit + ("+" if changed else "")
+    return head and head + ("+" if changed else "")
 
 
 @cache

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..environment import describe, resolve_device
+from ..environment import commit, describe, resolve_device
 from ..errors import InputError, UsageError
 from ..files import check_writable, write_json
 from . import end
@@ -227,7 +227,7 @@ def main() -> int:
     if length < SMALLEST[device.type]:
         raise UsageError(f"--length must be at least {SMALLEST[device.type]}, got {length}")
     about = {"environment": describe(device), "device": str(device), "length": length}
-    about |= {"trees": {tree.name: str(tree.folder) for tree in trees}}
+    about |= {"trees": {tree.name: commit(tree.folder) for tree in trees}}
 
     def save(rows: list[dict]) -> None:
         write_json(options.out, about | {"runs": rows})
