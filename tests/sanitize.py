@@ -1,6 +1,7 @@
 """python3 tests/sanitize.py memcheck|racecheck [BACKEND...]: a few small calls under compute-sanitizer.
 
-Every result is checked as well. Exits 1 when one is wrong, when memory is misused or when accesses race. racecheck
+Every result is checked as well. Exits 1 when one is wrong, when memory is misused or when accesses race, 2 for what it
+does not know, 3 where compute-sanitizer or a GPU is missing. racecheck
 does not follow the named barriers by which Triton starts and ends the partitions of a warp-specialized kernel, and
 reports the bytes passed there; those reports stand on lines that `dispatch_lines` finds, and only those are let pass.
 """
