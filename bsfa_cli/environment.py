@@ -53,6 +53,19 @@ def wake(device) -> None:
         threading.Thread(target=multiply, name="bsfa-wake").start()
 
 
+def free_memory(device) -> int | None:
+    """Bytes that are free on a GPU, or in the host for a CPU; None where that cannot be known."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def describe(device=None) -> dict:
     """Versions, GPU, driver and the source's git commit; JSON-ready, None where there is no such thing.
 
