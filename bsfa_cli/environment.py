@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import MachineError, UsageError
 
 DRIVER = "/proc/driver/nvidia/version"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def resolve_device(name: str):
@@ -52,6 +53,19 @@ def wake(device) -> None:
         threading.Thread(target=multiply, name="bsfa-wake").start()
 
 
+def free_memory(device) -> int | None:
+    """Bytes that are free on a GPU, or in the host for a CPU; None where that cannot be known."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def describe(device=None) -> dict:
     """Versions, GPU, driver and the source's git commit; JSON-ready, None where there is no such thing.
 
@@ -62,7 +76,7 @@ def describe(device=None) -> dict:
 
     facts = {
         "bsfa": _version("bsfa"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
@@ -139,14 +153,15 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+` when the tree differs from it."""
-    root = Path(__file__).resolve().parent.parent
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of a checkout, by default of the one this package runs from, with `+` when the tree differs from it;
+    None for a folder that is none.
+    """
     if not (root / ".git").exists():
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    head = _output("git", "-C", str(root), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return commit and commit + ("+" if changed else "")
+    return head and head + ("+" if changed else "")
 
 
 @cache

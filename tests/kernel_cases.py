@@ -335,6 +335,33 @@ def _check_statistics(case: Case, backend: str, device: str, scores: str):
         assert torch.allclose(a[finite], e[finite], atol=2e-4, rtol=2e-4), name
 
 
+def check_sliding(
+    backend: str, tile: TileShape, window: int, first: int, device: str = "cpu", dtype=torch.float32, scores="exact"
+) -> None:
+    """A chunk that begins inside a query tile, behind a cache that holds one window: the tile visits key tiles of which
+    no key is held. Beside it, a sequence that ended before the cache begins, and one whose keys did.
+    """
+    rows, k_offset = 2 * tile.rows, first - window + 1
+    assert (first // tile.rows * tile.rows - window + 1) // tile.keys < k_offset // tile.keys
+    spans = torch.tensor(
+        [[first, k_offset, 2**31 - 1, 2**31 - 1], [first, k_offset, 5, 5], [first, k_offset, 5, 2**31 - 1]]
+    )
+    case = Case(3, 2, 1, rows, rows + window - 1, 16, tile, gate="", dtype=dtype)
+    q, k, v = case.inputs(device)
+    options = dict(spans=spans.int(), tile=tile, window=window, scores=scores)
+    with preparation_of(case, backend, device, scores):
+        expected = block_sparse_attention(
+            *(x.cpu().double() for x in (q, k, v)), return_lse=True, return_counts=True, backend="reference", **options
+        )
+    poison(q, v)
+    options["spans"] = options["spans"].to(device)
+    found = block_sparse_attention(q, k, v, return_lse=True, return_counts=True, backend=backend, **options)
+    assert torch.equal(found.candidates.cpu(), expected.candidates) and torch.equal(found.kept.cpu(), expected.kept)
+    assert torch.allclose(found.out.cpu().double(), expected.out, atol=4 * torch.finfo(dtype).eps + 1e-5)
+    assert torch.allclose(found.lse.cpu(), expected.lse, atol=1e-4)
+    assert not found.out[1:].any() and found.lse[1:].eq(-torch.inf).all() and found.lse[0].isfinite().all()
+
+
 def poison(q: torch.Tensor, v: torch.Tensor) -> None:
     """Leave NaN in the memory that the next call's outputs, out and lse, are likely to get."""
     outputs = ((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], torch.float32)

@@ -1,6 +1,7 @@
 """python3 tests/sanitize.py memcheck|racecheck [BACKEND...]: a few small calls under compute-sanitizer.
 
-Every result is checked as well. Exits 1 when one is wrong, when memory is misused or when accesses race. racecheck
+Every result is checked as well. Exits 1 when one is wrong, when memory is misused or when accesses race, 2 for what it
+does not know, 3 where compute-sanitizer or a GPU is missing. racecheck
 does not follow the named barriers by which Triton starts and ends the partitions of a warp-specialized kernel, and
 reports the bytes passed there; those reports stand on lines that `dispatch_lines` finds, and only those are let pass.
 """
@@ -10,13 +11,18 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
+from bsfa_cli.errors import MachineError, UsageError
 from bsfa_cli.experiments import end
 
 CALLS = "calls"
+TOOLS = ("memcheck", "racecheck")
+BACKENDS = ("hopper", "triton", "split_kv")
+CANNOT = MachineError.exit_code
 
 
 def calls(backends) -> None:
@@ -31,6 +37,8 @@ def calls(backends) -> None:
     from paged_attention_cases import Paged, check_packed
     from paged_attention_cases import check as check_pages
 
+    if not torch.cuda.is_available():
+        raise MachineError(f"no CUDA here: PyTorch {torch.__version__} finds no GPU to make calls on")
     bf16, fp16 = torch.bfloat16, torch.float16
     cases = (
         Case(1, 4, 2, 500, 500, 128, gate="gap", dtype=bf16),
@@ -99,13 +107,32 @@ def dispatch_lines() -> set[str]:
     return {f"hopper_kernel.py:{line}" for line in found}
 
 
-def main(tool: str, backends) -> int:
+def main(arguments: list[str]) -> int:
+    """Raises UsageError for a tool or backend that there is not, MachineError where compute-sanitizer is missing."""
+    tool, *backends = arguments or [""]
+    if tool not in (*TOOLS, CALLS):
+        raise UsageError(f"give {' or '.join(TOOLS)}, got {tool!r}" if arguments else f"give {' or '.join(TOOLS)}")
+    unknown = [name for name in backends if name not in BACKENDS]
+    if unknown:
+        raise UsageError(f"backends are {', '.join(BACKENDS)}; got {unknown[0]!r}")
+    backends = backends or BACKENDS
+    if tool == CALLS:
+        calls(backends)
+        return 0
+    if shutil.which("compute-sanitizer") is None:
+        raise MachineError("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+    return watched(tool, backends)
+
+
+def watched(tool: str, backends) -> int:
     command = ["compute-sanitizer", "--tool", tool, sys.executable, __file__, CALLS, *backends]
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:  # at once: a run that a time limit ends has said how far it came
             print(line, end="", flush=True)
             said.append(line)
+    if process.returncode == CANNOT:
+        return CANNOT
     said = "".join(said)
     found = faults(said, dispatch_lines() if tool == "racecheck" else set())
     for line in found:
@@ -116,6 +143,4 @@ def main(tool: str, backends) -> int:
 
 
 if __name__ == "__main__":
-    tool, *backends = sys.argv[1:]
-    backends = backends or ["hopper", "triton", "split_kv"]
-    end(tool, lambda: calls(backends) if tool == CALLS else main(tool, backends))
+    end("sanitize", lambda: main(sys.argv[1:]))

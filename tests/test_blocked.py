@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from bsfa_kernels import TileShape
-from kernel_cases import Case, check, check_statistics
+from bsfa_kernels import TileShape, block_sparse_attention, tile_statistics
+from kernel_cases import Case, check, check_sliding, check_statistics
 
 TILES = (TileShape(16, 32), TileShape(32, 16))
 
@@ -61,3 +61,41 @@ def test_statistics(tile, causal, padded):
     if causal:
         check_statistics(Case(2, 2, 1, 100, 130, 16, tile, padded=padded, window=40, softcap=2.0, sinks=True), "torch")
     check_statistics(Case(2, 2, 1, 100, 130, 16, tile, causal, q_offset=0 if padded else 30, padded=padded), "torch")
+
+
+@pytest.mark.parametrize(
+    ("tile", "first"), [(TILES[0], 121), (TileShape(64, 8), 300), (TileShape(64, 32), 101)], ids=str
+)
+def test_a_chunk_behind_a_sliding_cache(tile, first):
+    check_sliding("torch", tile, 90, first)
+
+
+UNSEEN = [
+    (
+        (195, 70, 200, 200),
+        None,
+        True,
+        "a query at position 195 sees keys from position 0 on, but the first key stands at k_offset 70",
+    ),
+    ((300, 200, 400, 400), 150, True, "a query at position 300 sees keys from position 151 on"),
+    ((300, 200, 400, 400), 101, True, ""),
+    ((10, 20, 15, 2**31 - 1), None, False, "a query at position 10 sees keys from position 0 on, but"),
+    ((10, 20, 0, 2**31 - 1), None, False, ""),  # it has no key
+    ((300, 200, 50, 50), None, True, ""),  # all rows are padding
+    ((300, 200, 50, 400), 101, True, ""),  # the keys ended before its window
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("span", "window", "causal", "said"), UNSEEN, ids=str)
+def test_positions_before_the_first_key_are_seen_by_no_query(span, window, causal, said, backend):
+    """What no kernel masks: a key that a cache no longer holds would have a score of 0."""
+    q, k, v = (torch.randn(1, heads, rows, 16) for heads, rows in ((2, 33), (1, 250), (1, 250)))
+    options = dict(spans=torch.tensor([span], dtype=torch.int32), window=window, causal=causal, backend=backend)
+    if not said:
+        assert block_sparse_attention(q, k, v, **options).out.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=said):
+        block_sparse_attention(q, k, v, **options)
+    with pytest.raises(ValueError, match="count positions from the first key"):
+        tile_statistics(q, k, torch.zeros(1, 2, 33), **options)

@@ -48,7 +48,7 @@ def test_what_speaks_against_them_is_said(asked, monkeypatch):
         wanted, reason = asked(**given)
         assert not wanted and words in reason
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_free_host_memory", lambda: 1 << 20)
+        patch.setattr(run, "free_memory", lambda device: 1 << 20)
         assert "GiB are free" in asked()[1]
 
 

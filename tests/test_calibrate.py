@@ -288,7 +288,7 @@ def test_what_the_model_cannot_do_gets_one_sentence(arguments, code, said, tmp_p
 
 
 def test_a_sample_that_memory_cannot_hold_is_refused_before_it_runs(tmp_path, bsfa, monkeypatch):
-    monkeypatch.setattr(calibration, "_free_host_memory", lambda: 1 << 20)
+    monkeypatch.setattr(calibration, "free_memory", lambda device: 1 << 20)
     code, _, errors = bsfa("calibrate", "-o", tmp_path / "r", *SMALL)
     assert code == 3 and "lower --length" in errors and not (tmp_path / "r").exists()
 

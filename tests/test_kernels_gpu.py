@@ -9,7 +9,7 @@ import pytest
 import torch
 import whole_tiles
 from bsfa_kernels import BlockLists, Gate, TileShape, block_sparse_attention, explain, hopper, shortcut
-from kernel_cases import PLACES, Case, check, check_place, check_statistics
+from kernel_cases import PLACES, Case, check, check_place, check_sliding, check_statistics
 from paged_attention_cases import Paged
 from whole_tiles import Prompt
 
@@ -68,6 +68,12 @@ def test_triton(case):
 @pytest.mark.parametrize("case", cases("hopper", 240))
 def test_hopper(case):
     check(case, "hopper", "cuda")
+
+
+@pytest.mark.parametrize("scores", ["exact", "int8"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunk_behind_a_sliding_cache(backend, scores):
+    check_sliding(backend, TILES[0], 66, 193, "cuda", torch.bfloat16, scores)
 
 
 def paged(rows, keys, head_dim=128, dtype=torch.bfloat16, page=128, **options) -> Paged:

@@ -82,7 +82,7 @@ def test_modules_know_both_head_dims():
     module = bsfa.attention_modules(model)["model.layers.0.self_attn"]
     assert (module.head_dim, module.v_head_dim, module.dense_reason) == (48, 32, None)
     keys = (32 << 20) // ((48 + 32) * 2)  # of one KV head in a section
-    assert lengths(model, 1 << 19) == [keys // 4, keys // 2, 1 << 19]
+    assert lengths(model, 1 << 19) == [2048, keys // 4, keys // 2, 1 << 19]
 
 
 @pytest.mark.parametrize("v_head_dim, served", [(128, True), (192, True), (256, False)])

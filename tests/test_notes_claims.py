@@ -1,4 +1,4 @@
-"""Tables and sentences of kernels/NOTES.md, docs/int8.md and docs/serving.md, held to profiles/results/checks."""
+"""Tables and sentences of kernels/NOTES.md and docs/, held to profiles/results/checks."""
 
 from __future__ import annotations
 
@@ -214,3 +214,41 @@ def test_what_the_readme_says_of_few_queries_is_so():
     assert f"64 to 256 take {min(slower):.1f} to {max(slower):.1f} times it" in readme
     ahead = [each["bsfa, gate"] < each["FlashAttention-3"] for (rows, _), each in alone.items() if rows == 512]
     assert ahead == [True] * 3 and "at 512 a gate that skips 75 % is ahead of it" in readme
+
+
+def test_what_is_said_of_start_up_is_so():
+    page, found = on_one_line("docs/developing.md"), stored("start-up")
+    assert found["length"] == 4096 and all(len(commit) == 40 for commit in found["trees"].values())
+    runs = {(run["tree"], run["command"], run["cache"]): run for run in found["runs"]}
+    less, packages = {}, {}
+    for command in ("calibrate", "verify", "export"):
+        before, now = runs["before", command, "warm"], runs["now", command, "warm"]
+        packages[command] = sum(took for name, took in now["packages"].items() if not name.startswith("bsfa"))
+        values = before["wall_s"], now["wall_s"], packages[command], now["phases"]["the work itself"]
+        assert row_of(f"`{command}`", *(f"{value:.1f}" for value in values)) in page
+        less[command] = f"{100 * (1 - now['wall_s'] / before['wall_s']):.0f} %"
+        assert packages[command] > before["wall_s"] / 2  # so halving was out of reach
+    words = f"`calibrate` takes {less['calibrate']} less, `verify` {less['verify']}, `export` {less['export']}"
+    assert f"Halving was asked for and not reached there: {words}." in page
+    before, now = runs["before", "calibrate", "warm"], runs["now", "calibrate", "warm"]
+    took, phases = now["packages"], now["phases"]
+    more = took["torch, more of it"]
+    assert f"Of `calibrate`'s {packages['calibrate']:.1f} s torch has {took['torch'] + more:.1f}, of which" in page
+    assert f"{more:.1f} for parts that transformers imports" in page
+    assert f"transformers {took['transformers']:.1f}, and sympy {took['sympy']:.1f}, which" in page
+    reading = sum(seconds for phase, seconds in phases.items() if phase.startswith(("weights", "tokenizer", "config")))
+    end = phases["interpreter: end"]
+    assert (
+        f"take {phases['import: ours']:.1f} s, reading the model with its checks and fingerprint {reading:.1f}, "
+        in page
+    )
+    assert f"the end of the process {end:.1f}." in page
+    assert f"with {before['phases']['interpreter: end'] - end:.1f} s less at the end alone" in page
+    assert {"scipy", "pandas"} <= set(before["packages"]) and not {"sklearn", "scipy", "pandas"} & set(took)
+    before, now = runs["before", "calibrate", "cold"], runs["now", "calibrate", "cold"]
+    work = now["phases"]["the work itself"]
+    assert (
+        f"`calibrate` takes {now['wall_s']:.1f} s, where it took {before['wall_s']:.1f}: the work is {work:.1f} s"
+        in page
+    )
+    assert not now["kernels"]

@@ -4,16 +4,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from bsfa_cli import app
+from bsfa_cli.calibration import group
 from bsfa_cli.calibration.claims import Claims
 from bsfa_cli.calibration.curves import ModuleCurves
 from bsfa_cli.calibration.group import Group
@@ -191,6 +194,60 @@ def test_an_environment_that_cannot_be_meant_is_refused(variables, arguments, sa
         monkeypatch.setenv(name, value)
     one_sentence(run("calibrate", "-o", tmp_path / "run", *SMALL, *arguments), 2, said)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_address_where_nobody_answers_is_given_up(tmp_path, run, monkeypatch, one_sentence):
+    monkeypatch.setattr(group, "MEETING", timedelta(seconds=0.6))
+    with socket.socket() as silent:  # bound, but nobody listens
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        place = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        said = f"nothing answers at MASTER_ADDR 127.0.0.1, MASTER_PORT {port} within 0.01 minutes"
+        one_sentence(run("calibrate", "-o", tmp_path / "run", *SMALL), 3, said)
+    monkeypatch.setenv("MASTER_ADDR", "a" * 80 + ".example")
+    one_sentence(run("calibrate", "-o", tmp_path / "run", *SMALL), 3, "nothing answers at MASTER_ADDR aaa")
+    assert not (tmp_path / "run").exists()
+
+
+STUBBORN = """
+import signal, subprocess, sys
+from bsfa_cli.calibration import spawn
+
+CHILD = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print(flush=True); time.sleep(100)"
+
+class Stubborn:
+    def __init__(self, *_):
+        self.handle = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE)
+        self.handle.stdout.readline()
+        print(self.handle.pid, flush=True)
+
+    def ended(self):
+        return self.handle.poll()
+
+spawn.Process = Stubborn
+try:
+    spawn.run(2, prints=False)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_leaves_no_process_behind(again):
+    """Those that hear neither an interrupt nor a request to end: the first signal is patient, the second is not."""
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    told = time.monotonic()
+    process.send_signal(again)
+    assert process.communicate(timeout=30)[0] == "interrupted\n" and process.returncode == 0
+    assert time.monotonic() - told < 5 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_nobody_goes_on_before_all_are_here():

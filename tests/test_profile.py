@@ -283,7 +283,11 @@ def test_a_bad_profile_is_refused_in_one_sentence(tmp_path, content, words):
     "arguments, words",
     [
         (("--profile", "nope"), "no profile 'nope'"),
+        (("--profile", "nope", "--end-to-end", "bsfa/retrieval-llama"), "no profile 'nope'"),
+        (("--profile", ""), "no profile ''"),
         (("--profile", "/nonexistent/x.yaml"), "cannot read profile"),
+        (("--profile", "tiny.yaml"), "; the bundled one is 'tiny', without a suffix"),
+        (("--end-to-end", "bsfa/retrieval-llama", "--point", "p"), "--point names an operating point of --thresholds"),
         (("--lengths", "1k"), "--lengths takes numbers"),
         (("--lengths", "0"), "positive whole numbers"),
         (("--skip", "1.5"), "between 0 and 1"),
@@ -402,8 +406,9 @@ def test_end_to_end_times_dense_and_sparse_on_one_model(profile, tmp_path):
 
 
 def test_end_to_end_on_a_missing_model(profile):
-    result = profile("--end-to-end", "/nonexistent/model")
+    result = profile("--end-to-end", "/nonexistent/model", "--profile", "tiny", "--device", "cpu")
     assert result.code == 4 and "does not exist" in result.err
+    assert len(result.err.splitlines()) == 1  # before the sweep began
 
 
 @pytest.mark.gpu

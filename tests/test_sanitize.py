@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import sanitize
+import torch
 from bsfa_kernels import hopper_kernel
+
+from bsfa_cli.errors import MachineError
+from bsfa_cli.experiments import end
 
 STORED = Path(__file__).parents[1] / "profiles" / "results" / "checks" / "sanitize-hopper.nvidia-h200.txt"
 RACE = """========= Error: Race reported between Read access at _forward+0x260 in hopper.py:321
@@ -51,3 +56,33 @@ def test_dispatch_lines_are_found():
     lines = sorted(int(line.rpartition(":")[2]) for line in sanitize.dispatch_lines())
     found = [source[line - 1].strip() for line in lines]
     assert found == ["def forward(", "if VARIANT.consumers == 3:", *["gl.warp_specialize("] * 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "sanitize: give memcheck or racecheck"),
+        (["initcheck"], 2, "sanitize: give memcheck or racecheck, got 'initcheck'"),
+        (["memcheck", "torch"], 2, "sanitize: backends are hopper, triton, split_kv; got 'torch'"),
+        (["racecheck"], 3, "sanitize: compute-sanitizer is not on PATH; it comes with the CUDA toolkit"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_sentence(arguments, code, said, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit) as ended:
+        end("sanitize", lambda: sanitize.main(arguments))
+    assert ended.value.code == code and capsys.readouterr().err.strip() == said
+
+
+def test_without_a_gpu_nothing_is_called_clean_or_failed(monkeypatch, tmp_path, capfd):
+    """Under a compute-sanitizer that watches nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="no CUDA here"):
+        sanitize.calls(sanitize.BACKENDS)
+    pretended = tmp_path / "compute-sanitizer"
+    pretended.write_text("#!/bin/sh\necho 'calls: no CUDA here'\nexit 3\n")
+    pretended.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitize.main(["memcheck"]) == 3
+    said = capfd.readouterr()
+    assert said.out == "calls: no CUDA here\n" and said.err == ""

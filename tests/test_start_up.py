@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -177,6 +180,15 @@ def test_phases_are_those_of_the_command(tmp_path, monkeypatch, capsys):
         start_up.run_once(tree, ["inspect", str(tmp_path / "nothing")], tmp_path)
 
 
+def test_packages_alone_are_timed_with_nothing_of_ours(tmp_path):
+    tree = start_up.Tree("this", start_up.HERE)
+    found = start_up.run_once(tree, start_up.lines(tmp_path, "cpu", 1024)["packages"], tmp_path)
+    phases, packages = found["phases"], found["packages"]
+    assert {"torch", "transformers"} <= set(packages) and ("triton" in packages) == (find_spec("triton") is not None)
+    assert not any("bsfa" in name for name in packages) and "import: ours" not in phases
+    assert abs(sum(phases.values()) - found["wall_s"]) < 1e-6 and phases["import: transformers"] > 0
+
+
 def test_the_context_is_made_once_and_has_its_time(monkeypatch):
     """On a made-up torch.cuda: on the real one every call begins with _lazy_init too."""
     calls = []
@@ -216,9 +228,57 @@ def test_compiled_kernels_are_listed_by_name(monkeypatch):
     doors = start_up_probe.Doors(start_up_probe.Clock(time.perf_counter()))
     doors._open(jit)
     assert JITFunction()._do_compile("key") == "key"
-    assert [kernel["name"] for kernel in doors.kernels] == ["attend"]
+    assert [(kernel["name"], kernel["other_thread"]) for kernel in doors.kernels] == [("attend", False)]
     doors._open(ModuleType("triton.runtime.build"))
     assert doors.missing == ["triton.runtime.build.compile_module_from_src"]
+
+
+def test_what_other_threads_compile_is_no_work_of_the_main_thread():
+    """As autograd's backward pass does on a GPU; here two threads at once, and what they compile fails once."""
+    jit = ModuleType("triton.runtime.jit")
+    both = threading.Barrier(2)
+
+    class JITFunction:
+        __name__ = "costs"
+
+        def _do_compile(self, fails):
+            both.wait()
+            time.sleep(0.1)
+            if fails:
+                raise ValueError("does not compile")
+
+    jit.JITFunction = JITFunction
+    clock = start_up_probe.Clock(time.perf_counter())
+    doors = start_up_probe.Doors(clock)
+    doors._open(jit)
+
+    def compiles(fails):
+        with suppress(ValueError):
+            JITFunction()._do_compile(fails)
+
+    threads = [threading.Thread(target=compiles, args=[fails]) for fails in (False, True)]
+    began = clock._since
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.sleep(0.05)
+    clock.enter("writing")
+    clock.leave()
+    taken = clock.stop() - began
+    (kernel,) = doors.kernels
+    assert kernel["name"] == "costs" and kernel["other_thread"] and kernel["seconds"] >= 0.1
+    assert clock.seconds[start_up_probe.ELSEWHERE] >= 0.1 and clock.seconds[start_up_probe.WORK] >= 0.05
+    assert start_up_probe.COMPILE not in clock.seconds and abs(sum(clock.seconds.values()) - taken) < 1e-9
+
+
+def test_other_phases_are_not_timed_in_other_threads():
+    clock = start_up_probe.Clock(time.perf_counter())
+    thread = threading.Thread(target=clock.timed(time.sleep, "writing"), args=[0.01])
+    thread.start()
+    thread.join()
+    clock.stop()
+    assert set(clock.seconds) == {start_up_probe.WORK}
 
 
 def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatch, capsys):
@@ -231,7 +291,7 @@ def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatc
             (folder / "run" / "run.json").write_text("{}")
         wall = 2.0 + len(asked)
         return {"wall_s": wall, "cpu_s": 1.0, "modules": 9, "phases": {"import: torch": wall}, "packages": {},
-                "kernels": [{"name": "k", "seconds": 0.25}], "missing": []}  # fmt: skip
+                "kernels": [{"name": "k", "seconds": 0.25, "other_thread": True}], "missing": []}  # fmt: skip
 
     monkeypatch.setattr(start_up, "run_once", pretended)
     out = tmp_path / "out.json"
@@ -246,14 +306,10 @@ def test_checkouts_take_turns_and_the_table_has_the_fastest(tmp_path, monkeypatc
     assert names == one + other + one
     assert not any(there for _, command, there in asked if command == "calibrate")
     result = json.loads(out.read_text())
-    assert [run["cache"] for run in result["runs"]] == ["first"] + ["cold"] * 4 + ["warm"] * 8 and set(
-        result["trees"]
-    ) == {
-        "a",
-        "b",
-    }
+    assert [run["cache"] for run in result["runs"]] == ["first"] + ["cold"] * 4 + ["warm"] * 8
+    assert result["trees"] == dict.fromkeys("ab", environment.commit())
     table = capsys.readouterr().out
-    assert "1 kernels in 0.25 s" in table and "together" in table
+    assert "1 kernels in 0.25 s, 1 of them in other threads" in table and "together" in table
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 BEGUN = "bsfa/begun"
 POLL_SECONDS = 0.1
 PATIENCE = timedelta(hours=2)  # for the first process to load a model and its texts
+MEETING = timedelta(minutes=5)  # for all processes to be there
+ATTEMPT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Group:
     @classmethod
     def joined(cls, processes: int | None) -> Group | None:
         """The group that the environment names, None where there is none. Raises UsageError where `processes`, which
-        the user asked for, are not as many, MachineError where the group's store cannot be reached.
+        the user asked for, are not as many, MachineError where the group's store cannot be reached within MEETING.
         """
         size = started()
         if size < 2:
@@ -50,8 +53,11 @@ class Group:
             raise UsageError(f"--processes {processes}, but {size} processes were started; leave it out under torchrun")
         from torch.distributed.rendezvous import rendezvous
 
+        if int(os.environ["RANK"]):  # the first process makes the store, unless torchrun did
+            _await_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         try:
-            store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+            store, rank, size = next(rendezvous("env://", timeout=MEETING))
+            store.set_timeout(PATIENCE)
         except (RuntimeError, ValueError, OSError) as error:
             raise MachineError(f"the processes do not find each other: {said(error)}") from error
         return cls(rank, size, int(os.environ["LOCAL_RANK"]), store)
@@ -115,6 +121,23 @@ class Group:
         keys = [f"bsfa/{name}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], value)
         return keys
+
+
+def _await_store(host: str, port: int) -> None:
+    """Return once something listens there. torch would wait too, but hold an interrupt back and show C++ frames."""
+    until = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), ATTEMPT_SECONDS).close()
+            return
+        except (OSError, UnicodeError) as error:  # the latter for what can be no name of a machine
+            if time.monotonic() > until or isinstance(error, UnicodeError):
+                waited = f" within {MEETING.total_seconds() / 60:g} minutes" if isinstance(error, OSError) else ""
+                raise MachineError(
+                    f"the processes do not find each other: nothing answers at MASTER_ADDR {host}, MASTER_PORT {port}"
+                    f"{waited} ({said(error)})"
+                ) from error
+            time.sleep(POLL_SECONDS)
 
 
 @contextmanager

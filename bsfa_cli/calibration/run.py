@@ -19,6 +19,7 @@ from bsfa_kernels.modality import MODALITIES
 from .. import environment
 from ..console import console, duration, note, progress
 from ..data.texts import Sample, data_hash, is_generated
+from ..environment import free_memory
 from ..errors import InputError, MachineError, UsageError
 from ..metrics.logits import LOGITS_PER_CHUNK, Head
 from ..models.load import LoadedModel, explain_memory
@@ -176,20 +177,12 @@ def check_memory(needs: dict[str, int], device: torch.device, processes: int = 1
     passes = max(needs["forward pass"], needs.get("backward pass", 0))
     need = passes + needs["tile statistics of one module"] + needs["curves in memory"]
     need *= processes if device.type == "cpu" else 1
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    free = free_memory(device)
     if free is not None and need > free:
         raise MachineError(
             f"the longest sample needs about {need / 2**30:.1f} GiB beside the weights and {free / 2**30:.1f} GiB are "
             "free; lower --length"
         )
-
-
-def _free_host_memory() -> int | None:
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 def calibrate(

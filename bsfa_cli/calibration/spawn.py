@@ -68,33 +68,49 @@ class Process:
         return code
 
 
+class Signals:
+    """SIGINT and SIGTERM of this process: counted, and the first that comes while `raises` is a KeyboardInterrupt."""
+
+    def __init__(self):
+        self.count, self.raises = 0, False
+
+    def __call__(self, *_) -> None:
+        self.count += 1
+        if self.raises:
+            self.raises = False
+            raise KeyboardInterrupt
+
+
 def run(processes: int, prints: bool, replaceable: bool = True) -> None:
     """Run the command that this process was given in `processes` processes. `prints`: the first one prints a result.
     `replaceable`: what a lost process was at, another one does.
 
     Raises what the first one that failed says, with its exit code; MachineError where all were lost, or one that cannot
     be replaced; KeyboardInterrupt once an interrupted group has ended, or one whose parent was told to end (SIGTERM).
+    A second signal kills what has not ended by then.
     """
-    port, codes, group, told = _free_port(), {}, [], []
+    port, codes, group, signals = _free_port(), {}, [], Signals()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     try:
-        for number in heard:  # held back, or the process that is being started would go on without us
-            signal.signal(number, lambda *_: told.append(True))
-        for rank in range(processes):
-            group.append(Process(rank, processes, port))
-        for number in heard:
-            signal.signal(number, signal.default_int_handler)
-        if told:
-            raise KeyboardInterrupt
-        while len(codes) < processes:
-            time.sleep(POLL_SECONDS)
-            for rank, process in enumerate(group):
-                if rank not in codes and (code := process.ended()) is not None:
-                    codes[rank] = code
-                    _judge(group, rank, code, replaceable)
+        try:
+            for number in heard:  # held back, or the process that is being started would go on without us
+                signal.signal(number, signals)
+            for rank in range(processes):
+                group.append(Process(rank, processes, port))
+            signals.raises = True
+            if signals.count:
+                raise KeyboardInterrupt
+            while len(codes) < processes:
+                time.sleep(POLL_SECONDS)
+                for rank, process in enumerate(group):
+                    if rank not in codes and (code := process.ended()) is not None:
+                        codes[rank] = code
+                        _judge(group, rank, code, replaceable)
+        finally:
+            signals.raises = False  # held back again, or nobody would end the processes
     finally:
-        _stop(group, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
+        _stop(group, signals, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
         for number in heard:
             signal.signal(number, before[number])
     if 0 not in codes.values():
@@ -126,9 +142,14 @@ def _end(process: Process, seconds: float) -> int | None:
     return code
 
 
-def _stop(group: list[Process], interrupted: bool) -> None:
-    """End the processes that still run. A terminal has interrupted them already, and they need a moment to say so."""
+def _stop(group: list[Process], signals: Signals, interrupted: bool) -> None:
+    """End the processes that still run. A terminal has interrupted them already, and they need a moment to say so; none
+    once another signal has come.
+    """
+    patience = signals.count
     for send in (None if interrupted else signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        if signals.count > patience and send != signal.SIGKILL:
+            continue
         running = [process for process in group if process.ended() is None]
         for process in running:
             if send is not None:
@@ -136,6 +157,8 @@ def _stop(group: list[Process], interrupted: bool) -> None:
                     process.handle.send_signal(send)
         until = time.monotonic() + (GRACE_SECONDS if send is not None else GRACE_SECONDS / 5)
         while time.monotonic() < until and any(process.ended() is None for process in running):
+            if signals.count > patience and send != signal.SIGKILL:
+                break
             time.sleep(POLL_SECONDS)
 
 

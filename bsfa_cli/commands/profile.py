@@ -82,6 +82,8 @@ def profile(
         raise UsageError(f"--fail-under must be a positive number, got {fail_under:g}")
     if end_to_end is None and (thresholds is not None or point is not None):
         raise UsageError("--thresholds and --point belong to --end-to-end MODEL; the sweep fits its own thresholds")
+    if point is not None and thresholds is None:
+        raise UsageError("--point names an operating point of --thresholds: give those too")
     if end_to_end is None:
         refuse_idle(context, OF_DATA, "without --end-to-end MODEL")
     elif profile is None:
@@ -103,7 +105,7 @@ def profile(
     lengths = None if lengths is None else numbers(lengths, int, "--lengths takes numbers")
     skip = None if skip is None else numbers(skip, float, "--skip takes numbers")
     names = None if baselines is None else tuple(name.strip() for name in baselines.split(","))
-    plan = load(profile) if profile else None
+    plan = None if profile is None else load(profile)
 
     with importing():
         import torch
@@ -130,8 +132,10 @@ def profile(
     artifact = None if thresholds is None else _artifact(thresholds, point)
     if end_to_end is not None:
         from ..data.prompts import check_source
+        from ..models.load import check_model
 
         check_source(given, max(plan.lengths), 1)
+        check_model(end_to_end)  # before the sweep, which may take minutes
     result = run.empty(plan, device)
     stored = compare.read(baseline) if baseline else None
     if stored:

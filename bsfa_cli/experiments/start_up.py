@@ -2,9 +2,10 @@
 
 Where the time of a command goes before and beside its work: `bsfa calibrate`, `export`, `verify`, `profile` and
 `compare` on the bundled model, each in a fresh process, first with empty caches of Triton and of torch.compile
-("cold"), then with what this left in them ("warm"). With --tree, which can be repeated, other checkouts take turns with
-one another; without it, this one. The first process on a machine also reads all packages from its disk: `calibrate` of
-the first checkout goes ahead of the others, once ("first").
+("cold"), then with what this left in them ("warm"). Before them `packages`, which has nothing of bsfa: a process that
+imports torch, Triton and the classes of a model and its tokenizer, makes a CUDA context and ends. With --tree, which
+can be repeated, other checkouts take turns with one another; without it, this one. The first process on a machine also
+reads all packages from its disk: `calibrate` of the first checkout goes ahead of the others, once ("first").
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..environment import describe, resolve_device
+from ..environment import commit, describe, resolve_device
 from ..errors import InputError, UsageError
 from ..files import check_writable, write_json
 from . import end
+from .start_up_probe import PACKAGES
 
 PROBE = Path(__file__).with_name("start_up_probe.py")
 HERE = Path(__file__).resolve().parents[2]
-COMMANDS = ("calibrate", "export", "verify", "profile", "compare")
+COMMANDS = (PACKAGES, "calibrate", "export", "verify", "profile", "compare")
 SMALLEST = {"cuda": 4096, "cpu": 1024}  # a target of skipped tiles can be met from here on
 IMPORTS = {
     "import bsfa_cli": "import: ours", "import bsfa_kernels": "import: ours", "import torch": "import: torch",
@@ -54,10 +56,11 @@ class Tree(NamedTuple):
 
 
 def lines(folder: Path, device: str, length: int) -> dict[str, list[str]]:
-    """{command: its arguments}; each reads what those before it left in `folder`."""
+    """{command: its arguments for the probe}; each reads what those before it left in `folder`."""
     run, artifact = folder / "run", folder / "thresholds.safetensors"
     on, tokens = ["--device", device], ["--length", str(length)]
     return {
+        PACKAGES: [PACKAGES, device],
         "calibrate": ["calibrate", "-o", str(run), "--samples", "2", *tokens, *on],
         "export": ["export", str(run), "-o", str(artifact), "--target-skip", "0.5"],
         "verify": ["verify", "--thresholds", str(artifact), "--samples", "1", "--max-kl-over-floor", "100", *tokens,
@@ -71,6 +74,7 @@ def lines(folder: Path, device: str, length: int) -> dict[str, list[str]]:
 
 def run_once(tree: Tree, arguments: list[str], folder: Path) -> dict:
     """What one process took: {"wall_s", "cpu_s", "modules", "phases": {phase: s}, "packages", "kernels", "missing"}.
+    `kernels` has {"name", "seconds", "other_thread"} of each that Triton compiled or read from its cache.
 
     Raises InputError, with the last line that it printed, for a command that fails.
     """
@@ -85,7 +89,8 @@ def run_once(tree: Tree, arguments: list[str], folder: Path) -> dict:
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(f"{tree.name}: bsfa {arguments[0]} ended with {done.returncode}: {said}")
+        what = arguments[0] if arguments[0] == PACKAGES else f"bsfa {arguments[0]}"
+        raise InputError(f"{tree.name}: {what} ended with {done.returncode}: {said}")
     probe = json.loads(found.read_text())
     phases, packages = _grouped(probe["seconds"])
     # The clock is the machine's own, the same in all processes.
@@ -127,9 +132,11 @@ def measure(
         rows.append({"tree": tree.name, "command": command, "cache": cache, **row})
         save(rows)
         compiled = sum(kernel["seconds"] for kernel in row["kernels"])
+        others = sum(kernel["other_thread"] for kernel in row["kernels"])
         print(
             f"{tree.name:12} {command:10} {cache:5}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s of CPU time, "
-            f"{row['modules']:5} modules, {len(row['kernels']):3} kernels in {compiled:.2f} s",
+            f"{row['modules']:5} modules, {len(row['kernels']):3} kernels in {compiled:.2f} s"
+            + (f", {others} of them in other threads" if others else ""),
             flush=True,
         )
 
@@ -220,7 +227,7 @@ def main() -> int:
     if length < SMALLEST[device.type]:
         raise UsageError(f"--length must be at least {SMALLEST[device.type]}, got {length}")
     about = {"environment": describe(device), "device": str(device), "length": length}
-    about |= {"trees": {tree.name: str(tree.folder) for tree in trees}}
+    about |= {"trees": {tree.name: commit(tree.folder) for tree in trees}}
 
     def save(rows: list[dict]) -> None:
         write_json(options.out, about | {"runs": rows})

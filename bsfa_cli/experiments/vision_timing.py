@@ -5,6 +5,8 @@ by modality, time the prefill dense and at each operating point. The weights are
 anything about accuracy. Times are of the language model alone (images go through the vision tower once, before), for
 every dense backend, and of the whole first token (TTFT), for the fastest of them. Writes a result of `bsfa profile`,
 which `bsfa report` and `bsfa inspect` read, after each prefill: one that is interrupted says that it is not complete.
+
+The defaults are for a GPU, with 15.4 GiB of weights; to try it out on a CPU: --width 4 --layers 2 --length 2048.
 """
 
 from __future__ import annotations

@@ -137,6 +137,11 @@ def load_empty(name_or_path: str | os.PathLike) -> tuple[Any, str, str | None]:
     return model, name, getattr(config, "_commit_hash", None)
 
 
+def check_model(name_or_path: str | os.PathLike | None) -> None:
+    """Raise InputError for what is no directory, file or name of a model, without a look into it or at the Hub."""
+    _locate(name_or_path)
+
+
 def check_positions(config, length: int | None, flag: str) -> None:
     """Raise UsageError, naming `flag`, when `length` tokens are more than the model has positions for."""
     from bsfa_kernels.integrations.modules import most_positions

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..environment import free_memory
+from ..errors import MachineError
 from .load import LoadedModel
 from .processor import images_only
 from .random_weights import CONTENT, LABEL, LABEL_KEY, build_tokenizer
@@ -53,12 +55,13 @@ def random_qwen(
     device: torch.device, *, layers: int | None = None, side: int = 448, seed: int = 0, width: int = 1
 ) -> LoadedModel:
     """The model on `device`, in bfloat16 on a GPU and float32 on a CPU; images are scaled to `side` pixels, which is
-    (side / 28) ** 2 tokens.
+    (side / 28) ** 2 tokens. Raises MachineError where its weights do not fit into what memory is free.
     """
     from bsfa_kernels.integrations.transformers import model_identity
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     shape, dtype = config(layers, width), torch.bfloat16 if device.type == "cuda" else torch.float32
+    _check_memory(shape, dtype, device)
     with torch.device(device):  # not the meta device: buffers have values of their own
         model = Qwen2_5_VLForConditionalGeneration._from_config(shape, attn_implementation="bsfa", dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
@@ -74,6 +77,20 @@ def random_qwen(
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     identity = {"id": NAME, "revision": None, **model_identity(model)}
     return LoadedModel(model, tokenizer, identity, LABEL, _processor(tokenizer, side))
+
+
+def _check_memory(shape, dtype: torch.dtype, device: torch.device) -> None:
+    """A CPU would not refuse: the system ends whoever takes too much."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(shape, dtype=dtype)
+    need, free = sum(x.numel() for x in model.parameters()) * dtype.itemsize, free_memory(device)
+    if free is not None and need > free:
+        raise MachineError(
+            f"{NAME}: its weights need {need / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')} and "
+            f"{free / 2**30:.1f} GiB are free on {device}; fewer --layers or a --width of 4 need less"
+        )
 
 
 def _processor(tokenizer, side: int) -> Any:

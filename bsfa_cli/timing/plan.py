@@ -147,17 +147,18 @@ def load(profile: str) -> Plan:
     """The plan in a bundled profile or a YAML file. Raises UsageError for what cannot be read or meant."""
     import yaml
 
-    path = Path(profile)
-    if profile in available():
+    path, known = Path(profile), available()
+    if profile in known:
         text = (_folder() / f"{profile}.yaml").read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml"):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"cannot read profile {profile}: {reason}") from error
+            bundled = f"; the bundled one is '{path.stem}', without a suffix" if path.stem in known else ""
+            raise UsageError(f"cannot read profile {profile}: {reason}{bundled}") from error
     else:
-        raise UsageError(f"no profile '{profile}': give a .yaml file or one of {', '.join(available())}")
+        raise UsageError(f"no profile '{profile}': give a .yaml file or one of {', '.join(known)}")
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -167,7 +168,7 @@ def load(profile: str) -> Plan:
     if not isinstance(shapes, list):
         raise UsageError(f"profile {profile}: 'shapes' must be a list of head shapes")
     content["shapes"] = tuple(_make(Shape, _known(shape, Shape, profile), profile) for shape in shapes)
-    return _make(Plan, {"name": profile if profile in available() else path.stem, **content}, profile)
+    return _make(Plan, {"name": profile if profile in known else path.stem, **content}, profile)
 
 
 def _known(content, kind: type, profile: str, exclude: str = "") -> dict:

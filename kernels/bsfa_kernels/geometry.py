@@ -12,13 +12,16 @@ UNBOUNDED_POSITION = tl.constexpr(UNBOUNDED)
 
 @triton.jit
 def load_span(spans_ptr, b, q_offset, k_rows):
-    """(q_offset, k_offset, key length, query length) of sequence b; see reference.Span."""
+    """(q_offset, k_offset, key length, query length) of sequence b, the key length not positive where no key is valid;
+    see reference.Span.
+    """
     if spans_ptr is None:
         return q_offset, 0, k_rows, UNBOUNDED_POSITION
     else:
         q_first = tl.load(spans_ptr + b * 4)
         k_first = tl.load(spans_ptr + b * 4 + 1)
         length = tl.minimum(tl.load(spans_ptr + b * 4 + 2), k_first + k_rows)
+        length = tl.where(k_first < length, length, 0)
         return q_first, k_first, length, tl.load(spans_ptr + b * 4 + 3)
 
 

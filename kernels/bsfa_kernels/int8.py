@@ -24,6 +24,7 @@ ROWS = 64  # of Q in a step
 SUMMED = 64  # rows of K in a step
 MOST_STEPS = 8  # tiles that one program takes, so that it makes its rotation once for all of them
 PROGRAMS = 1024  # enough to fill a GPU
+FRONT = 8  # key tiles of 16 in the largest query tile, 128 rows; 32 bytes, so that alignment stays
 # Added and taken off again it would round a float32 half to even; taken as bits, the low ones are the integer.
 ROUNDING = tl.constexpr(1.5 * 2**23)
 LARGEST = tl.constexpr(float(LEVELS))
@@ -40,7 +41,9 @@ def prepare(request: Request) -> Prepared:
     tiles = key_tiles(request)
     q_scale = q.new_empty(q.shape[:3], dtype=torch.float32)
     q_shift = torch.empty_like(q_scale) if request.shifted else None
-    k_scale = q.new_empty((batch, kv_heads, tiles), dtype=torch.float32)
+    # Behind a sliding cache a query tile may visit tiles in front of the first that has a scale; masked, but read.
+    front = 0 if request.spans is None else FRONT
+    k_scale = q.new_empty(front + batch * kv_heads * tiles, dtype=torch.float32)[front:].view(batch, kv_heads, tiles)
     mean = q.new_empty((batch, kv_heads, head_dim), dtype=torch.float32)
     split = triton.cdiv(triton.cdiv(k_rows, SPLITS), SUMMED) * SUMMED
     splits = triton.cdiv(k_rows, split)

@@ -28,8 +28,9 @@ more. Only candidates of whole query tiles are counted.
 
 Positions: query row i of sequence b stands at q_offset[b] + i, key row j at k_offset[b] + j. Rows and keys at
 negative positions or at positions >= length[b] are padding: no vote, no share; padding queries give out = 0 and
-lse = -inf. So does every query of a sequence with no valid key. A query tile exists where it has a row that is no
-padding.
+lse = -inf. So does every query of a sequence with no valid key, of which no tile is visited. A query tile exists where
+it has a row that is no padding. Positions before a positive k_offset hold no key, and no query may see one: a window
+has to end before. What no backend needs to get right is refused where spans are read on the host.
 """
 
 from __future__ import annotations
@@ -103,13 +104,12 @@ class Scoring(NamedTuple):
 def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scoring: Scoring, tile: TileShape):
     """Scores [..., rows, keys] of one tile with masked entries at -inf, and the slices they were read from.
 
-    q [..., Tq, D], k [..., Tk, D]. Rows of the tile that are padding are left out, so every row has a vote.
+    q [..., Tq, D], k [..., Tk, D]. Rows of the tile that are padding are left out, so every row has a vote. Of a tile
+    before a positive k_offset, which no query sees, the first key stands in, masked.
     """
     rows = span.rows(query_tile, q.shape[-2], tile)
-    keys = slice(
-        max(key_tile * tile.keys, span.k_offset, 0) - span.k_offset,
-        min((key_tile + 1) * tile.keys, span.length) - span.k_offset,
-    )
+    start = max(key_tile * tile.keys, span.k_offset, 0) - span.k_offset
+    keys = slice(start, max(min((key_tile + 1) * tile.keys, span.length) - span.k_offset, start + 1))
     s = scoring.scale * (q[..., rows, :] @ k[..., keys, :].transpose(-1, -2))
     if scoring.softcap is not None:
         s = scoring.softcap * (s / scoring.softcap).tanh()
@@ -119,7 +119,7 @@ def tile_scores(q, k, span: Span, query_tile: int, key_tile: int, scoring: Scori
         hidden = k_position > q_position
         if scoring.window is not None:
             hidden |= k_position <= q_position - scoring.window
-        s = s.masked_fill(hidden, -torch.inf)
+        s = s.masked_fill(hidden | (k_position >= (key_tile + 1) * tile.keys), -torch.inf)
     return s, rows, keys
 
 

@@ -132,11 +132,28 @@ class Request:
             )  # fmt: skip
 
     def host_spans(self) -> list[Span]:
-        """The spans as Python numbers. Waits for the device when they live on one."""
+        """The spans as Python numbers; the length is 0 where no key is valid. Waits for the device when they live on
+        one. Raises ValueError where a query sees positions before a positive k_offset.
+        """
         keys = self.k_rows
         if self.spans is None:
             return [Span(self.q_offset, 0, keys, UNBOUNDED)] * self.q.shape[0]
-        return [Span(q0, k0, min(n, k0 + keys), nq) for q0, k0, n, nq in self.spans.tolist()]
+        given = [Span(*numbers) for numbers in self.spans.tolist()]
+        for span in given:
+            self._refuse_missing_keys(span)
+        return [
+            span._replace(length=min(span.length, span.k_offset + keys) if span.k_offset < span.length else 0)
+            for span in given
+        ]
+
+    def _refuse_missing_keys(self, span: Span) -> None:
+        first = max(span.q_offset, 0)
+        sees = 0 if self.window is None else max(first - self.window + 1, 0)
+        if first < min(span.q_offset + self.rows, span.q_length) and sees < min(span.k_offset, span.length):
+            raise ValueError(
+                f"a query at position {first:,} sees keys from position {sees:,} on, but the first key stands at "
+                f"k_offset {span.k_offset:,}: give a window that ends there, or count positions from the first key"
+            )
 
 
 def fill_padding(out, lse, kept, candidates) -> None:
@@ -172,9 +189,10 @@ def make_spans(
     """Spans int32 [B, 4] for `block_sparse_attention`, one row (q_offset, k_offset, key length, query length) each.
 
     Query row i of a sequence stands at position q_offset + i, key row j at k_offset + j: a negative k_offset says how
-    many leading rows are left padding, a positive one, with a window, how many keys a cache no longer holds. Sequences
-    end at `lengths`: positions from there on are padding, and a query tile that ends there is whole. Without `lengths`
-    keys end with their tensor, and sequences may go on.
+    many leading rows are left padding, a positive one, with a window, how many keys a cache no longer holds. No query
+    may see a position before the first key: refused where a backend reads spans on the host, and not elsewhere.
+    Sequences end at `lengths`: positions from there on are padding, and a query tile that ends there is whole. Without
+    `lengths` keys end with their tensor, and sequences may go on.
     """
 
     def full(value):

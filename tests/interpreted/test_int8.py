@@ -1,5 +1,7 @@
 """int8 scores on the Triton kernels in the interpreter: the preparation, and attention against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import whole_tiles
@@ -58,10 +60,19 @@ def test_preparation_of_padded_and_of_sliding_sequences(keys):
     for b, padding in enumerate((slice(0, 7), slice(111, None), slice(0, 0), slice(None))):
         k[b, :, padding] = torch.nan
     spans = make_spans(4, offsets.clamp(min=0), offsets, lengths)
-    made, specified = (prepare(request(q, k, spans, keys)) for prepare in (int8.prepare, quantise.prepare))
+    call = replace(request(q, k, spans, keys), window=1)
+    made, specified = (prepare(call) for prepare in (int8.prepare, quantise.prepare))
     specified.k8[0, :, :7], specified.k8[3] = made.k8[0, :, :7], made.k8[3]  # rows of no tile are not written
     agree(made, specified)
     assert made.k_scale.isfinite().all() and made.mean.isfinite().all()
+
+
+def test_tiles_in_front_of_the_first_scale_are_read_inside_the_buffer():
+    """Masked, but read: those that a sliding cache no longer holds, up to a query tile's positions before the first."""
+    q, k = drawn(16, 35, 16)
+    for spans, tiles in ((make_spans(1, 51, 32), 128 // 16), (None, 0)):
+        scales = int8.prepare(request(q, k, spans)).k_scale
+        assert scales.storage_offset() >= tiles and scales.data_ptr() % 16 == 0
 
 
 def test_what_is_not_finite_makes_its_own_scale_nan_and_zeros_give_zero():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from bsfa_kernels import TileShape
-from kernel_cases import PLACES, Case, check, check_place, check_statistics
+from kernel_cases import PLACES, Case, check, check_place, check_sliding, check_statistics
 
 WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
 
@@ -74,6 +74,12 @@ def test_block_lists(case):
 @pytest.mark.parametrize("tile", (WIDE, TALL), ids=str)
 def test_statistics(tile, causal, padded):
     check_statistics(Case(2, 2, 1, 100, 130, 16, tile, causal, q_offset=0 if padded else 30, padded=padded), "triton")
+
+
+@pytest.mark.parametrize(("tile", "first"), [(WIDE, 51), (TALL, 41)], ids=str)
+@pytest.mark.parametrize("scores", ["exact", "int8"])
+def test_a_chunk_behind_a_sliding_cache(tile, first, scores):
+    check_sliding("triton", tile, 20, first, scores=scores)
 
 
 @pytest.mark.parametrize("place", PLACES)
