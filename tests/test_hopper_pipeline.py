@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from bsfa_kernels import hopper
+from bsfa_kernels import hopper, quantise
 
 TILES = 9
 ALL = [*hopper.SHAPES.values(), *hopper.INT8_SHAPES.values()]
@@ -68,6 +68,15 @@ def ends(v, early: bool, late: bool) -> bool:
                     given[w] |= of_tile
                 done[w], moved = done[w] + 1, True
     return loaded == len(loads) and all(n == len(own) for n, own in zip(done, steps, strict=True))
+
+
+def test_a_shape_has_room_for_every_column():
+    for (head_dim, v_head_dim), shape in hopper.SHAPES.items():
+        assert (shape.columns * shape.slabs, shape.v_columns * shape.v_slabs) == (head_dim, v_head_dim)
+    for head_dim in range(8, 264, 8):
+        shape = hopper.narrowest("int8", head_dim, head_dim)
+        assert shape.columns * shape.slabs >= quantise.columns(head_dim) and shape.v_columns * shape.v_slabs >= head_dim
+        assert shape.parts % shape.v_parts == 0 and shape.k_stages + shape.v_stages <= 9  # of 16 barriers
 
 
 @pytest.mark.parametrize("gate", [False, True])

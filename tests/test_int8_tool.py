@@ -13,7 +13,7 @@ from bsfa_cli.calibration import curves
 from bsfa_cli.calibration.store import Run
 from bsfa_cli.comparison import methods
 from bsfa_cli.models.load import load_model
-from bsfa_cli.timing import plan, sweep
+from bsfa_cli.timing import plan, run, sweep
 from bsfa_cli.verification.gates import Gates
 
 pytestmark = pytest.mark.usefixtures("random_model")
@@ -130,6 +130,13 @@ def test_a_profile_names_both_scores():
     assert abs(exact["skip"] - rounded["skip"]) < 0.05 and rounded["bound"] > exact["bound"]
     assert 1e-4 < rows["bsfa int8, 0 % skipped"]["error"] < 0.05 and cell["error_at_zero"] < 1e-4
     assert rows[sweep.PREPARATION]["speedup"] is None
+    result = {"cells": [cell]}
+    assert run.failures(result) == []
+    rows["bsfa int8, 0 % skipped"]["error"] = 0.26  # as of a kernel that left columns out
+    assert run.failures(result) == [
+        "text, 320 tokens: 'bsfa int8, 0 % skipped' is 2.6e-01 away from dense attention with nothing skipped "
+        "(limit 1e-01)"
+    ]
 
 
 def test_compare_has_a_method_of_its_own_name():

@@ -11,7 +11,9 @@ from .. import environment
 from . import sweep
 from .compare import FORMAT
 from .interleave import FLUSH_BYTES, Begin, unseen
-from .plan import OURS, Plan
+from .plan import INT8, OURS, Plan
+
+INT8_TOLERANCE = 0.1  # three times what outlier channels cost (docs/int8.md)
 
 
 def empty(plan: Plan, device: torch.device) -> dict:
@@ -57,6 +59,11 @@ def failures(result: dict) -> list[str]:
         for row in rows:
             if not row["finite"]:
                 found.append(f"{where}: '{row['name']}' gave non-finite output")
+            if row["kind"] == OURS[INT8] and not row["skip_target"] and row["error"] > INT8_TOLERANCE:
+                found.append(
+                    f"{where}: '{row['name']}' is {row['error']:.1e} away from dense attention with nothing skipped "
+                    f"(limit {INT8_TOLERANCE:.0e})"
+                )
         error = cell["error_at_zero"]
         if error is not None and error > cell["error_tolerance"]:
             found.append(

@@ -278,7 +278,8 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
         first_row = place.plane.to(gl.int64) * call.q_rows + query_tile * ROWS - span.q_first
         q_scale = gl.load(call.q_scale + first_row + row_index, mask=valid, other=1.0) * (call.scale * LOG2E)
         kv_plane = place.batch * (VARIANT.heads // VARIANT.group) + place.kv_head
-        k_scale_ptr += kv_plane * call.k_scales - gl.maximum(span.k_offset, 0) // KEYS
+        first_scale = gl.maximum(span.k_offset, 0) // KEYS
+        k_scale_ptr += kv_plane * call.k_scales - first_scale
         if VARIANT.shifted:
             shift = gl.load(call.q_shift + first_row + row_index, mask=valid, other=0.0) * call.scale
 
@@ -316,7 +317,10 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
             s = start_scores(buffers, i, WG, VARIANT)
             unit = q_scale
             if VARIANT.int8:  # behind the start: a load in flight holds up products that have not started
-                unit = larger(q_scale * gl.load(k_scale_ptr + tile), SMALLEST)
+                scaled = tile
+                if VARIANT.spans and VARIANT.windowed:  # keys that a sliding cache no longer holds have no scale
+                    scaled = gl.maximum(tile, first_scale)
+                unit = larger(q_scale * gl.load(k_scale_ptr + scaled), SMALLEST)
             if VARIANT.awaits_early:
                 meanwhile(buffers, i, stream.length, VARIANT)
             s = finish_scores(s, i, VARIANT)
