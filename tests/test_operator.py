@@ -242,8 +242,8 @@ REFUSED = [
     (dict(q=Q[:1]), r"q \[1, 4, 40, 16\] and k \[2, 2, 40, 16\] must agree in batch size and head dim"),
     (dict(q=Q[:, :3]), r"query heads \(3\) must be a multiple of key/value heads \(2\)"),
     (dict(q=Q[:, :, :0]), r"empty input: q \[2, 4, 0, 16\], k \[2, 2, 40, 16\], v \[2, 2, 40, 16\]"),
-    (dict(scale=0.0), r"scale must be positive and finite, got 0.0"),
-    (dict(scale=float("nan")), r"scale must be positive and finite, got nan"),
+    (dict(scale=0.0), r"scale must be positive and finite in float32, got 0.0"),
+    (dict(scale=float("nan")), r"scale must be positive and finite in float32, got nan"),
     (dict(q_offset=-1), r"q_offset must not be negative, got -1; left padding is described by spans"),
     (
         dict(q_offset=2**31),
@@ -258,7 +258,7 @@ REFUSED = [
         dict(window=5, q_offset=3),
         r"with a window queries may not pass the keys: they end at position 43, the keys at 40",
     ),
-    (dict(softcap=-1.0), r"softcap must be positive and finite, got -1.0"),
+    (dict(softcap=-1.0), r"softcap must be positive and finite in float32, got -1.0"),
     (dict(sinks=torch.zeros(3)), r"sinks must be \[4\] on cpu, got \[3\] on cpu"),
     (dict(gate=Gate(gap=thresholds(0.0, heads=3))), r"gate 'gap' has 3 heads, but q has 4"),
     (dict(gate=Gate(absolute=thresholds(0.0).to("meta"))), r"gate 'absolute' is on meta, but q is on cpu"),
@@ -298,7 +298,7 @@ def test_sequences_that_cannot_be_packed_are_refused(arguments, said):
 
 
 def test_bad_tiles_and_lse_are_refused():
-    with pytest.raises(ValueError, match="tile keys must be a positive number, got 0"):
+    with pytest.raises(ValueError, match="tile keys must be a positive number below 2\\^31, got 0"):
         TileShape(64, 0)
     with pytest.raises(ValueError, match=r"lse must be float32 \[2, 4, 40\], got torch.float32 \[2, 4, 39\]"):
         tile_statistics(Q, K, torch.zeros(2, 4, 39))

@@ -103,7 +103,7 @@ def block_sparse_attention(
     Padding rows of k and v inside a tensor may hold any finite value: the Hopper kernel weighs them with 0, and 0 * NaN
     is NaN.
 
-    Raises TypeError for what is no tensor where one is needed, ValueError for arguments that do not fit together,
+    Raises TypeError for arguments of a wrong type, ValueError for those out of range or that do not fit together,
     BackendUnavailable when `backend` cannot serve them.
     """
     arguments = (
@@ -125,6 +125,7 @@ def block_sparse_attention(
     return result
 
 
+@checks.explained
 def _long_way(
     q, k, v, gate, blocks, scale, causal, q_offset, spans, tile, keep_sink, window, softcap, sinks, scores, return_lse,
     return_counts, backend, out, block_table, packed,
@@ -139,6 +140,8 @@ def _long_way(
     checks.check_gate(q, gate)
     keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
     checks.check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scores)
+    if not type(causal) is type(keep_sink) is type(return_lse) is type(return_counts) is bool:
+        raise TypeError  # None would be taken for False; `explained` finds the words
     if out is not None:
         checks.check_out(out, q, k, v)
     if blocks is not None:
@@ -160,6 +163,7 @@ def _long_way(
     )
 
 
+@checks.explained
 def tile_statistics(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -184,6 +188,8 @@ def tile_statistics(
     """
     checks.check(q, k, k, scale, q_offset, spans)
     checks.check_scoring(q, k.shape[2], causal, q_offset, spans, window, softcap, None, scores)
+    if not type(causal) is type(keep_sink) is bool:
+        raise TypeError
     checks.check_tensor("lse", lse)
     if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
         raise ValueError(f"lse must be float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
@@ -209,9 +215,10 @@ def tile_statistics(
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
     """(backend that "auto" takes for this call, {faster backend: why it cannot}). Raises TypeError for an option that
-    `block_sparse_attention` has not.
+    `block_sparse_attention` has not, and for arguments of a wrong type; whether they fit together it does not ask.
     """
     defaults = block_sparse_attention.__kwdefaults__
+    checks.refuse_types(dict(q=q, k=k, v=v, gate=gate) | options)
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
         raise TypeError(f"block_sparse_attention has no argument {unknown[0]!r}")

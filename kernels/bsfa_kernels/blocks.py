@@ -25,7 +25,7 @@ class BlockLists:
 
     Contents are run-time data: no backend that runs in a CUDA graph reads them on the host.
 
-    Raises ValueError for tensors of other types or shapes, or on two devices.
+    Raises TypeError for what is no tensor, ValueError for tensors of other types or shapes, or on two devices.
     """
 
     indices: torch.Tensor
@@ -36,6 +36,8 @@ class BlockLists:
             ("indices", self.indices, "[batch, query heads, query tiles, capacity]"),
             ("counts", self.counts, "[batch, query heads, query tiles]"),
         ):
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"block lists' '{name}' must be a torch.Tensor {axes}, got {type(value).__name__}")
             if value.dtype != torch.int32 or value.dim() != axes.count(",") + 1:
                 raise ValueError(
                     f"block lists' '{name}' must be an int32 tensor {axes}, got {value.dtype} {list(value.shape)}"
@@ -53,8 +55,10 @@ class BlockLists:
         One entry a key tile, -1 where it is not set: nothing has to be sorted, and what selects tiles on the device
         pays one pass. Runs on the mask's device without waiting for it.
 
-        Raises ValueError for a mask of another type or number of axes.
+        Raises TypeError for what is no tensor, ValueError for a mask of another type or number of axes.
         """
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise ValueError(
                 "mask must be a bool tensor [batch, query heads, query tiles, key tiles], "

@@ -1,13 +1,69 @@
 """What block_sparse_attention() and tile_statistics() refuse, each by one sentence: a ValueError, or a TypeError for
-what is no tensor where one is needed.
+what is of a wrong type.
 """
 
 from __future__ import annotations
 
+import inspect
+from functools import wraps
+from numbers import Integral, Real
+
 import torch
 
+from .blocks import BlockLists
+from .gates import MOST, Gate
 from .packed import Packed
 from .request import SCORES, UNBOUNDED, query_tiles
+from .tiles import TileShape
+
+LEAST = torch.finfo(torch.float32).tiny
+TENSOR, OPTIONAL_TENSOR = ((torch.Tensor,), "a torch.Tensor"), ((torch.Tensor, type(None)), "a torch.Tensor")
+NUMBER = (Real, type(None)), "a number or None"
+FLAG, NAME = ((bool,), "True or False"), ((str,), "a name")
+# {argument: (its types, the same in words)}
+TYPES = {
+    **dict.fromkeys(("q", "k", "v", "lse"), TENSOR),
+    **dict.fromkeys(("spans", "sinks", "out", "block_table"), OPTIONAL_TENSOR),
+    **dict.fromkeys(("scale", "softcap"), NUMBER),
+    **dict.fromkeys(("causal", "keep_sink", "return_lse", "return_counts"), FLAG),
+    **dict.fromkeys(("scores", "backend"), NAME),
+    "gate": ((Gate,), "a Gate"),
+    "blocks": ((BlockLists, type(None)), "BlockLists or None"),
+    "q_offset": ((Integral, torch.SymInt), "a whole number"),
+    "window": ((Integral, torch.SymInt, type(None)), "a whole number of keys or None"),
+    "tile": ((TileShape,), "a TileShape"),
+    "packed": ((Packed, type(None)), "what pack() gives"),
+}
+
+
+def explained(function):
+    """`function`, which says which argument is of a wrong type where Python and torch would speak of something else.
+    Nothing is looked at before they do.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except (AttributeError, TypeError, RuntimeError, OverflowError):
+            try:
+                given = signature.bind(*arguments, **options).arguments
+            except TypeError:
+                given = {}
+            refuse_types(given)
+            raise
+
+    return call
+
+
+def refuse_types(given: dict) -> None:
+    """Raise TypeError for the first argument that is not of its type; tensors of one element are numbers too."""
+    for name, value in given.items():
+        types, words = TYPES.get(name, ((object,), ""))
+        number = types[0] in (Real, Integral) and isinstance(value, torch.Tensor) and value.numel() == 1
+        if not number and not isinstance(value, types):
+            raise TypeError(f"{name} must be {words}, got {type(value).__name__}") from None
 
 
 def check_tensor(name, x):
@@ -46,8 +102,8 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
         raise ValueError(f"query heads ({of_q[1]}) must be a multiple of key/value heads ({of_k[1]})")
     if min(*of_q, *of_k, *of_v) < 1:
         raise ValueError(f"empty input: q {list(of_q)}, k {list(of_k)}, v {list(of_v)}")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if scale is not None and not LEAST <= scale <= MOST:
+        raise ValueError(f"scale must be positive and finite in float32, got {scale}")
     if spans is None and q_offset < 0:
         raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
     if spans is None and q_offset + of_q[2] > UNBOUNDED:
@@ -66,12 +122,12 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
 
 
 def check_packed(packed, q, k, q_offset, spans, blocks, block_table):
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be what pack() gives, got {type(packed).__name__}")
     if q_offset or spans is not None:
         raise ValueError("packed sequences say where they stand: give neither q_offset nor spans")
     if block_table is None or blocks is not None:
         raise ValueError("packed sequences need a block_table and take no block lists")
-    if not isinstance(packed, Packed):
-        raise TypeError(f"packed must be what pack() gives, got {type(packed).__name__}")
     for name, x in (("q", q), ("k", k), ("block_table", block_table)):
         check_tensor(name, x)
     if k.dim() != 4 or block_table.dim() != 2:
@@ -147,8 +203,10 @@ def check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scor
     if scores not in SCORES:
         raise ValueError(f"scores must be one of {', '.join(SCORES)}, got {scores!r}")
     if window is not None:
-        if not isinstance(window, int) or window < 1:
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise ValueError(f"window must be a positive number of keys, got {window!r}")
+        if window > UNBOUNDED:
+            raise ValueError(f"window must be at most {UNBOUNDED:,} keys, got {window:,}; None is for all")
         if not causal:
             raise ValueError("window needs causal=True: a query sees its last keys")
         if spans is None and q_offset + q.shape[2] > keys:
@@ -156,8 +214,8 @@ def check_scoring(q, keys, causal, q_offset, spans, window, softcap, sinks, scor
                 f"with a window queries may not pass the keys: they end at position {q_offset + q.shape[2]}, the keys "
                 f"at {keys}"
             )
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if softcap is not None and not LEAST <= softcap <= MOST:
+        raise ValueError(f"softcap must be positive and finite in float32, got {softcap}")
     if sinks is not None:
         check_tensor("sinks", sinks)
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):

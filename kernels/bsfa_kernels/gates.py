@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 WANTED = "must be a number or a float32 tensor [query heads] or [query heads, query tiles]"
+MOST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ class Gate:
                     raise ValueError(f"gate '{name}' {WANTED}, got {value.dtype} {list(value.shape)}")
             elif isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"gate '{name}' {WANTED}, got {type(value).__name__}")
-            elif math.isnan(value):
+            elif value != value:
                 raise ValueError(f"gate '{name}' {WANTED}, got {value}")
+            elif not -MOST <= value <= MOST and value not in (-math.inf, math.inf):
+                raise ValueError(f"gate '{name}' {WANTED}, got one that float32 does not hold")
 
     def expanded(self, heads: int, device: torch.device | str) -> Gate:
         """The same gate as kernels see it: float32 tensors [heads, query tiles], numbers filled in on `device`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 
 import torch
 
@@ -13,6 +14,7 @@ from .gates import Gate
 from .pages import gather_pages
 from .reference import Scoring, Span
 from .tiles import TileShape, query_tile_count
+from .words import short
 
 SCORES = ("exact", "int8")
 UNBOUNDED = 2**31 - 1
@@ -193,12 +195,36 @@ def make_spans(
     may see a position before the first key: refused where a backend reads spans on the host, and not elsewhere.
     Sequences end at `lengths`: positions from there on are padding, and a query tile that ends there is whole. Without
     `lengths` keys end with their tensor, and sequences may go on.
+
+    Raises TypeError for what are no whole numbers, ValueError for numbers that int32 does not hold; what tensors hold
+    is not looked at.
     """
 
-    def full(value):
+    def full(name, value):
+        if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            raise TypeError(f"{name} must be a whole number or a tensor of them, got {short(value)}")
         if not isinstance(value, torch.Tensor):  # no copy from the host: it would not go into a CUDA graph
             return torch.full((batch,), value, dtype=torch.int32, device=device)
         return value.to(device, torch.int32).expand(batch)
 
     limit = UNBOUNDED if lengths is None else lengths
-    return torch.stack([full(q_offset), full(k_offset), full(limit), full(limit)], dim=1).contiguous()
+    try:
+        starts, offsets, ends = full("q_offset", q_offset), full("k_offset", k_offset), full("lengths", limit)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        _refuse_numbers(batch, q_offset=q_offset, k_offset=k_offset, lengths=limit)
+        raise
+    return torch.stack([starts, offsets, ends, ends], dim=1).contiguous()
+
+
+def _refuse_numbers(batch, **columns) -> None:
+    if not isinstance(batch, Integral) or batch < 0:
+        raise TypeError(f"batch must be a number of sequences, got {short(batch)}") from None
+    for name, value in columns.items():
+        if isinstance(value, torch.Tensor):
+            if not value.is_floating_point() and value.shape not in ((), (1,), (batch,)):
+                raise ValueError(f"{name} must be one number or [{batch}], got {list(value.shape)}") from None
+        elif isinstance(value, Integral):
+            if not -UNBOUNDED <= value <= UNBOUNDED:
+                raise ValueError(f"{name} must lie within {UNBOUNDED:,} of 0, got {short(value)}") from None
+        elif not isinstance(value, float):
+            raise TypeError(f"{name} must be a whole number or a tensor of them, got {short(value)}") from None

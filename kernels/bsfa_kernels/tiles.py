@@ -20,8 +20,14 @@ class TileShape:
 
     def __post_init__(self):
         for name, size in (("rows", self.rows), ("keys", self.keys)):
-            if size < 1:
-                raise ValueError(f"tile {name} must be a positive number, got {size}")
+            try:
+                fits = 1 <= size < 1 << 31
+            except (TypeError, RuntimeError):
+                fits = None
+            if fits is None or type(size) is float:
+                raise TypeError(f"tile {name} must be a whole number, got {type(size).__name__}")
+            if not fits:
+                raise ValueError(f"tile {name} must be a positive number below 2^31, got {size}")
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.keys}"
