@@ -1,4 +1,4 @@
-"""README.md's plot and its table: the figures that decide, from four stored results."""
+"""README.md's plot and its table: the figures that decide, from three stored results."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from ..timing.plan import EXACT, INT8, OURS
 from .real_plot import ROUNDED
 from .real_table import at_skip, skip_at
 
-SPEED, SPEED_INT8 = "llama-3.1-8b.nvidia-h200.json", "int8.nvidia-h200.json"
+SPEED = "rivals.nvidia-h200.json"  # everybody in one run
 QUALITY, QUALITY_PAPERS = "smollm2-8k-by-kl.nvidia-h200.json", "smollm2-8k.nvidia-h200.json"
-NEEDED = (SPEED, SPEED_INT8, QUALITY, QUALITY_PAPERS)
+NEEDED = (SPEED, QUALITY, QUALITY_PAPERS)
 LENGTHS = (32768, 131072)
+NVIDIAS, OTHER_DENSE = "skip-softmax", "FlashAttention-4"
 PLOT = f"profiles/results/real/{QUALITY.removesuffix('json')}svg"
 RECIPE, PAPERS, CALIBRATION = "shared by KL, gap", "top-k, absolute", "mixed"
 LIMIT = 0.01  # change of perplexity at which recipes are compared
@@ -22,24 +23,26 @@ def block(stored: dict[str, dict]) -> str | None:
     """
     if any(name not in stored for name in NEEDED):
         return None
-    speed, rounded, quality, papers = (stored[name] for name in NEEDED)
+    speed, quality, papers = (stored[name] for name in NEEDED)
     recipes, floors = quality["calibrations"][CALIBRATION], {EXACT: quality["floor"]}
     floors[INT8] = quality["unskipped"]["int8 scores"]
     points = {EXACT: recipes[RECIPE]["points"], INT8: recipes[RECIPE + ROUNDED]["points"]}
-    (exact_cells, shape), (int8_cells, _) = _cells(speed), _cells(rounded)
+    cells, shape = _cells(speed)
     lines = [
         f"![What skipping costs a real model, by recipe]({PLOT})",
         "",
         "| tiles skipped | " + " | ".join(f"attention, {length // 1024}k tokens" for length in LENGTHS)
         + " | with int8 scores: "
         + " | ".join(f"{length // 1024}k" for length in LENGTHS)
+        + " | NVIDIA's skip-softmax: "
+        + " | ".join(f"{length // 1024}k" for length in LENGTHS)
         + " | change of perplexity | KL from dense | KL, int8 scores |",
-        "| ---: |" + " ---: |" * (2 * len(LENGTHS) + 3),
+        "| ---: |" + " ---: |" * (3 * len(LENGTHS) + 3),
     ]  # fmt: skip
-    for target in sorted(_speedups(exact_cells[LENGTHS[0]], EXACT)):
+    for target in sorted(_speedups(cells[LENGTHS[0]], OURS[EXACT])):
         found = [
-            f"{_speedups(cells[length], scores)[target]:.2f}x"
-            for cells, scores in ((exact_cells, EXACT), (int8_cells, INT8))
+            f"{_speedups(cells[length], kind)[target]:.2f}x"
+            for kind in (OURS[EXACT], OURS[INT8], NVIDIAS)
             for length in LENGTHS
         ]
         for metric, scores, form in (
@@ -52,13 +55,14 @@ def block(stored: dict[str, dict]) -> str | None:
         skip_at(result["calibrations"][CALIBRATION][recipe]["points"], "perplexity_increase", LIMIT)
         for result, recipe in ((quality, RECIPE), (papers, PAPERS))
     ]
-    first = exact_cells[LENGTHS[0]]
+    first = cells[LENGTHS[0]]
+    (other,) = (row for row in first["contenders"] if row["name"] == OTHER_DENSE)
     fp8 = quality["unskipped"].get("FlashAttention-3 FP8")
     lines += [
         "",
-        f"Speed: over {first['fastest_dense']}, the fastest dense kernel there, {shape['heads']}/{shape['kv_heads']} "
-        f"heads of {shape['head_dim']}, {first['dtype']}, {speed['environment']['gpu']}; int8 scores in a run of their "
-        f"own, beside it too; skip rates imposed on synthetic data. Quality: {quality['model']['id']} "
+        f"Speed: over {first['fastest_dense']}, the fastest dense kernel there ({OTHER_DENSE}: {other['speedup']:.2f}x), "
+        f"{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, {first['dtype']}, "
+        f"{speed['environment']['gpu']}, all in one run; skip rates imposed on synthetic data. Quality: {quality['model']['id']} "
         f"({quality['model']['architecture']}, {quality['model']['layers']} layers), {quality['length']:,} tokens of "
         f"prose and code, at the same share of tiles skipped; the row of 0% is the noise floor: two kernels, nothing "
         f"skipped"
@@ -75,7 +79,7 @@ def _cells(result: dict) -> tuple[dict[int, dict], dict]:
     return {cell["length"]: cell for cell in result["cells"] if cell["shape"] == shape}, shape
 
 
-def _speedups(cell: dict, scores: str) -> dict[float, float]:
-    """{skip rate asked for: speedup} of our kernel with these scores."""
-    rows = (row for row in cell["contenders"] if row["kind"] == OURS[scores])
+def _speedups(cell: dict, kind: str) -> dict[float, float]:
+    """{skip rate asked for: speedup} of contenders of a kind."""
+    rows = (row for row in cell["contenders"] if row["kind"] == kind)
     return {row["skip_target"]: row["speedup"] for row in rows if row["skip_target"] is not None}
