@@ -60,9 +60,10 @@ def block(stored: dict[str, dict]) -> str | None:
     fp8 = quality["unskipped"].get("FlashAttention-3 FP8")
     lines += [
         "",
-        f"Speed: over {first['fastest_dense']}, the fastest dense kernel there ({OTHER_DENSE}: {other['speedup']:.2f}x), "
-        f"{shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, {first['dtype']}, "
-        f"{speed['environment']['gpu']}, all in one run; skip rates imposed on synthetic data. Quality: {quality['model']['id']} "
+        f"Speed: over {first['fastest_dense']}, the fastest dense kernel there ({OTHER_DENSE}: "
+        f"{other['speedup']:.2f}x), {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
+        f"{first['dtype']}, {speed['environment']['gpu']}, all in one run; skip rates imposed on synthetic data. "
+        f"Quality: {quality['model']['id']} "
         f"({quality['model']['architecture']}, {quality['model']['layers']} layers), {quality['length']:,} tokens of "
         f"prose and code, at the same share of tiles skipped; the row of 0% is the noise floor: two kernels, nothing "
         f"skipped"

@@ -154,7 +154,8 @@ def _faster_than_library(call: Call) -> bool:
     wherever both were measured, from LONG tokens on (profiles/results). It has no backward pass.
     """
     q, k, v = call.q, call.k, call.v
-    if v.shape[-1] > WIDEST_AHEAD or not q.is_cuda or min(q.shape[2], k.shape[2]) < LONG or q.shape[0] * q.shape[1] * q.shape[2] < MANY_ROWS:
+    batch, heads, rows, _ = q.shape
+    if not q.is_cuda or min(rows, k.shape[2]) < LONG or batch * heads * rows < MANY_ROWS or v.shape[-1] > WIDEST_AHEAD:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False
