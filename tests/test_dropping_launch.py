@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 from bsfa_kernels import drop_costs, dropping_kernel
-from test_hopper_launch import Driver
+from fake_hopper import Driver
 
 
 @pytest.fixture

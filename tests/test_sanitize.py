@@ -43,12 +43,10 @@ def test_the_report_on_todays_kernel_is_clean_where_its_dispatch_is_known():
 
 def test_other_kernels_are_clean_without_exceptions():
     for tool in ("memcheck", "racecheck"):
-        whole, cut = ((STORED.parent / f"{tool}-{name}.nvidia-h200.txt").read_text() for name in ("split-kv", "triton"))
-        assert sanitize.faults(whole, set()) == sanitize.faults(cut, set()) == []
-        assert whole.count(": right") == 5 and f"{tool}: clean" in whole
-        # Ended by a time limit: what it says holds of the calls that it names.
-        assert cut.count(": right, ") == 12 and "KeyboardInterrupt" in cut and "SUMMARY" not in cut
-        assert "statistics" not in cut and "full" not in cut and "padded-bfloat16-shuffled" not in cut
+        few, many = ((STORED.parent / f"{tool}-{name}.nvidia-h200.txt").read_text() for name in ("split-kv", "triton"))
+        for said in (few, many):
+            assert sanitize.faults(said, set()) == [] and f"{tool}: clean" in said
+        assert few.count(": right") == 5 and many.count(": right, ") == 18 and "statistics: right" in many
 
 
 def test_dispatch_lines_are_found():
