@@ -323,6 +323,7 @@ def _request(
 ) -> tuple[Request, str]:  # fmt: skip
     """An operator's arguments, in the order of _CALL, as (request, backend that is demanded)."""
     blocks = None if block_indices is None else BlockLists(block_indices, block_counts)
+    spans, packed = (x if x is None else x.contiguous() for x in (spans, packed))
     return Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
         want_lse, want_counts, blocks, window, softcap, sinks, scores, None, block_table,
@@ -383,6 +384,7 @@ def _tile_statistics(
     scores: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    spans = spans if spans is None else spans.contiguous()
     request = Request(
         q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, True, False,
         window=window, softcap=softcap, scores=scores,
