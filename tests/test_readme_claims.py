@@ -317,6 +317,7 @@ def test_what_is_said_of_the_host_and_of_gradients_is_so():
     )
     assert f"A call costs the host {gate} ms of CPU time, with block lists {lists}, with int8 scores {int8}" in readme
     assert f"(FlashAttention-3 {fa3}, cuDNN {cudnn})" in readme
+    assert f"Without a gate it was {us['bsfa, no gate'] / 1e3:.2f}" in readme
     took = [
         json.loads((RESULTS / "checks" / f"gradients-{n}.nvidia-h200.json").read_text())["median_seconds"]
         for n in ("8k", "32k")

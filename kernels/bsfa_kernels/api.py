@@ -215,10 +215,13 @@ def tile_statistics(
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
     """(backend that "auto" takes for this call, {faster backend: why it cannot}). Raises TypeError for an option that
-    `block_sparse_attention` has not, and for arguments of a wrong type; whether they fit together it does not ask.
+    `block_sparse_attention` has not, and for arguments of a wrong type, ValueError where q, k or v lacks an axis; whether
+    they fit together it does not ask.
     """
     defaults = block_sparse_attention.__kwdefaults__
     checks.refuse_types(dict(q=q, k=k, v=v, gate=gate) | options)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_axes(name, x)
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
         raise TypeError(f"block_sparse_attention has no argument {unknown[0]!r}")
