@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy
 import pytest
 import torch
 from bsfa_kernels import (
@@ -71,6 +72,9 @@ def test_what_is_no_argument_is_refused_by_its_name(function):
         (dict(blocks=[[0]]), TypeError, "blocks must be BlockLists or None, got list"),
         (dict(tile=(64, 128)), TypeError, "tile must be a TileShape, got tuple"),
         (dict(q_offset=1.5), TypeError, "q_offset must be a whole number, got float"),
+        (dict(q_offset=torch.tensor(1.5)), TypeError, "q_offset must be a whole number, got Tensor"),
+        (dict(q_offset=numpy.float32(1.5)), TypeError, "q_offset must be a whole number, got float32"),
+        (dict(scale=torch.tensor(1j)), TypeError, "scale must be a number or None, got Tensor"),
         (dict(packed=[0]), TypeError, "packed must be what pack() gives, got list"),
         (dict(window=1 << 31), ValueError,
          "window must be at most 2,147,483,647 keys, got 2,147,483,648; None is for all"),
@@ -88,6 +92,18 @@ def test_the_sentence(arguments, error, said):
         with pytest.raises(TypeError) as refused:
             explain(Q, K, K, **arguments)
         assert str(refused.value) == said
+
+
+def test_an_offset_may_be_a_number_of_any_kind_that_is_whole():
+    wanted = block_sparse_attention(Q, K, K, q_offset=3).out
+    for offset in (numpy.int64(3), torch.tensor(3), torch.tensor([3])):
+        assert torch.equal(block_sparse_attention(Q, K, K, q_offset=offset).out, wanted)
+
+
+@pytest.mark.parametrize("name", "qkv")
+def test_explain_names_what_lacks_an_axis(name):
+    with pytest.raises(ValueError, match=rf"^{name} must have 4 axes .*, got shape \[2, 70, 16\]$"):
+        explain(**dict(q=Q, k=K, v=K) | {name: Q[0]})
 
 
 def test_numbers_past_float32_and_tiles_past_int32_are_refused():

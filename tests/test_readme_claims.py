@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bsfa_cli.comparison import matching
+from bsfa_cli.presentation import headline
 from bsfa_cli.presentation.compare_table import matched_tables
 
 ROOT = Path(__file__).parents[1]
@@ -316,6 +317,7 @@ def test_what_is_said_of_the_host_and_of_gradients_is_so():
     )
     assert f"A call costs the host {gate} ms of CPU time, with block lists {lists}, with int8 scores {int8}" in readme
     assert f"(FlashAttention-3 {fa3}, cuDNN {cudnn})" in readme
+    assert f"Without a gate it was {us['bsfa, no gate'] / 1e3:.2f}" in readme
     took = [
         json.loads((RESULTS / "checks" / f"gradients-{n}.nvidia-h200.json").read_text())["median_seconds"]
         for n in ("8k", "32k")
@@ -391,3 +393,22 @@ def test_what_is_said_of_methods_at_8k_is_so():
             for i in range(3)]  # fmt: skip
     assert [name for _, name in best] == ["vertical_slash", "xattention", "xattention"]
     assert "would have {:.3f}, {:.3f} and {:.3f} (vertical-slash".format(*(share for share, _ in best)) in page
+
+
+def test_the_table_says_dash_of_who_was_not_there():
+    files = {name: RESULTS / name for name in headline.NEEDED}
+    stored = {name: json.loads((p if p.exists() else RESULTS / "real" / name).read_text()) for name, p in files.items()}
+    whole = headline.block(stored)
+    assert whole in (ROOT / "README.md").read_text()
+    cells = stored[headline.SPEED]["cells"]
+    for cell in cells:
+        kept = [row for row in cell["contenders"] if headline.NVIDIAS not in row["name"]]
+        cell["contenders"] = [row for row in kept if row["name"] != headline.OTHER_DENSE]
+    lines = headline.block(stored).splitlines()
+    assert [line.split(" | ")[5:7] for line in lines if re.match(r"\| \d", line)] == [["-", "-"]] * 4
+    assert headline.OTHER_DENSE not in lines[-1] and len(lines) == len(whole.splitlines())
+    cells[:] = [cell for cell in cells if cell["length"] != headline.LENGTHS[0]]
+    lines = headline.block(stored).splitlines()
+    assert [line.split(" | ")[1] for line in lines if re.match(r"\| \d", line)] == ["-"] * 4
+    cells.clear()
+    assert headline.block(stored) is None

@@ -186,6 +186,28 @@ def test_values_are_never_remembered(kernel, long_ways):
         scales.append(launched(kernel, scale=scale)[1][19])
         call(gate=Gate(gap=-3.0 - value))
     assert scales == [0.5, 0.5, 0.25] and len(long_ways) == 6
+    assert not shortcut.plans  # which would keep the tensor
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_class_of_ones_own_is_asked_in_every_call(kernel, long_ways, known):
+    class Twice(Gate):
+        def expanded(self, heads, device):
+            return Gate(gap=self.gap * 2)
+
+    class Alike:
+        absolute, gap, expanded = None, GAP, Twice(gap=GAP).expanded
+
+    class Lists(BlockLists):
+        pass
+
+    for changes in (dict(gate=Twice(gap=GAP)), dict(gate=Alike()), dict(blocks=Lists(*lists().__dict__.values()))):
+        if known:
+            call(), call(blocks=lists())
+        for _ in range(2):
+            call(**changes)
+        assert len(long_ways) == 2 * known + 2
+        long_ways.clear(), shortcut.plans.clear()
 
 
 @pytest.mark.parametrize(
@@ -230,6 +252,7 @@ NO_PLAN = {
     "strides-no-descriptor-takes": dict(q=torch.empty(B, T, H, D + 1, dtype=Q.dtype)[..., :D].transpose(1, 2)),
     "output-no-wide-store-reaches": dict(out=torch.empty(B, T, H, D + 1, dtype=Q.dtype)[..., :D].transpose(1, 2)),
     "every-other-element-of-an-output": dict(out=torch.empty(B, H, T, 2 * D, dtype=Q.dtype)[..., ::2]),
+    "strided-spans": dict(spans=make_spans(B).t().contiguous().t()),
     "strided-gate": dict(gate=Gate(gap=torch.zeros(4, H).mT)),
     "strided-lists": dict(blocks=BlockLists(lists(4).indices[..., ::2], lists().counts)),
     "small-pages": dict(k=SMALL_PAGES[0], v=SMALL_PAGES[1], block_table=TABLE.repeat(1, 2)),

@@ -46,6 +46,29 @@ def test_a_long_prompt_without_thresholds_runs_on_the_hopper_kernel(monkeypatch)
         assert route(q, tensor(8, LONG, requires_grad=True), monkeypatch=monkeypatch) is Route.KEPT
 
 
+def test_every_call_of_a_module_that_is_not_causal_is_planned_as_its_first(monkeypatch):
+    from bsfa_kernels.integrations import transformers
+
+    module = torch.nn.Module().eval()
+    planned, calls = [], []
+
+    def plan(call, handler):
+        planned.append(call.q.shape[2])
+        return Step(Route.KEPT if call.q.shape[2] >= 8 else Route.LIBRARY, NO_THRESHOLDS, True)
+
+    def keep(q, k, v, **options):
+        calls.append(q.shape[2])
+        return q
+
+    monkeypatch.setattr(transformers, "LONG", 8)
+    monkeypatch.setattr(transformers, "plan", plan)
+    monkeypatch.setattr(transformers, "keep_every_tile", keep)
+    for rows in (7, 7, 8, 8):
+        q = torch.randn(1, 2, rows, 16)
+        transformers.attention(module, q, q, q, None, is_causal=False)
+    assert planned == [7, 8, 8] and calls == [8, 8]
+
+
 def test_it_is_faster_wherever_both_were_measured():
     shares, fewest = [], []
     for file in (ROOT / "profiles" / "results").glob("*.nvidia-h200.json"):

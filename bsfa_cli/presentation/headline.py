@@ -17,11 +17,11 @@ LIMIT = 0.01  # change of perplexity at which recipes are compared
 
 
 def block(stored: dict[str, dict]) -> str | None:
-    """Markdown from {file name: stored result}; None where one of NEEDED is missing.
+    """Markdown from {file name: stored result}; None where one of NEEDED is missing, "-" for figures that lack in one.
 
     Speed and quality meet at the same share of tiles skipped; quality is read between a recipe's own points.
     """
-    if any(name not in stored for name in NEEDED):
+    if any(name not in stored for name in NEEDED) or not stored[SPEED]["cells"]:
         return None
     speed, quality, papers = (stored[name] for name in NEEDED)
     recipes, floors = quality["calibrations"][CALIBRATION], {EXACT: quality["floor"]}
@@ -39,12 +39,10 @@ def block(stored: dict[str, dict]) -> str | None:
         + " | change of perplexity | KL from dense | KL, int8 scores |",
         "| ---: |" + " ---: |" * (3 * len(LENGTHS) + 3),
     ]  # fmt: skip
-    for target in sorted(_speedups(cells[LENGTHS[0]], OURS[EXACT])):
-        found = [
-            f"{_speedups(cells[length], kind)[target]:.2f}x"
-            for kind in (OURS[EXACT], OURS[INT8], NVIDIAS)
-            for length in LENGTHS
-        ]
+    kinds = (OURS[EXACT], OURS[INT8], NVIDIAS)
+    speedups = [_speedups(cells[length], kind) if length in cells else {} for kind in kinds for length in LENGTHS]
+    for target in sorted(set().union(*speedups)):
+        found = [f"{by_target[target]:.2f}x" if target in by_target else "-" for by_target in speedups]
         for metric, scores, form in (
             ("perplexity_increase", EXACT, "+.2%"), ("kl", EXACT, ".4f"), ("kl", INT8, ".4f"),
         ):  # fmt: skip
@@ -55,13 +53,14 @@ def block(stored: dict[str, dict]) -> str | None:
         skip_at(result["calibrations"][CALIBRATION][recipe]["points"], "perplexity_increase", LIMIT)
         for result, recipe in ((quality, RECIPE), (papers, PAPERS))
     ]
-    first = cells[LENGTHS[0]]
-    (other,) = (row for row in first["contenders"] if row["name"] == OTHER_DENSE)
+    first = cells.get(LENGTHS[0]) or next(iter(cells.values()))
+    others = [row for row in first["contenders"] if row["name"] == OTHER_DENSE and row["speedup"]]
     fp8 = quality["unskipped"].get("FlashAttention-3 FP8")
     lines += [
         "",
-        f"Speed: over {first['fastest_dense']}, the fastest dense kernel there ({OTHER_DENSE}: "
-        f"{other['speedup']:.2f}x), {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
+        f"Speed: over {first['fastest_dense']}, the fastest dense kernel there"
+        + "".join(f" ({OTHER_DENSE}: {other['speedup']:.2f}x)" for other in others)
+        + f", {shape['heads']}/{shape['kv_heads']} heads of {shape['head_dim']}, "
         f"{first['dtype']}, {speed['environment']['gpu']}, all in one run; skip rates imposed on synthetic data. "
         f"Quality: {quality['model']['id']} "
         f"({quality['model']['architecture']}, {quality['model']['layers']} layers), {quality['length']:,} tokens of "
@@ -83,4 +82,4 @@ def _cells(result: dict) -> tuple[dict[int, dict], dict]:
 def _speedups(cell: dict, kind: str) -> dict[float, float]:
     """{skip rate asked for: speedup} of contenders of a kind."""
     rows = (row for row in cell["contenders"] if row["kind"] == kind)
-    return {row["skip_target"]: row["speedup"] for row in rows if row["skip_target"] is not None}
+    return {row["skip_target"]: row["speedup"] for row in rows if row["skip_target"] is not None and row["speedup"]}

@@ -215,10 +215,13 @@ def tile_statistics(
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
     """(backend that "auto" takes for this call, {faster backend: why it cannot}). Raises TypeError for an option that
-    `block_sparse_attention` has not, and for arguments of a wrong type; whether they fit together it does not ask.
+    `block_sparse_attention` has not, and for arguments of a wrong type, ValueError where q, k or v lacks an axis; whether
+    they fit together it does not ask.
     """
     defaults = block_sparse_attention.__kwdefaults__
     checks.refuse_types(dict(q=q, k=k, v=v, gate=gate) | options)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.check_axes(name, x)
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
         raise TypeError(f"block_sparse_attention has no argument {unknown[0]!r}")
@@ -323,6 +326,7 @@ def _request(
 ) -> tuple[Request, str]:  # fmt: skip
     """An operator's arguments, in the order of _CALL, as (request, backend that is demanded)."""
     blocks = None if block_indices is None else BlockLists(block_indices, block_counts)
+    spans, packed = (x if x is None else x.contiguous() for x in (spans, packed))
     return Request(
         q, k, v, Gate(absolute, gap), scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans,
         want_lse, want_counts, blocks, window, softcap, sinks, scores, None, block_table,
@@ -383,6 +387,7 @@ def _tile_statistics(
     scores: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    spans = spans if spans is None else spans.contiguous()
     request = Request(
         q, k, k, OPEN, scale, causal, TileShape(tile_rows, tile_keys), keep_sink, q_offset, spans, True, False,
         window=window, softcap=softcap, scores=scores,

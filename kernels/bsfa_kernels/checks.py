@@ -58,10 +58,13 @@ def explained(function):
 
 
 def refuse_types(given: dict) -> None:
-    """Raise TypeError for the first argument that is not of its type; tensors of one element are numbers too."""
+    """Raise TypeError for the first argument that is not of its type; tensors of one element are numbers too, of
+    integers whole ones.
+    """
     for name, value in given.items():
         types, words = TYPES.get(name, ((object,), ""))
         number = types[0] in (Real, Integral) and isinstance(value, torch.Tensor) and value.numel() == 1
+        number = number and not (value.is_complex() or (types[0] is Integral and value.is_floating_point()))
         if not number and not isinstance(value, types):
             raise TypeError(f"{name} must be {words}, got {type(value).__name__}") from None
 
@@ -71,13 +74,17 @@ def check_tensor(name, x):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
+def check_axes(name, x):
+    check_tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
+
+
 def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
     check_tensor("q", q)
     dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x)
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 axes [batch, heads, length, head dim], got shape {list(x.shape)}")
+        check_axes(name, x)
         if x.dtype != dtype or x.device != device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {dtype} on {device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
@@ -104,6 +111,8 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
         raise ValueError(f"empty input: q {list(of_q)}, k {list(of_k)}, v {list(of_v)}")
     if scale is not None and not LEAST <= scale <= MOST:
         raise ValueError(f"scale must be positive and finite in float32, got {scale}")
+    if type(q_offset) is not int:  # an operator would cut off fractions
+        refuse_types({"q_offset": q_offset})
     if spans is None and q_offset < 0:
         raise ValueError(f"q_offset must not be negative, got {q_offset}; left padding is described by spans")
     if spans is None and q_offset + of_q[2] > UNBOUNDED:

@@ -81,7 +81,8 @@ def again(request: Request) -> Again | None:
     """For calls like one that was served, or None where they need more than this, or have no compiled kernel."""
     q, k, v, out, blocks = request.q, request.k, request.v, request.out, request.blocks
     place = request.new_output() if out is None else out
-    flat = [request.gate.absolute, request.gate.gap, *((blocks.indices, blocks.counts) if blocks else ())]
+    flat = [request.gate.absolute, request.gate.gap, request.spans, request.packed]
+    flat += [blocks.indices, blocks.counts] if blocks else []
     as_they_are = all(aligned(x) is x for x in (q, k, v, place)) and all(x is None or x.is_contiguous() for x in flat)
     gathers = request.block_table is not None and not reads_pages(request)
     if request.scores != "exact" or place.stride(-1) != 1 or gathers or not as_they_are:

@@ -16,6 +16,9 @@ from collections.abc import Callable
 import torch
 
 from . import backends
+from .blocks import BlockLists
+from .gates import Gate
+from .packed import Packed
 from .request import Request
 
 try:
@@ -31,6 +34,7 @@ MOST = 4096  # signatures
 TENSORS = 12  # of a call, at most
 KINDS = {torch.Tensor, torch.nn.Parameter}
 SCALARS = {int, float, bool, str, type(None), type}
+HOLDERS = {Gate, BlockLists, Packed, type(None)}  # a class derived from one may give backends other tensors
 plans: dict[tuple, Callable] = {}
 
 
@@ -91,11 +95,13 @@ def find(
 
 def remember(signature: tuple, request: Request, demanded: str) -> None:
     """Keep what the next such call can do without. It was served, by the backend that `demanded` leads to."""
+    plan, tensors, others = None, signature[:TENSORS], signature[TENSORS:]
+    if any(isinstance(x, torch.Tensor) for x in others):  # numbers given as tensors would be kept alive
+        return
     if len(plans) >= MOST:
         plans.clear()
-    plan, tensors, others = None, signature[:TENSORS], signature[TENSORS:]
     plain = all(x is None or (x[-1] in KINDS and not x[-2] & ~PLAIN) for x in tensors)
-    if plain and all(type(x) in SCALARS for x in others):
+    if plain and HOLDERS.issuperset(others[-3:]) and all(type(x) in SCALARS for x in others):
         name, _, _ = backends.choose(request, demanded)
         plan = backends.load(AGAIN[name]).again(request) if name in AGAIN else None
     plans[signature] = plan or nothing

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from bsfa_kernels import TileShape
+from bsfa_kernels import Gate, TileShape, block_sparse_attention, make_spans, tile_statistics
 from kernel_cases import PLACES, Case, check, check_place, check_sliding, check_statistics
 
 WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
@@ -85,3 +85,22 @@ def test_a_chunk_behind_a_sliding_cache(tile, first, scores):
 @pytest.mark.parametrize("place", PLACES)
 def test_the_output_goes_to_any_place(place):
     check_place(Case(2, 2, 1, 20, 20, 24, WIDE, padded=True), "triton", place)
+
+
+@pytest.mark.parametrize("backend", ["triton", "split_kv"])
+def test_spans_lie_in_memory_as_they_like(backend):
+    q, k = torch.randn(2, 2, 20, 16), torch.randn(2, 1, 90, 16)
+    spans = make_spans(2, torch.tensor([60, 70]), torch.tensor([0, -7]), torch.tensor([80, 83]))
+    strided = spans.t().contiguous().t()
+
+    def compute(spans):
+        options = dict(spans=spans, tile=WIDE if backend == "triton" else TileShape())
+        out, lse, *counts = block_sparse_attention(
+            q, k, k, Gate(gap=-1.0), return_lse=True, return_counts=True, backend=backend, **options
+        )
+        if backend == "split_kv":
+            return out, lse, *counts
+        return out, lse, *counts, *tile_statistics(q, k, lse, backend=backend, **options)
+
+    for one, other in zip(compute(spans), compute(strided), strict=True):
+        assert torch.equal(one, other)

@@ -31,7 +31,7 @@ from .head_shards import head_shards
 from .identity import model_identity
 from .masks import SpanMask, decode, mask_function, visible
 from .modules import AttentionModule, attends, attention_modules, most_positions, named_modules, unwrapped
-from .plan import NO_THRESHOLDS, Call, Route, Step, plan
+from .plan import LONG, NO_THRESHOLDS, Call, Route, Step, plan
 from .sparse import SparseAttention
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def attention(
     if module.training and query.requires_grad:
         raise ValueError("attn_implementation='bsfa' has no backward pass: train with 'sdpa', or call model.eval()")
     plain = attention_mask is None and is_causal is False and softcap is None and s_aux is None
-    if plain and _never_judged(module) and key.shape[-1] == value.shape[-1]:
-        # As plan() decided for its first such call. Vision towers make tens of thousands, one for every window.
+    if plain and query.shape[2] < LONG and _never_judged(module) and key.shape[-1] == value.shape[-1]:
+        # As plan() decides for all of them. Vision towers make tens of thousands, one for every window.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return dense.library(query, key, value, scale=scale, causal=False).transpose(1, 2).contiguous(), None
     query, key, value = _autocast(query, key, value)
