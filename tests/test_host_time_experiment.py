@@ -22,7 +22,8 @@ def test_calls_are_timed_and_what_is_missing_is_named(monkeypatch):
         "no gate", "gap gate", "gap gate, counted", "block lists", "gap gate, int8 scores")}  # fmt: skip
     assert all(len(row["samples_us"]) == 3 and row["cpu_us_median"] > 0 for row in ours.values())
     narrow = host_time.calls(Shape("mla", 2, 2, 48, v_head_dim=32), torch.device("cpu"))
-    assert "bsfa, gap gate, int8 scores" not in narrow and narrow["bsfa, block lists"]().shape == (1, 2, 256, 32)
+    for name in ("bsfa, gap gate, int8 scores", "bsfa, block lists"):
+        assert narrow[name]().shape == (1, 2, 256, 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
