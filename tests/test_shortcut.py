@@ -189,6 +189,12 @@ def test_values_are_never_remembered(kernel, long_ways):
     assert not shortcut.plans  # which would keep the tensor
 
 
+def test_numbers_are_of_the_same_type_both_ways(kernel, long_ways):
+    both = [launched(kernel, scale=1, softcap=5)[1][19:21] for _ in range(2)]
+    assert both[0] == both[1] == [1.0, 5.0] and len(long_ways) == 1
+    assert {type(number) for numbers in both for number in numbers} == {float}
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_a_class_of_ones_own_is_asked_in_every_call(kernel, long_ways, known):
     class Twice(Gate):

@@ -238,6 +238,7 @@ def _as_request(
     sequences, packed_rows = None, 0
     if packed is not None:
         sequences, packed_rows, spans = packed.table, packed.rows, packed.spans
+    softcap = softcap if softcap is None else float(softcap)  # as an operator makes it
     return Request(
         q, k, v, gate.expanded(q.shape[1], q.device), _scale(q, scale), causal, tile, keep_sink, q_offset, spans,
         return_lse, return_counts, blocks, window, softcap, sinks, scores, out, block_table, sequences, packed_rows,
