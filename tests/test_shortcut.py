@@ -178,6 +178,21 @@ def test_an_output_that_lies_in_the_queries_is_copied(kernel, long_ways):
     assert len(long_ways) == 3  # the first, and both of the last
 
 
+def test_autograd_knows_that_an_output_was_written(kernel, long_ways):
+    with torch.enable_grad():
+        x = torch.ones_like(Q).requires_grad_()
+        kept = x.exp()  # which its backward pass reads
+    for ways in (1, 1):
+        version = kept._version
+        call(out=kept)
+        assert kept._version > version and len(long_ways) == ways
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+    with torch.inference_mode():
+        for _ in range(2):
+            call(out=torch.empty_like(Q))
+
+
 def test_values_are_never_remembered(kernel, long_ways):
     scale = torch.tensor(0.5)
     scales = []

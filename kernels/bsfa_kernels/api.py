@@ -19,7 +19,7 @@ from . import backends, checks, shortcut
 from .blocks import BlockLists
 from .gates import Gate
 from .packed import Packed
-from .request import Request, shares_memory
+from .request import Request, shares_memory, written
 from .tiles import TileShape
 
 OPEN = Gate()
@@ -215,8 +215,8 @@ def tile_statistics(
 
 def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: Gate = OPEN, **options) -> tuple[str, dict]:
     """(backend that "auto" takes for this call, {faster backend: why it cannot}). Raises TypeError for an option that
-    `block_sparse_attention` has not, and for arguments of a wrong type, ValueError where q, k or v lacks an axis; it does
-    not ask whether they fit together.
+    `block_sparse_attention` has not, and for arguments of a wrong type, ValueError where q, k or v lacks an axis;
+    whether they fit together it does not ask.
     """
     defaults = block_sparse_attention.__kwdefaults__
     checks.refuse_types(dict(q=q, k=k, v=v, gate=gate) | options)
@@ -312,6 +312,7 @@ def _attend_into(out, *call):
     _, *rest = _run(replace(request, out=place), backend)
     if not direct:
         out.copy_(place)
+    written(out)
     return tuple(rest)
 
 

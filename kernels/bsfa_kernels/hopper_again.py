@@ -19,7 +19,7 @@ from . import schedule
 from .hopper import Aligned, Plan, launches, longest_first, plan_of, reads_pages, sections, shape_of
 from .launch import aligned, device_guard
 from .relaunch import Relaunch
-from .request import Request, fill_padding, shares_memory
+from .request import Request, fill_padding, shares_memory, written
 
 
 class Again(NamedTuple):
@@ -54,6 +54,8 @@ class Again(NamedTuple):
             if out is None:
                 out = empty(*self.place, dtype=q.dtype, device=q.device)
                 place = out.data_ptr()
+            else:
+                written(out)
             if self.want_lse:
                 lse = empty(*self.rows, dtype=torch.float32, device=q.device)
             if self.want_counts:

@@ -170,6 +170,12 @@ def shares_memory(out: torch.Tensor, *others: torch.Tensor) -> bool:
     return out.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in others}
 
 
+def written(out: torch.Tensor) -> None:
+    """Tell autograd, as PyTorch's own operators do: it then refuses a backward pass that would read what was there."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
 def reached_by_descriptors(x: torch.Tensor) -> bool:
     """Whether the base, and the strides of axes longer than 1, keep the 16-byte rule of tensor descriptors."""
     strides = [n for n, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
