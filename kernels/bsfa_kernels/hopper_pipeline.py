@@ -1,11 +1,11 @@
 """How the producer warp and the consumer warpgroups of the Hopper kernel hand over slabs of Q, K and V, and vote.
 
-The producer brings Q and then, for every key tile of the program's stream, K and V by TMA, in slabs of 64 or 128
-columns, as many as the head dim needs, of V its own. Barriers, for each of K's and V's slots, i the number of a slab
-in the stream:
+The producer brings Q and then, for every key tile of the program's stream, K and V by TMA, in pieces, each in a slot:
+of K slabs of 64 or 128 columns, as many as the head dim needs; of V parts of the tile's keys with all their columns.
+Barriers, for each of K's and V's slots, i the number of a piece in the stream:
 
     producer                                          consumer
-    returned: all consumers arrived for i - stages    wait full(i), products read the slab
+    returned: all consumers arrived for i - stages    wait full(i), products read the piece
     expect bytes on full(i), start TMA       ------>  returned(i): arrive, when its own products are done
 
 What a consumer does for a tile is one chain, and its length is the kernel's speed. Where that was faster (NOTES.md), it
@@ -16,8 +16,9 @@ waits early, while QK^T runs anyway, and without gates it gives V back there too
     and late    QK^T i || return V i - 1, wait V i, K i + 1   return K i          softmax, PV of i
 
 `full` are mbarriers in shared memory; `returned` are hardware barriers, one arrival a warp, because Triton puts two
-barriers of a whole warpgroup around an mbarrier's arrive. A consumer lets a slab pass only after it has landed, so no
-slot is written twice at a time. A vote is one more hardware barrier, which hands every warp the OR of all threads.
+barriers of a whole warpgroup around an mbarrier's arrive. Slabs of K go back one by one, as QK^T is done with each. A
+consumer lets a piece pass only after it has landed, so no slot is written twice at a time. A vote is one more hardware
+barrier, which hands every warp the OR of all threads.
 """
 
 from __future__ import annotations
