@@ -131,10 +131,9 @@ def _long_way(
     return_counts, backend, out, block_table, packed,
 ) -> Attention:  # fmt: skip
     """Arguments checked, and the operator called."""
-    sequences, packed_rows = None, 0
     if packed is not None:
         checks.check_packed(packed, q, k, q_offset, spans, blocks, block_table)
-        sequences, packed_rows, spans = packed.table, packed.rows, packed.spans
+    sequences, packed_rows, spans = _sequences(packed, spans)
     checks.check(q, k, v, scale, q_offset, spans, block_table, sequences)
     gate = gate.expanded(q.shape[1], q.device)
     checks.check_gate(q, gate)
@@ -235,14 +234,17 @@ def _as_request(
     return_counts, backend, out, block_table, packed,
 ) -> Request:  # fmt: skip
     """The call as backends see it."""
-    sequences, packed_rows = None, 0
-    if packed is not None:
-        sequences, packed_rows, spans = packed.table, packed.rows, packed.spans
+    sequences, packed_rows, spans = _sequences(packed, spans)
     softcap = softcap if softcap is None else float(softcap)  # as an operator makes it
     return Request(
         q, k, v, gate.expanded(q.shape[1], q.device), _scale(q, scale), causal, tile, keep_sink, q_offset, spans,
         return_lse, return_counts, blocks, window, softcap, sinks, scores, out, block_table, sequences, packed_rows,
     )  # fmt: skip
+
+
+def _sequences(packed: Packed | None, spans: torch.Tensor | None) -> tuple:
+    """(table of packed sequences, rows of the longest, spans) of a call."""
+    return (None, 0, spans) if packed is None else (packed.table, packed.rows, packed.spans)
 
 
 def _scale(q: torch.Tensor, scale: float | None) -> float:

@@ -46,7 +46,7 @@ class Shape:
     v_columns: int  # of a slab of V, and of the output
     v_slabs: int
     parts: int  # of a tile's keys that are worked on by themselves
-    v_parts: int  # of a tile's keys, each of which has a slot of its own for V: 1, or `parts`
+    v_parts: int  # of a tile's keys, each of which has a slot of its own for V; they divide `parts`
     consumers: int
     k_stages: int  # slots in flight: of K a slab each, of V all slabs of a part
     v_stages: int
