@@ -20,6 +20,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
+from bsfa_kernels import hopper
+
 from ..errors import UsageError
 from . import end
 
@@ -41,7 +43,7 @@ class Chain:
     v_slabs: int
     v_stages: int
     v_bytes: int
-    parts: int = 2
+    parts: int
     early: bool = False  # V and the next K are awaited behind QK^T's start
     slab_by_slab: bool = True  # K's slots go back as soon as their own products are done
     loop: float = 120
@@ -55,12 +57,26 @@ class Chain:
     first_come: float = 0.3  # share of the tensor pipe that who came first has for itself; all share the rest
 
 
+CYCLES_OF_BYTE = 2  # of the tensor pipe, for 64 x 128 products along as much of Q's rows, or of V's
+
+
+def chain_of(shape: hopper.Shape, itemsize: int = 2, **cycles: float) -> Chain:
+    """What the kernel does with heads of a shape, Q and K of so many bytes an element."""
+    keys = hopper.KEYS.value
+    columns, v_columns = shape.columns * shape.slabs, shape.v_columns * shape.v_slabs
+    return Chain(
+        shape.consumers, CYCLES_OF_BYTE * columns * itemsize, CYCLES_OF_BYTE * v_columns * 2, shape.slabs,
+        shape.k_stages, keys * shape.columns * itemsize, shape.v_parts, shape.v_stages,
+        keys // shape.v_parts * v_columns * 2, shape.parts, early=shape.early, **cycles,
+    )  # fmt: skip
+
+
 SHAPES = {
-    "d128": Chain(3, 512, 512, 1, 3, 32768, 1, 2, 32768),
-    "d128-int8": Chain(3, 256, 512, 1, 4, 16384, 1, 4, 32768, early=True, maximum=360, exponentials=690),
-    "mla": Chain(3, 768, 512, 3, 5, 16384, 1, 2, 32768),
-    "d192": Chain(2, 768, 768, 3, 5, 16384, 1, 2, 49152),
-    "d256": Chain(2, 1024, 1024, 2, 3, 32768, 2, 2, 32768),
+    "d128": chain_of(hopper.SHAPES[128, 128]),
+    "d128-int8": chain_of(hopper.INT8_SHAPES[128, 128], 1, maximum=360, exponentials=690),
+    "mla": chain_of(hopper.SHAPES[192, 128]),
+    "d192": chain_of(hopper.SHAPES[192, 192]),
+    "d256": chain_of(hopper.SHAPES[256, 256]),
 }
 ALONE = {"maximum": 0.5, "rescale": 0.5, "exponentials": 0.9}  # share of the arithmetic that one warpgroup can use
 JITTER = 0.1  # of arithmetic, so that consumers do not stay in step for ever
