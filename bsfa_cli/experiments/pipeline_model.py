@@ -57,7 +57,7 @@ class Chain:
     first_come: float = 0.3  # share of the tensor pipe that who came first has for itself; all share the rest
 
 
-CYCLES_OF_BYTE = 2  # of the tensor pipe, for 64 x 128 products along as much of Q's rows, or of V's
+CYCLES_OF_BYTE = 2  # of the tensor pipe: 64 x 128 sums of products of 32 bytes take 64
 
 
 def chain_of(shape: hopper.Shape, itemsize: int = 2, **cycles: float) -> Chain:
