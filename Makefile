@@ -116,11 +116,13 @@ $(VLLM_STAMP): constraints.txt pyproject.toml Makefile
 		cat $(VLLM_VENV)/missing.txt >&2; echo >&2; \
 	fi
 
-# Triton decides at import whether kernels run in its interpreter, hence two runs.
+# Triton decides at import whether kernels run in its interpreter, hence two runs. A file's tests stay on one worker, which
+# makes once what they share: by file, as xdist 3.8's groups (--dist loadgroup) do nothing under pytest 9.2. Files keep
+# their order, which tests/conftest.py knows better than xdist, who would begin with those of most tests.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) $(VLLM_STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The harness brings many packages, so it gets a folder of its own, which sees those of $(VENV) too.
 $(LM_EVAL)/.installed: $(STAMP)

@@ -96,8 +96,8 @@ def one_sentence():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that one worker has to run in one go come first: they take longest."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Files that take longest come first, so that no worker begins one when the other has no more to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -15,10 +15,7 @@ from bsfa_cli.comparison import calibration, matching, measure, methods, quality
 from bsfa_cli.errors import InputError, UsageError
 from bsfa_cli.timing.plan import Shape
 
-pytestmark = [
-    pytest.mark.xdist_group("compare"),  # one worker measures the cell that its tests share
-    pytest.mark.usefixtures("one_round"),
-]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_round")]
 
 CPU, TILE = torch.device("cpu"), TileShape()
 SHAPE = Shape("structured", 2, 1, 64)

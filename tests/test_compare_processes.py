@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.long
 
 SMALL = (
     "--tasks", "multi-key", "--questions", "2", "--samples", "1", "--methods", "sliding_window", "--setting",

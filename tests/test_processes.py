@@ -22,7 +22,7 @@ from bsfa_cli.calibration.curves import ModuleCurves
 from bsfa_cli.calibration.group import Group
 from bsfa_cli.calibration.store import Run
 
-pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the run that its tests share
+pytestmark = pytest.mark.long
 
 RUN_FILES = ("run.json", "fit.safetensors", "heldout.safetensors")
 SMALL = ["--samples", "5", "--length", "512", "--top-k", "1,2", "--device", "cpu"]

@@ -14,7 +14,7 @@ from bsfa_cli.presentation import figures
 from bsfa_cli.presentation.loss_table import loss_table
 from bsfa_cli.presentation.real_plot import real_plot
 
-pytestmark = pytest.mark.xdist_group("real")  # one worker runs the experiment that its tests share
+pytestmark = pytest.mark.long
 
 RECIPES = ("shared skip, gap", "shared by KL, gap", "top-k, absolute")
 

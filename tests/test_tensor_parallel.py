@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bsfa_cli.models.bundled import BUNDLED
 
-pytestmark = pytest.mark.xdist_group("tensor-parallel")  # one worker starts the processes that its tests share
+pytestmark = pytest.mark.long
 
 LENGTH = 700
 # olmo2 gathers its projections' outputs, so that every process computes all heads; granite-swa has attention sinks.

@@ -26,7 +26,7 @@ MISSING = VENV / "missing.txt"  # written by `make vllm` where the index has no 
 
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.xdist_group("vllm"),
+    pytest.mark.long,
     pytest.mark.skipif(
         not PYTHON.exists() or MISSING.exists(),
         reason=MISSING.read_text().strip() if MISSING.exists() else "no .venv-vllm: make vllm makes it",
