@@ -402,7 +402,7 @@ def test_every_way_to_get_one_is_a_target_or_a_package():
     assert "\n/.baselines/\n" in (Path(__file__).parent.parent / ".gitignore").read_text()
 
 
-def test_a_prefill_is_timed_through_the_libraries_too(monkeypatch):
+def test_a_prefill_is_timed_through_the_libraries_too(monkeypatch, one_round):
     function = Function(pair=True)
     found = {FA3: Library(SimpleNamespace(flash_attn_func=function), "fa3-fwd 0.0.3"), FA4: "not here"}
     monkeypatch.setattr(Prefill, "_libraries", lambda self: found)

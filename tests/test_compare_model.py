@@ -43,18 +43,18 @@ def saved(loaded, tmp_path_factory):
     return folder / "model", folder / "run"
 
 
-def asked_of(loaded, tokens) -> list[TextQuestion]:
+@pytest.fixture(scope="module")
+def questions(loaded, texts) -> list[TextQuestion]:
     """Eight questions in two tasks, to which the right answer is what the dense model generates."""
     examiner, questions = Examiner(loaded.model, loaded.tokenizer), []
     for i in range(8):
-        text = loaded.tokenizer.decode(tokens[i * 5 :])
+        text = loaded.tokenizer.decode(texts[0].tokens[i * 5 :])
         question = TextQuestion(("first", "second")[i % 2], 640, None, text, ("",), new_tokens=6)
         questions.append(replace(question, outputs=(examiner.generate(question),)))
     return questions
 
 
-def test_rows_have_losses_times_and_answers(loaded, texts):
-    questions = asked_of(loaded, texts[0].tokens)
+def test_rows_have_losses_times_and_answers(loaded, texts, questions):
     few = methods.Settings.parse(["sliding_window=512", "xattention=0.5,0.9"])
     cell = comparison.model_cell(
         loaded, None, "sliding_window,xattention", TILE, CPU, texts, 0.001, 0, questions, settings=few
@@ -80,8 +80,8 @@ def test_rows_have_losses_times_and_answers(loaded, texts):
 
 
 @pytest.mark.usefixtures("one_round")
-def test_processes_share_questions_out_and_the_first_has_all_answers(loaded, texts):
-    questions = asked_of(loaded, texts[0].tokens)[:7]
+def test_processes_share_questions_out_and_the_first_has_all_answers(loaded, texts, questions):
+    questions = questions[:7]
     few = methods.Settings.parse(["sliding_window=512", "xattention=0.5"])
 
     def cell(group):
@@ -100,8 +100,8 @@ def test_processes_share_questions_out_and_the_first_has_all_answers(loaded, tex
 
 
 @pytest.mark.usefixtures("one_round")
-def test_a_method_that_failed_in_another_process_is_left_out(loaded, texts):
-    questions, store = asked_of(loaded, texts[0].tokens), torch.distributed.HashStore()
+def test_a_method_that_failed_in_another_process_is_left_out(loaded, texts, questions):
+    store = torch.distributed.HashStore()
 
     def cell(rank, method):
         bench = model.ModelBench(loaded, attention_modules(loaded.model), [methods.Dense(), method], TILE, CPU)
@@ -141,8 +141,8 @@ def test_a_method_that_cannot_run_says_why_and_the_others_go_on(loaded, texts):
 
 
 @pytest.mark.usefixtures("one_round")
-def test_a_question_is_made_once_and_a_method_that_fails_at_one_is_left_out(loaded, texts):
-    asked, questions = [], asked_of(loaded, texts[0].tokens)
+def test_a_question_is_made_once_and_a_method_that_fails_at_one_is_left_out(loaded, texts, questions):
+    asked = []
 
     class Remembered:
         """A question that says when its text is taken; who asks it anew each time pays for its making anew."""
