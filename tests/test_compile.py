@@ -9,6 +9,8 @@ import sass
 import torch
 from bsfa_kernels import hopper, hopper_pipeline
 
+pytestmark = pytest.mark.long
+
 BF16, FP16 = torch.bfloat16, torch.float16
 KB = 1024
 HOPPER_SHARED = 227 * KB
