@@ -42,15 +42,15 @@ def test_every_size_of_program_is_met_whatever_the_group(widths, dtype, wide):
             for counts in (made, range(1, 300))
         )
         assert met == served and len(met) <= 3 and {48, 1} <= set(made)
-    assert sum(chunks([module(group) for group in range(1, 65)], dtype, wide)) < 512 - 64
+    assert sum(chunks([module(group) for group in range(1, 65)], dtype, wide)) < 512 - 128 - 64
 
 
 def test_a_model_without_grouped_heads_has_a_chunk_of_the_largest_programs():
     """48 queries are no more than 64 rows there; of many keys, chunks of 65 and more run with every tile kept."""
     assert chunks([module(1)], torch.bfloat16, wide=True) == [65, 48, 1]
-    assert chunks([module(4)], torch.bfloat16, wide=True) == [48, 1]
-    assert chunks([module(4)], torch.bfloat16, wide=False) == [48, 5, 1]  # a draft of five
-    assert chunks([module(1), module(4)], torch.bfloat16, wide=False) == [65, 48, 5, 1]
+    assert chunks([module(4)], torch.bfloat16, wide=True) == [48, 2, 1]  # one alone is the library's
+    assert chunks([module(4)], torch.bfloat16, wide=False) == [48, 5, 2, 1]  # drafts of two and of five
+    assert chunks([module(1), module(4)], torch.bfloat16, wide=False) == [65, 48, 5, 2, 1]
 
 
 def test_few_splits_are_met_too():
@@ -79,8 +79,11 @@ def test_all_kinds_of_calls_are_made_and_counters_start_anew(name, padded, monke
     monkeypatch.setattr(bsfa.active(layer), "attend", watched)
     taken = warmup(model, 700, padded=padded, step=lambda *each: said.append(each))
     assert list(taken) == [600, 700] and list(taken.items()) == said and min(taken.values()) > 0
-    plain = [(600 - 49, 600 - 49, False), (700 - 49, 700 - 49, False)]
-    assert [call for call in calls if not call[2]] == plain and any(call[2] for call in calls) == padded
+    last = 128 + 49
+    plain = [(length - last, length - last, False) for length in (600, 700)]
+    assert [call for call in calls if not call[2]] == plain
+    behind = [(128, length - 49, True) for length in (600, 700)]  # what continues a prompt has spans
+    assert set(behind) <= set(calls) and ((600 - last, 600 - last, True) in calls) == padded
     assert {note.route for note in bsfa.notes(model)} >= {"kept" if model.device.type == "cuda" else "fallback"}
     assert bsfa.skip_rate(model) is None
 

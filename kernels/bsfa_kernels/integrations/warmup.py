@@ -26,6 +26,7 @@ from .visual_tokens import visual_ids
 
 FEWER = TileShape().rows * 3 // 4  # queries of a chunk that keeps every tile; a decode step is compiled otherwise
 MOST_CHUNK = TileShape().rows + 1  # queries from which a call's programs are of the largest size, whatever its heads
+BEHIND = 16  # of a prompt's tokens one in so many is a chunk of its own behind the others, with a gate still (plan.py)
 SHORTEST = 4 * TileShape().keys
 FEW_SPLITS = 2048  # keys of a call up to which split_kv.py sums few parts, by another kernel than for many
 
@@ -45,16 +46,17 @@ def lengths(model: nn.Module, longest: int) -> list[int]:
 
 def chunks(modules: Iterable[AttentionModule], dtype: torch.dtype, wide: bool) -> list[int]:
     """Queries of a prompt's last calls, most first: FEWER, one token, and what else it takes to meet each size of
-    split_kv's programs that a call of these modules can have. `wide`: see launch.wide_products.
+    split_kv's programs that a call of these modules can have. One token alone is the library's where nothing is padded,
+    so it meets none. `wide`: see launch.wide_products.
     """
     from ..split_kv import shape_of
 
     found = {FEWER, 1}
     for module in modules:
         group, widths = module.query_heads // module.kv_heads, (module.head_dim, module.v_head_dim or module.head_dim)
-        of_rows = {rows: shape_of(rows * group, dtype, *widths, wide) for rows in range(1, MOST_CHUNK + 1)}
+        of_rows = {rows: shape_of(rows * group, dtype, *widths, wide) for rows in range(2, MOST_CHUNK + 1)}
         for rows, shape in of_rows.items():
-            if shape not in {of_rows[met] for met in found}:
+            if shape not in {of_rows[met] for met in found if met > 1}:
                 found.add(rows)
     return sorted(found, reverse=True)
 
@@ -63,9 +65,9 @@ def chunks(modules: Iterable[AttentionModule], dtype: torch.dtype, wide: bool) -
 def warmup(
     model: nn.Module, longest: int, *, padded: bool = False, step: Callable[[int, float], None] = lambda *_: None
 ) -> dict[int, float]:
-    """Prefill made-up prompts of every length that compiles anew, up to `longest` tokens, each in one long chunk and
-    those of `chunks`, of which all but one or none are too short for a gate, the last of one token. {length: seconds it
-    took}; `step(length, seconds)` is called after each.
+    """Prefill made-up prompts of every length that compiles anew, up to `longest` tokens, each in one long chunk, one
+    behind it that a gate judges too, and those of `chunks`, of which all but one or none are too short for a gate, the
+    last of one token. {length: seconds it took}; `step(length, seconds)` is called after each.
 
     `padded`: prompts with padding too, as batches of unequal prompts have. Vision towers and what other libraries
     compile are not warmed up. Counters of `apply(count=True)` start anew. Raises ValueError for a length
@@ -90,10 +92,12 @@ def warmup(
         for padding in (0, 1) if padded else (0,):
             mask = torch.ones_like(ids)
             mask[:, :padding] = 0
-            if length - sum(last) < LONG <= length:  # as one chunk it may be served otherwise (plan.py)
+            behind = max(length // BEHIND, 2 * TileShape().rows)
+            first = length - behind - sum(last)
+            if first < LONG <= length:  # as one chunk it may be served otherwise (plan.py)
                 model.base_model(input_ids=ids, attention_mask=mask)
             cache = DynamicCache(config=model.config.get_text_config())
-            for rows in (length - sum(last), *last):
+            for rows in (first, behind, *last):
                 begin = cache.get_seq_length()
                 end = begin + rows
                 model.base_model(
