@@ -49,7 +49,7 @@ def test_every_shape_comes_to_its_end(name):
 
 
 def test_notes_quote_it():
-    before = replace(SHAPES["d256"], slab_by_slab=False)
+    before = replace(SHAPES["d256"], slab_by_slab=False, parts=2)
     found = [busy(before, keep) for keep in (None, 1, 0.5, 0.25, 0.1)]
     words = " ".join(f"{100 * each:.0f}" for each in found)
     assert f"it says {words} % of the tensor pipe for d=256 as it was" in " ".join(NOTES.read_text().split())
