@@ -79,7 +79,9 @@ def test_preparation(head_dim, dtype, rows, keys, tile, layout):
         made, specified = int8.prepare(request(q, k, given, tile)), quantise.prepare(request(q, k, given, tile))
         for name in ("q_scale", "k_scale", "mean", "q_shift"):
             got, wanted = getattr(made, name), getattr(specified, name)
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4 * wanted.abs().max().item())
+            # One key is its own mean: what is left of it is nothing, or what float32 rounds.
+            rounding = 1e-8 * k.abs().max().item()
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4 * wanted.abs().max().item() + rounding)
         if given is not None:
             specified.k8[1, :, :7] = made.k8[1, :, :7]  # rows of no tile are not written
         for name in ("q8", "k8"):
