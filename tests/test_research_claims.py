@@ -531,16 +531,24 @@ def test_what_is_said_of_twice_the_length_is_so(cells):
     assert f"which the name has, {own:.3f} of {count} others" in page
 
 
-def test_what_is_noted_of_wide_heads_is_so():
-    notes = " ".join((ROOT / "kernels" / "NOTES.md").read_text(encoding="utf-8").split())
+def factors_by_head_dim(name: str) -> dict[tuple[int, str], list[str]]:
+    """Of a stored profile: speedups of each length, "no gate, 0 50 75 90 %", by (head dim, kind)."""
     found: dict[tuple[int, str], list[str]] = {}
-    for cell in stored("wide-heads.nvidia-h200.json")["cells"]:
+    for cell in stored(name)["cells"]:
         assert cell["fastest_dense"] == "FlashAttention-3"
         for kind in ("bsfa", "bsfa, int8 scores"):
             rows = [row for row in cell["contenders"] if row["kind"] == kind]
             rows.sort(key=lambda row: (row["skip_target"] is not None, row["skip_target"] or 0))
-            first, *gated = [f"{row['speedup']:.2f}" for row in rows] or [""]
+            first, *gated = [f"{row['speedup']:.2f}" for row in rows]
             found.setdefault((cell["shape"]["head_dim"], kind), []).append(f"{first}, {' '.join(gated)}")
+    return found
+
+
+def test_what_is_noted_of_wide_heads_is_so():
+    notes, changes = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split()) for name in ("kernels/NOTES.md", "CHANGELOG.md")
+    )
+    found = factors_by_head_dim("wide-heads.nvidia-h200.json")
     (wide, half), (rounded, narrower) = (
         [found[dim, kind] for dim in (256, 192)] for kind in ("bsfa", "bsfa, int8 scores")
     )
@@ -549,6 +557,10 @@ def test_what_is_noted_of_wide_heads_is_so():
     asked = (0.97, 1.25, 1.5, 1.7)
     assert all(float(a) >= b for a, b in zip(rounded[1].split(", ")[1].split(), asked, strict=True))
     assert f"they have 8k {narrower[0]}, 32k {narrower[1]}" in notes
+    before = factors_by_head_dim("checks/wide-heads-v256.nvidia-h200.json")[192, "bsfa, int8 scores"][1]
+    assert f"192 columns had {before} at 32k, less than exact scores" in notes
+    then, now = (each.split(", ")[1].replace(" ", " / ") for each in (before, narrower[1]))
+    assert f"{now}x of FlashAttention-3 at 0 / 50 / 75 / 90 % skipped, where V as wide as 256 had {then}" in changes
 
 
 def test_what_was_not_run_is_said(said, cells):

@@ -378,6 +378,7 @@ def consumer(WG: gl.constexpr, call, buffers, place, span, stream, VARIANT: gl.c
         first_chunk = place.batch.to(gl.int64) * call.out_batch + place.head.to(gl.int64) * call.out_head
         first_chunk += row_in_head.to(gl.int64) * call.out_row
         for c in gl.static_range(SLABS):
+            # Rounded, Q has fewer slabs than the output where V is narrower: one is used again.
             staging = buffers.q.index(WG * VARIANT.slabs + c % VARIANT.slabs)
             store_output(
                 acc[c], inverse, staging, call, first_chunk, c * VARIANT.v_columns, first_valid, end_valid, VARIANT
