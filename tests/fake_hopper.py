@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from bsfa_kernels import hopper, schedule, shortcut
+from bsfa_kernels import hopper, int8, int8_kernel, schedule, shortcut
 from triton.backends.compiler import GPUTarget
 
 ROOM = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
 IGNORED = 9  # a launcher's arguments before the kernel's: grid, stream, function, metadata and hooks
+
+PREPARATION = (int8_kernel.sum_keys, int8_kernel.quantise_keys, int8_kernel.quantise_queries)
 
 
 class Driver:
@@ -52,10 +54,10 @@ def pretend(monkeypatch) -> Driver:
     monkeypatch.setattr(hopper, "unsupported", lambda request: None)
     monkeypatch.setattr(hopper, "device_guard", lambda x: nullcontext())
     monkeypatch.setattr(shortcut, "plans", {})
-    for launches in (hopper.launches, schedule.launches):
+    monkeypatch.setattr(int8, "device_guard", lambda x: nullcontext())
+    for launches in (hopper.launches, schedule.launches, *PREPARATION):
         monkeypatch.setattr(launches, "kernels", {})
-    for kernel in (hopper.forward, schedule._schedule):
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        monkeypatch.setattr(launches.function, "device_caches", defaultdict(launches.function.create_binder))
     fake = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
     return fake

@@ -237,9 +237,9 @@ def schedule(folder: Path, width: int, forced: bool, causal: bool) -> MachineCod
 
 
 def preparation(folder: Path, kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> MachineCode:
-    """A kernel of int8.py as it is launched for tiles of 128 keys: no spans, `q_shift` wanted."""
+    """A kernel of int8_kernel.py as it is launched for tiles of 128 keys: no spans, `q_shift` wanted."""
     from bsfa_kernels import int8 as module
-    from bsfa_kernels import quantise
+    from bsfa_kernels import int8_kernel, quantise
 
     name, wide, block = NAMES[dtype], quantise.columns(head_dim), quantise.rotation_block(head_dim)
     signature = RUNTIME | dict(
@@ -249,7 +249,7 @@ def preparation(folder: Path, kernel: str, dtype: torch.dtype, head_dim: int, ca
     constants = dict(D=head_dim, BLOCK=block, BLOCKS=wide // block, UNIT=quantise.unit(block), spans_ptr=None)
     constants |= dict(SPLITS=module.SPLITS, KEYS=128, GROUP=4, HEADS=32 if kernel == "_quantise_queries" else 8)
     constants |= dict(ROWS=module.SUMMED if kernel == "_sum_keys" else module.ROWS)
-    function = getattr(module, kernel)
+    function = getattr(int8_kernel, kernel)
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     aligned = [argument for argument in function.arg_names if argument.endswith(("_ptr", "_stride"))]
     return compile_kernel(

@@ -12,7 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, relaunch, schedule, shortcut
+from bsfa_kernels import (
+    BlockLists,
+    Gate,
+    TileShape,
+    block_sparse_attention,
+    hopper,
+    int8,
+    make_spans,
+    relaunch,
+    schedule,
+    shortcut,
+)
+from bsfa_kernels.request import Request
 from fake_hopper import ROOM, Function, Kernel, pretend
 
 HERE = Path(__file__).parent
@@ -48,6 +60,7 @@ def gpu(libcuda, monkeypatch):
     ours = dict(load_binary=fake._load, get_device_properties=lambda device: ROOM)
     fake.utils = SimpleNamespace(**{name: getattr(real, name) for name in dir(real) if name[0] != "_"} | ours)
     fake.launcher_cls = driver.CudaLauncher
+    libcuda.expect(0, None)  # of launches that nobody looks at
     yield libcuda
     driver.libcuda_dirs.cache_clear(), driver.library_dirs.cache_clear()
 
@@ -62,6 +75,16 @@ def parameters(library, kernel, launch) -> list[bytes]:
     library.expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
     launch()
     return [bytes(library.parameter(i)[:n]) for i, n in enumerate([*sizes, 24])]
+
+
+def given_both_ways(gpu, monkeypatch, launch, arguments) -> list[bytes]:
+    """What the GPU is given by a bare launch, and the same by Triton's."""
+    assert launch.bare is not None
+    bare = parameters(gpu, launch.kernel, lambda: launch(*arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "bare", None)
+        assert parameters(gpu, launch.kernel, lambda: launch(*arguments)) == bare
+    return bare
 
 
 @torch.no_grad()
@@ -81,14 +104,26 @@ def test_a_bare_launch_gives_the_gpu_what_tritons_own_launcher_gives_it(gpu, mon
         (streams, ((5, 1, 4), (), indices, rest[0], None, *rest[2:], *again.lists.numbers)),
     ]
     for launch, arguments in launches:
-        assert launch.bare is not None
-        bare = parameters(gpu, launch.kernel, lambda launch=launch, arguments=arguments: launch(*arguments))
-        with monkeypatch.context() as patch:
-            patch.setattr(launch, "bare", None)
-            assert parameters(gpu, launch.kernel, lambda launch=launch, arguments=arguments: launch(*arguments)) == bare
+        bare = given_both_ways(gpu, monkeypatch, launch, arguments)
         assert int.from_bytes(bare[-1][:4], "little") == arguments[0][0] and len(set(bare)) > 10
         if arguments[1]:
             assert int.from_bytes(bare[0][:8], "little") == q.data_ptr()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_so_does_one_of_the_preparation(gpu, monkeypatch, shifted):
+    q, k = (torch.randn(1, 200, heads, 64).bfloat16().transpose(1, 2) for heads in (4, 2))
+    spans = make_spans(1) if shifted else None
+    request = Request(q, k, k, Gate(), 1.0, True, TileShape(), True, 0, spans, shifted, False, scores="int8")
+    int8.prepare(request)
+    again = int8.plan_of(request).again()
+    addresses = [16 * i for i in range(1, 11)]
+    for place in (2, 9):  # of spans and q_shift
+        addresses[place] = addresses[place] if shifted else None
+    for launch, step, own in zip(again.compiled, again.plan.steps, int8._pointers(*addresses), strict=True):
+        bare = given_both_ways(gpu, monkeypatch, launch, (step.grid, (), *own, *step.numbers))
+        pointers = [int.from_bytes(x, "little") for x in bare[: sum(x is not None for x in own)]]
+        assert pointers == [x for x in own if x is not None]
 
 
 def test_a_kernel_with_a_hook_and_an_unknown_one_are_launched_by_triton(monkeypatch):

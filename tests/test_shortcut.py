@@ -269,7 +269,6 @@ def test_few_queries_are_not_remembered(kernel):
 
 SMALL_PAGES = [tensor(KV, 64) for _ in range(2)]
 NO_PLAN = {
-    "int8": dict(scores="int8"),
     "strides-no-descriptor-takes": dict(q=torch.empty(B, T, H, D + 1, dtype=Q.dtype)[..., :D].transpose(1, 2)),
     "output-no-wide-store-reaches": dict(out=torch.empty(B, T, H, D + 1, dtype=Q.dtype)[..., :D].transpose(1, 2)),
     "every-other-element-of-an-output": dict(out=torch.empty(B, H, T, 2 * D, dtype=Q.dtype)[..., ::2]),

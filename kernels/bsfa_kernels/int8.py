@@ -10,13 +10,17 @@ off behind its own. Differs from quantise.prepare where such a sum stands within
 
 from __future__ import annotations
 
+from math import prod
+from typing import NamedTuple
+
 import torch
 import triton
-import triton.language as tl
+from torch import empty_strided as empty
 
-from .geometry import load_span
-from .launch import FLOAT32_DOT, device_guard
-from .quantise import LEVELS, TINY, Prepared, columns, key_tiles, rotation_block, unit
+from .int8_kernel import quantise_keys, quantise_queries, sum_keys
+from .launch import Launches, device_guard
+from .quantise import Prepared, columns, key_tiles, rotation_block, unit
+from .relaunch import Relaunch
 from .request import Request
 
 SPLITS = 64
@@ -25,47 +29,131 @@ SUMMED = 64  # rows of K in a step
 MOST_STEPS = 8  # tiles that one program takes, so that it makes its rotation once for all of them
 PROGRAMS = 1024  # enough to fill a GPU
 FRONT = 8  # key tiles of 16 in the largest query tile, 128 rows; 32 bytes, so that alignment stays
-# Added and taken off again it would round a float32 half to even; taken as bits, the low ones are the integer.
-ROUNDING = tl.constexpr(1.5 * 2**23)
-LARGEST = tl.constexpr(float(LEVELS))
-SMALLEST = tl.constexpr(TINY)
+LINE = 32  # floats of a cache line, at whose begin each part of memory lies
+
+
+class Step(NamedTuple):
+    """A launch but for addresses."""
+
+    launches: Launches
+    key: tuple  # of the compiled kernel
+    grid: tuple[int, int, int]
+    numbers: tuple  # the kernel's arguments behind its pointers
+    options: dict
+
+
+class Plan(NamedTuple):
+    """A preparation but for addresses, which calls of the same shapes, strides and options share. What it makes besides
+    integers lies in one piece of memory.
+    """
+
+    steps: tuple[Step, Step, Step]
+    integers: tuple[tuple, tuple]  # shape and strides of q8 and of k8
+    floats: int  # of that memory
+    parts: tuple[tuple | None, ...]  # of it: shape, strides and start of sums, mean, q_scale, k_scale, q_shift or None
+
+    def allocate(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(q8, k8, memory of all else)."""
+        q8, k8 = (empty(*place, dtype=torch.int8, device=device) for place in self.integers)
+        return q8, k8, empty((self.floats,), (1,), dtype=torch.float32, device=device)
+
+    def new(self, device: torch.device | str) -> tuple[Prepared, torch.Tensor]:
+        """(what is to be filled, sums of keys)."""
+        q8, k8, memory = self.allocate(device)
+        sums, mean, q_scale, k_scale, q_shift = (x if x is None else memory.as_strided(*x) for x in self.parts)
+        return Prepared(q8, q_scale, k8, k_scale, mean, q_shift), sums
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, spans: torch.Tensor | None) -> Prepared:
+        made, sums = self.new(q.device)
+        for step, pointers in zip(self.steps, _pointers(q, k, spans, sums, *made), strict=True):
+            step.launches.of(step.key, pointers)(step.grid, *pointers, *step.numbers, **step.options)
+        return made
+
+    def again(self) -> Again | None:
+        """The same for addresses, where all kernels were compiled."""
+        compiled = [step.launches.kernels.get(step.key) for step in self.steps]
+        return Again(self, tuple(compiled)) if all(compiled) else None
+
+
+class Again(NamedTuple):
+    """The preparation of calls of one signature (shortcut.py). All their addresses are multiples of 16."""
+
+    plan: Plan
+    compiled: tuple[Relaunch, Relaunch, Relaunch]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, spans: int | None):
+        """(q8, k8, addresses of q_scale, q_shift or None, and k_scale, the memory that these lie in)."""
+        q8, k8, memory = self.plan.allocate(q.device)
+        begin = memory.data_ptr()
+        sums, mean, q_scale, k_scale, q_shift = (x if x is None else begin + 4 * x[2] for x in self.plan.parts)
+        pointers = _pointers(
+            q.data_ptr(), k.data_ptr(), spans, sums, q8.data_ptr(), q_scale, k8.data_ptr(), k_scale, mean, q_shift
+        )
+        for launch, step, own in zip(self.compiled, self.plan.steps, pointers, strict=True):
+            launch(step.grid, (), *own, *step.numbers)
+        return q8, k8, (q_scale, q_shift, k_scale), memory
+
+
+def _pointers(q, k, spans, sums, q8, q_scale, k8, k_scale, mean, q_shift) -> tuple[tuple, tuple, tuple]:
+    """Of each kernel, in its order."""
+    return (k, sums, spans), (k, sums, k8, k_scale, mean, spans), (q, mean, q8, q_scale, q_shift)
 
 
 def prepare(request: Request) -> Prepared:
     """Q and K of the request as int8; any strides with a contiguous last axis."""
+    with device_guard(request.q):
+        return plan_of(request).run(request.q, request.k, request.spans)
+
+
+def plan_of(request: Request) -> Plan:
     q, k, keys = request.q, request.k, request.tile.keys
     batch, heads, q_rows, head_dim = q.shape
     kv_heads, k_rows = k.shape[1:3]
     wide, block = columns(head_dim), rotation_block(head_dim)
-    q8, k8 = (torch.empty((*x.shape[:3], wide), dtype=torch.int8, device=q.device) for x in (q, k))
-    tiles = key_tiles(request)
-    q_scale = q.new_empty(q.shape[:3], dtype=torch.float32)
-    q_shift = torch.empty_like(q_scale) if request.shifted else None
-    # Behind a sliding cache a query tile may visit tiles in front of the first that has a scale; masked, but read.
-    front = 0 if request.spans is None else FRONT
-    k_scale = q.new_empty(front + batch * kv_heads * tiles, dtype=torch.float32)[front:].view(batch, kv_heads, tiles)
-    mean = q.new_empty((batch, kv_heads, head_dim), dtype=torch.float32)
+    tiles, blocks = key_tiles(request), triton.cdiv(q_rows, ROWS)
     split = triton.cdiv(triton.cdiv(k_rows, SPLITS), SUMMED) * SUMMED
     splits = triton.cdiv(k_rows, split)
-    sums = q.new_empty((batch, kv_heads, splits, wide), dtype=torch.float32)
-    shape = dict(D=head_dim, BLOCK=block, BLOCKS=wide // block)
-    rounding = shape | dict(UNIT=unit(block))
-    k_steps, q_steps = steps(tiles, batch * kv_heads), steps(triton.cdiv(q_rows, ROWS), batch * heads)
-    with device_guard(q):
-        _sum_keys[(batch * kv_heads, splits)](
-            k, sums, request.spans, *k.stride()[:3], k_rows, split,
-            HEADS=kv_heads, ROWS=SUMMED, **shape, **launch_shape("_sum_keys", keys, wide),
-        )  # fmt: skip
-        _quantise_keys[(batch * kv_heads, triton.cdiv(tiles, k_steps))](
-            k, sums, k8, k_scale, mean, request.spans, *k.stride()[:3], k_rows, splits, tiles, k_steps,
-            HEADS=kv_heads, KEYS=keys, SPLITS=SPLITS, **rounding, **launch_shape("_quantise_keys", keys, wide),
-        )  # fmt: skip
-        _quantise_queries[(batch * heads, triton.cdiv(triton.cdiv(q_rows, ROWS), q_steps))](
-            q, mean, q8, q_scale, q_shift, *q.stride()[:3], q_rows, q_steps,
-            HEADS=heads, GROUP=heads // kv_heads, ROWS=ROWS, **rounding,
-            **launch_shape("_quantise_queries", keys, wide),
-        )  # fmt: skip
-    return Prepared(q8, q_scale, k8, k_scale, mean, q_shift)
+    k_steps, q_steps = steps(tiles, batch * kv_heads), steps(blocks, batch * heads)
+    shape = (head_dim, block, wide // block)
+    spanned = request.spans is not None
+
+    def step(launches, x, planes, programs, numbers, constants, given) -> Step:
+        strides = x.stride()[:3]
+        options = launch_shape(launches.function.__name__, keys, wide)
+        key = (x.dtype, x.device, given, tuple(map(specialised, strides)), constants, *options.values())
+        return Step(launches, key, (planes, programs, 1), (*strides, *numbers, *constants), options)
+
+    launched = (
+        step(sum_keys, k, batch * kv_heads, splits, (k_rows, split), (kv_heads, SUMMED, *shape), spanned),
+        step(
+            quantise_keys, k, batch * kv_heads, triton.cdiv(tiles, k_steps), (k_rows, splits, tiles, k_steps),
+            (kv_heads, keys, SPLITS, *shape, unit(block)), spanned,
+        ),
+        step(
+            quantise_queries, q, batch * heads, triton.cdiv(blocks, q_steps), (q_rows, q_steps),
+            (heads, heads // kv_heads, ROWS, *shape, unit(block)), request.shifted,
+        ),
+    )  # fmt: skip
+    # Behind a sliding cache a query tile may visit tiles in front of the first that has a scale; masked, but read.
+    front = FRONT if spanned else 0
+    rows, planes = (batch, heads, q_rows), (batch, kv_heads)
+    sizes = [(*planes, splits, wide), (*planes, head_dim), rows, (*planes, tiles), rows if request.shifted else None]
+    parts, floats = [], 0
+    for size, before in zip(sizes, (0, 0, 0, front, 0), strict=True):
+        parts.append(size and (size, strides_of(size), floats + before))
+        floats += 0 if size is None else -(-(before + prod(size)) // LINE) * LINE
+    integers = tuple((size, strides_of(size)) for size in ((*rows, wide), (*planes, k_rows, wide)))
+    return Plan(launched, integers, floats, tuple(parts))
+
+
+def specialised(stride: int) -> tuple[bool, bool, bool]:
+    """What Triton makes another kernel for."""
+    return stride % 16 == 0, stride == 1, stride < 1 << 31
+
+
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def steps(tiles: int, heads: int) -> int:
@@ -80,150 +168,3 @@ def launch_shape(kernel: str, keys: int, columns: int) -> dict:
     if kernel == "_quantise_keys":
         return dict(num_warps=8 if keys * columns > 128 * 128 else 4, num_stages=2)
     return dict(num_warps=8 if columns > 128 else 4, num_stages=3)
-
-
-@triton.jit
-def rotation_matrix(BLOCK: tl.constexpr, HALF: tl.constexpr, dtype: tl.constexpr):
-    """quantise.rotation [BLOCK, BLOCK]."""
-    i = tl.arange(0, BLOCK)[:, None]
-    x = i & (tl.arange(0, BLOCK)[None, :] ^ (i >> HALF))
-    x = x ^ (x >> 4)
-    x = x ^ (x >> 2)
-    x = x ^ (x >> 1)
-    return (1 - 2 * (x & 1)).to(dtype)
-
-
-@triton.jit
-def load_blocks(x_ptr, first, begin, end, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-                BLOCKS: tl.constexpr):  # fmt: skip
-    """(rows `first` .. + ROWS as [ROWS * BLOCKS, BLOCK], which of those lie in `begin` .. `end`); all else is 0."""
-    part = tl.arange(0, ROWS * BLOCKS)
-    row = first + part // BLOCKS
-    inside = (row >= begin) & (row < end)
-    column = (part % BLOCKS * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-    at = x_ptr + row.to(tl.int64)[:, None] * stride + column
-    read = inside[:, None]
-    if D != BLOCK * BLOCKS:
-        read = read & (column < D)
-    return tl.load(at, mask=read, other=0.0), inside
-
-
-@triton.jit
-def store_blocks(out_ptr, x, first, begin, end, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Rows [ROWS * BLOCKS, BLOCK] to a contiguous tensor."""
-    part = first.to(tl.int64) * BLOCKS + tl.arange(0, ROWS * BLOCKS)
-    inside = (part >= begin * BLOCKS) & (part < end * BLOCKS)
-    tl.store(out_ptr + part[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], x, mask=inside[:, None])
-
-
-@triton.jit
-def each_row(x, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """x [BLOCKS, BLOCK], the same for every row, as [ROWS * BLOCKS, BLOCK]."""
-    return tl.broadcast_to(x[None, :, :], [ROWS, BLOCKS, BLOCK]).reshape([ROWS * BLOCKS, BLOCK])
-
-
-@triton.jit
-def size(x):
-    """|x|, infinite where x is not finite."""
-    x = tl.abs(x)
-    return tl.where(x < float("inf"), x, float("inf"))
-
-
-@triton.jit
-def scale_of(largest, UNIT: tl.constexpr):
-    """(the scale of values up to `largest`, NaN where that is not finite; what to multiply them with)."""
-    finite = largest < float("inf")
-    rounds = finite & (largest > SMALLEST)
-    inverse = tl.where(rounds, tl.div_rn(LARGEST, tl.where(rounds, largest, 1.0)), 0.0)
-    return tl.where(finite, largest * UNIT, float("nan")), inverse
-
-
-@triton.jit
-def to_int8(x):
-    return (x + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit(do_not_specialize=["k_rows", "split"])
-def _sum_keys(
-    k_ptr, sums_ptr, spans_ptr, batch_stride, head_stride, row_stride, k_rows, split,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    b, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    _, k_offset, length, _ = load_span(spans_ptr, b, 0, k_rows)
-    k_ptr += b.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    begin, end = tl.maximum(-k_offset, 0), length - k_offset
-    first = tl.program_id(1) * split
-    total = tl.zeros([ROWS * BLOCKS, BLOCK], tl.float32)
-    for row in tl.range(first, tl.minimum(first + split, end), ROWS):
-        x, inside = load_blocks(k_ptr, row, begin, end, row_stride, ROWS, D, BLOCK, BLOCKS)
-        x = x.to(tl.float32)
-        total += tl.where(tl.abs(x) < float("inf"), x, 0.0)
-    total = tl.sum(total.reshape([ROWS, BLOCKS * BLOCK]), 0)
-    plane = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums_ptr + plane * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK), total)
-
-
-@triton.jit(do_not_specialize=["k_rows", "splits", "tiles", "steps"])
-def _quantise_keys(
-    k_ptr, sums_ptr, k8_ptr, k_scale_ptr, mean_ptr, spans_ptr, batch_stride, head_stride, row_stride, k_rows,
-    splits, tiles, steps,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    b, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    plane = tl.program_id(0).to(tl.int64)
-    _, k_offset, length, _ = load_span(spans_ptr, b, 0, k_rows)
-    k_ptr += b.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    begin, end = tl.maximum(-k_offset, 0), length - k_offset
-
-    column = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    part = tl.arange(0, SPLITS)[:, None]
-    at = (plane * splits + part) * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)[None, :]
-    mean = tl.sum(tl.load(sums_ptr + at, mask=part < splits, other=0.0), 0).reshape([BLOCKS, BLOCK])
-    mean /= tl.maximum(end - begin, 1).to(tl.float32)
-    if tl.program_id(1) == 0:
-        tl.store(mean_ptr + plane * D + column, mean, mask=column < D)
-    half: tl.constexpr = (BLOCK.bit_length() - 1) // 2
-    matrix = rotation_matrix(BLOCK, half, k_ptr.dtype.element_ty)
-    turned = tl.sum(mean[:, :, None] * matrix.to(tl.float32)[None, :, :], 1)  # [BLOCKS, BLOCK]
-    turned = each_row(turned, KEYS, BLOCK, BLOCKS)
-
-    own = tl.maximum(k_offset, 0) // KEYS  # the first tile that has a scale
-    for i in tl.range(tl.program_id(1) * steps, tl.minimum((tl.program_id(1) + 1) * steps, tiles)):
-        first = (own + i) * KEYS - k_offset
-        x, inside = load_blocks(k_ptr, first, begin, end, row_stride, KEYS, D, BLOCK, BLOCKS)
-        y = tl.where(inside[:, None], tl.dot(x, matrix, input_precision=FLOAT32_DOT) - turned, 0.0)
-        scale, inverse = scale_of(tl.max(size(y)), UNIT)
-        store_blocks(k8_ptr + plane * k_rows * (BLOCKS * BLOCK), to_int8(y * inverse), first, 0, k_rows, KEYS, BLOCK,
-                     BLOCKS)  # fmt: skip
-        tl.store(k_scale_ptr + plane * tiles + i, scale)
-
-
-@triton.jit(do_not_specialize=["q_rows", "steps"])
-def _quantise_queries(
-    q_ptr, mean_ptr, q8_ptr, q_scale_ptr, q_shift_ptr, batch_stride, head_stride, row_stride, q_rows, steps,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    b, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    plane = tl.program_id(0).to(tl.int64)
-    q_ptr += b.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    half: tl.constexpr = (BLOCK.bit_length() - 1) // 2
-    matrix = rotation_matrix(BLOCK, half, q_ptr.dtype.element_ty)
-    if q_shift_ptr is not None:
-        column = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        mean = tl.load(mean_ptr + plane // GROUP * D + column, mask=column < D, other=0.0)
-        mean = each_row(mean, ROWS, BLOCK, BLOCKS)
-    for i in tl.range(tl.program_id(1) * steps, tl.minimum((tl.program_id(1) + 1) * steps, tl.cdiv(q_rows, ROWS))):
-        first = i * ROWS
-        x, inside = load_blocks(q_ptr, first, 0, q_rows, row_stride, ROWS, D, BLOCK, BLOCKS)
-        y = tl.dot(x, matrix, input_precision=FLOAT32_DOT)
-        scale, inverse = scale_of(tl.max(tl.max(size(y), 1).reshape([ROWS, BLOCKS]), 1), UNIT)
-        inverse = tl.broadcast_to(inverse[:, None], [ROWS, BLOCKS]).reshape([ROWS * BLOCKS])
-        store_blocks(q8_ptr + plane * q_rows * (BLOCKS * BLOCK), to_int8(y * inverse[:, None]), first, 0, q_rows, ROWS,
-                     BLOCK, BLOCKS)  # fmt: skip
-        row = first + tl.arange(0, ROWS)
-        tl.store(q_scale_ptr + plane * q_rows + row, scale, mask=row < q_rows)
-        if q_shift_ptr is not None:
-            shift = tl.sum(x.to(tl.float32) * mean, 1).reshape([ROWS, BLOCKS])
-            tl.store(q_shift_ptr + plane * q_rows + row, tl.sum(shift, 1), mask=row < q_rows)
