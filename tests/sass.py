@@ -91,7 +91,7 @@ def compile_kernel(
         compiled = triton.compile(source(kernel, types, constants, attributes), target=target, options=options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    disassemble = [triton.knobs.nvidia.nvdisasm.path, cubin]
+    disassemble = [triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin]  # code alone, not analysed
     sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     return MachineCode(compiled.metadata.shared, said.getvalue(), sass)
 
