@@ -21,8 +21,8 @@ MLA = (192, 128)
 RESERVED = {0, 1, 2, 3}  # Triton's hardware barriers; those after them are the kernel's
 
 # (dtype, head dim, causal, gates, spans, block lists). Every pair of values of any two columns occurs, dtype with gate,
-# causal with lists and so on, where head dims 96 and 128 count as one, since they are equally wide; those above 128 have
-# a few of them only. Those not causal, with both gates and spans, spill most.
+# causal with lists and so on, where head dims 96 and 128 count as one, since they are equally wide; those above 128
+# have a few of them only. Those not causal, with both gates and spans, spill most.
 HOPPER = [
     (BF16, 128, True, "g", False, False),
     (BF16, 128, True, "ag", False, False),
