@@ -66,6 +66,8 @@ def test_notes_quote_it():
         ("--set k_stages=many", "--set k_stages takes a value like 3"),
         ("d256 --set k_stages=1", "K's slots must hold a tile"),
         ("d128-int8 --set k_stages=1", "two where it is awaited early"),
+        ("d256 --set k_stages=1 --set v_stages=9", "K's slots must hold a tile"),
+        ("d256 --set parts=2 --set parts=4", "--set gives parts more than once"),
     ],
 )
 def test_bad_input_gets_one_sentence(arguments, words, monkeypatch, capsys):

@@ -57,6 +57,7 @@ class Chain:
     first_come: float = 0.3  # share of the tensor pipe that who came first has for itself; all share the rest
 
 
+SET_HELP = 'such as "k_stages=6 slabs=4"; may be given again'
 CYCLES_OF_BYTE = 2  # of the tensor pipe: 64 x 128 sums of products of 32 bytes take 64
 
 
@@ -255,6 +256,8 @@ def changed(chain: Chain, text: str) -> Chain:
         name, _, value = word.partition("=")
         if name not in kinds:
             raise UsageError(f"--set knows {', '.join(kinds)}, got {word!r}")
+        if name in given:
+            raise UsageError(f"--set gives {name} more than once")
         try:
             given[name] = {"True": True, "False": False}[value] if kinds[name] is bool else kinds[name](value)
         except (KeyError, ValueError):
@@ -270,7 +273,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="NAME", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--keep", default="1,0.5,0.25,0.1", help="shares of the tiles that a gate keeps")
-    parser.add_argument("--set", default="", dest="changes", metavar="FIELDS", help='such as "k_stages=6 slabs=4"')
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="FIELDS", help=SET_HELP)
     options = parser.parse_args()
     if unknown := set(options.shapes) - SHAPES.keys():
         raise UsageError(f"NAME must be of {', '.join(SHAPES)}, got {sorted(unknown)[0]}")
@@ -283,7 +286,7 @@ def main() -> int:
     titles = ("no gate", *(f"{keep:.0%} kept" for keep in keeps))
     print(f"{'tensor pipe busy, %':20}" + "".join(f"{title:>11}" for title in titles))
     for name in options.shapes or SHAPES:
-        chain = changed(SHAPES[name], options.changes)
+        chain = changed(SHAPES[name], " ".join(options.changes))
         print(f"{name:20}" + "".join(f"{100 * busy(chain, keep):11.1f}" for keep in (None, *keeps)), flush=True)
     return 0
 
