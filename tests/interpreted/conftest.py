@@ -39,8 +39,8 @@ def language_is_patched_once_a_launch():
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_computed_in_vain():
-    """Outside debug mode, Triton's interpreter computes whether each integer sum and product overflows and then does not
-    look; and it makes its table of NumPy's types at every question. Together half of its time.
+    """Triton's interpreter computes whether sums and products of integers overflow, at which it looks in debug mode only;
+    and it makes its table of NumPy's types at every question. Together half of its time.
     """
     import triton.language as tl
     from triton.runtime import interpreter
