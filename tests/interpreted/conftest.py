@@ -39,8 +39,8 @@ def language_is_patched_once_a_launch():
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_computed_in_vain():
-    """Triton's interpreter computes whether sums and products of integers overflow, at which it looks in debug mode only;
-    and it makes its table of NumPy's types at every question. Together half of its time.
+    """Triton's interpreter works out whether sums and products of integers overflow, and looks at it in debug mode
+    only; and it makes its table of NumPy's types at every question. Together half of its time.
     """
     import triton.language as tl
     from triton.runtime import interpreter
