@@ -126,7 +126,6 @@ def triton_barriers(code) -> set[int]:
         (128, "", False, False, ""),
         (128, "g", False, False, ""),
         (128, "ag", True, True, "s"),
-        (128, "g", False, False, "w"),
         (64, "ag", True, True, "s"),
         (64, "g", False, False, "w"),
         (128, "g", True, False, "w"),

@@ -20,7 +20,7 @@ from bsfa_cli.models.bundled import BUNDLED
 
 pytestmark = pytest.mark.long
 
-LENGTH = 700
+LENGTH = 400
 # olmo2 gathers its projections' outputs, so that every process computes all heads; granite-swa has attention sinks.
 MODELS = ("llama", "qwen3", "olmo2", "granite-swa", "bundled")
 PROCESSES = 2

@@ -35,6 +35,10 @@ pytestmark = [
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1",
+    # Half of the time is imports, of packages that uv installs uncompiled: the engine's are for the server too.
+    "PYTHONDONTWRITEBYTECODE": "",
+    # The worker is in the engine's process, as on a single GPU, which is another one than the server's all the same.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
 
 
@@ -132,6 +136,7 @@ def server(engine):
         PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", BUNDLED, "--served-model-name", "m",
         "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", 2048,
         "--max-num-batched-tokens", 600, "--max-num-seqs", 8, "--block-size", 128,
+        "--distributed-executor-backend", "uni",
         "--additional-config", json.dumps(options), "--scheduler-cls", "bsfa_kernels.integrations.vllm.TileScheduler",
     ]  # fmt: skip
     log = folder / "server.log"

@@ -1,5 +1,6 @@
 """These tests run Triton kernels on the CPU; Triton decides on that when it is imported, hence a run of their own."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -33,4 +34,25 @@ def language_is_patched_once_a_launch():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_lang)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_computed_in_vain():
+    """Triton's interpreter works out whether sums and products of integers overflow, and looks at it in debug mode
+    only; and it makes its table of NumPy's types at every question. Together half of its time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, np_dtype = interpreter.interpreter_builder, interpreter._get_np_dtype
+    assert not builder.options.debug
+    known = functools.cache(np_dtype)
+
+    def get_np_dtype(dtype):
+        return np_dtype(dtype) if isinstance(dtype.scalar, tl.pointer_type) else known(dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False))
+        patch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
         yield
