@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bsfa_kernels import TileShape, hopper_kernel, hopper_pipeline
-from kernel_cases import Case, check
+from kernel_cases import PLACES, Case, check, check_place, check_sliding
 from paged_attention_cases import Paged, check_packed
 from paged_attention_cases import check as check_pages
 from played_gluon import played
@@ -87,6 +87,18 @@ def test_a_kernel_that_is_wrong_fails(name, monkeypatch):
     monkeypatch.setattr(module, attribute, wrong)
     with pytest.raises(AssertionError):
         check(CASES[case], "hopper")
+
+
+@AT_ONCE
+@pytest.mark.parametrize("scores", ["exact", "int8"])
+def test_a_chunk_behind_a_sliding_cache(scores):
+    check_sliding("hopper", TILE, 66, 193, dtype=FP16, scores=scores)
+
+
+@AT_ONCE
+@pytest.mark.parametrize("place", PLACES)
+def test_the_output_goes_to_any_place(place):
+    check_place(CASES[1], "hopper", place)
 
 
 @AT_ONCE
