@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans
+from bsfa_kernels import BlockLists, Gate, block_sparse_attention, hopper, make_spans, split_kv
 from bsfa_kernels.launch import Launches
 from fake_hopper import Function, pretend
 from triton.compiler import CompiledKernel
@@ -125,6 +125,42 @@ def test_what_makes_another_kernel_is_seen_by_the_front_end(gpu, monkeypatch):
         for _ in range(2):
             block_sparse_attention(**dict(q=q, k=k, v=k, gate=Gate(gap=gap), backend="hopper") | options)
     assert len(function.front_end) == len(function.by_hand) == len(calls)
+
+
+@torch.no_grad()
+def test_strides_that_int32_does_not_hold_are_left_to_the_front_end(gpu, monkeypatch):
+    """Launched by hand, a kernel compiled for int32 would be given their low half (Triton 3.7)."""
+    function = Function()
+    monkeypatch.setattr(hopper.launches, "function", function)
+    q, out = (torch.zeros(1, 4, 200, 64, dtype=torch.bfloat16) for _ in range(2))
+    for stride in (2**34 - 8, 2**34, 2**34 - 8, 2**34):
+        for _ in range(2):
+            place = out.as_strided(out.shape, (stride, *out.stride()[1:]))
+            block_sparse_attention(q, q, q, backend="hopper", out=place)
+    at = hopper.forward.arg_names.index("out_batch")
+    assert [arguments[at] for _, arguments in function.front_end] == [2**31 - 1, 2**31, 2**31, 2**31, 2**31]
+    assert [arguments[at] for _, arguments in function.by_hand] == [2**31 - 1] * 3
+
+
+@pytest.mark.parametrize("given, name", [("q", "q_batch"), ("k", "k_batch"), ("v", "v_batch"), ("out", "out_batch")])
+def test_so_are_those_of_few_queries(monkeypatch, given, name):
+    for reason in ("unreachable", "wide_products"):
+        monkeypatch.setattr(split_kv, reason, lambda _: None)
+    functions = []
+    for launches in (split_kv.first, split_kv.second):
+        functions.append(Function())
+        monkeypatch.setattr(launches, "function", functions[-1]), monkeypatch.setattr(launches, "kernels", {})
+    tensors = dict(zip("qkv", torch.zeros(3, 1, 2, 640, 64).bfloat16(), strict=True))
+    tensors |= dict(q=tensors["q"][:, :, :8], out=torch.zeros(1, 2, 8, 64).bfloat16())
+    x = tensors[given]
+    for stride in (2**34 - 8, 2**34, 2**34 - 8):
+        tensors[given] = x.as_strided(x.shape, (stride, *x.stride()[1:]))
+        block_sparse_attention(**tensors, backend="split_kv", causal=False)
+    for function, kernel in zip(functions, (split_kv.attend, split_kv.combine), strict=True):
+        assert len(function.front_end) == 2 and len(function.by_hand) == 1
+        if name in kernel.arg_names:
+            at = kernel.arg_names.index(name)
+            assert [a[at] for _, a in (*function.front_end, *function.by_hand)] == [2**31 - 1, 2**31, 2**31 - 1]
 
 
 def test_addresses_that_are_no_multiples_of_16_are_left_to_the_front_end():

@@ -259,6 +259,10 @@ REFUSED = [
         r"with a window queries may not pass the keys: they end at position 43, the keys at 40",
     ),
     (dict(softcap=-1.0), r"softcap must be positive and finite in float32, got -1.0"),
+    (
+        dict(k=K[:, :, :1].expand(-1, -1, 2**31, -1), v=V[:, :, :1].expand(-1, -1, 2**31, -1)),
+        r"keys end before position 2,147,483,647, got 2,147,483,648",
+    ),
     (dict(sinks=torch.zeros(3)), r"sinks must be \[4\] on cpu, got \[3\] on cpu"),
     (dict(gate=Gate(gap=thresholds(0.0, heads=3))), r"gate 'gap' has 3 heads, but q has 4"),
     (dict(gate=Gate(absolute=thresholds(0.0).to("meta"))), r"gate 'absolute' is on meta, but q is on cpu"),

@@ -119,6 +119,9 @@ def check(q, k, v, scale, q_offset, spans, block_table=None, sequences=None):
         raise ValueError(
             f"queries end before position {UNBOUNDED:,}, got q_offset {q_offset:,} and {of_q[2]:,} queries"
         )
+    keys = of_k[2] if block_table is None else of_k[2] * block_table.shape[1]
+    if keys > UNBOUNDED:
+        raise ValueError(f"keys end before position {UNBOUNDED:,}, got {keys:,}")
     if spans is not None:
         check_tensor("spans", spans)
         if q_offset:

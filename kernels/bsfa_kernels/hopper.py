@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper_kernel import CHUNK, forward
 from .hopper_stream import KEYS, ROWS, Variant
 from .int8 import prepare
-from .launch import Launches, aligned, device_guard, interpreted
+from .launch import Launches, aligned, device_guard, int32, interpreted
 from .portable import MAX_GRID_Y
 from .request import SCORES as SCORES
 from .request import Request
@@ -148,7 +148,7 @@ def attention(request: Request):
 class Plan(NamedTuple):
     """A launch but for addresses, which calls of the same shapes, strides and options share."""
 
-    key: tuple  # of the compiled kernel
+    key: tuple | None  # of the compiled kernel, where one is kept
     grid: tuple[int, int, int]
     slabs: tuple[tuple, ...]  # of Q, K and V, for their descriptors
     numbers: tuple  # the kernel's arguments behind its pointers
@@ -167,15 +167,17 @@ def plan_of(request: Request, q, k, v, out, scales: tuple[torch.Tensor | None, .
         request.keep_sink, *(x is not None for x in (absolute, gap, request.spans, request.blocks, request.window)),
         *(x is not None for x in (request.softcap, request.sinks, *scales[:2], table, request.packed)),
     )  # fmt: skip
+    strides = (0 if table is None else table.stride(0), *(stride // CHUNK.value for stride in out.stride()[:3]))
     numbers = (
         request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, rows, request.k_rows,
-        request.query_tiles, *(0 if x is None else x.shape[-1] for x in (absolute, gap, scales[2])), room,
-        0 if table is None else table.stride(0), *(stride // CHUNK.value for stride in out.stride()[:3]), variant,
+        request.query_tiles, *(0 if x is None else x.shape[-1] for x in (absolute, gap, scales[2])), room, *strides,
+        variant,
     )  # fmt: skip
     q_rows, keys, columns = ROWS.value, KEYS.value, shape.columns
     slabs = slab(q, q_rows, columns), slab(k, keys, columns), slab(v, keys // shape.v_parts, shape.v_columns)
     grid = (variant.section, blocks(request, shape), count)
-    return Plan((variant, v.dtype, v.device), grid, slabs, numbers, shape.registers)
+    key = (variant, v.dtype, v.device) if int32(strides) else None
+    return Plan(key, grid, slabs, numbers, shape.registers)
 
 
 def longest_first(lengths: torch.Tensor, sections: int) -> torch.Tensor:

@@ -45,6 +45,13 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(x.shape, [16 if n * size % 16 else n for n in x.stride()[:-1]] + [x.stride(-1)])
 
 
+def int32(integers: Iterable[int]) -> bool:
+    """Whether Triton takes all of them as int32. For others it makes another kernel, which one that was compiled for
+    int32 would have cut off (Triton 3.7) or refused (3.6).
+    """
+    return max(integers) < 1 << 31
+
+
 def device_guard(x: torch.Tensor) -> AbstractContextManager:
     """Make the tensor's GPU current while a kernel is launched."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -57,15 +64,15 @@ class Launches:
 
     The front end looks at every argument anew: a fifth of a call's host time or more. Here the caller says by `key`
     what it would have found: all constants, dtypes, options and the device; integers have to be among the function's
-    do_not_specialize. What is left are addresses: the front end tells multiples of 16 from others, which it serves
-    itself.
+    do_not_specialize, and int32. What is left are addresses: the front end tells multiples of 16 from others, which it
+    serves itself, as it does all of a call without a key.
     """
 
     def __init__(self, function):
         self.function = function
         self.kernels: dict[Hashable, Relaunch] = {}
 
-    def of(self, key: Hashable, pointers: Iterable[torch.Tensor | None]) -> Launch:
+    def of(self, key: Hashable | None, pointers: Iterable[torch.Tensor | None]) -> Launch:
         """The launch of such a call."""
         address = 0
         for x in pointers:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .devices import TILE_ROWS, processors, tiles_at_once
-from .launch import Launches, aligned, device_guard, wide_products
+from .launch import Launches, aligned, device_guard, int32, wide_products
 from .portable import columns, unreachable
 from .request import Request, reached_by_descriptors
 from .split_kv_kernel import attend, combine
@@ -90,7 +90,10 @@ def attention(request: Request):
         partial = q.new_empty(sums, v_head_dim, dtype=torch.float32)
         partial_lse = q.new_empty(sums, dtype=torch.float32)
     chunk = 16 // q.element_size()
-    out_strides = [stride // chunk for stride in written.stride()[:3]]
+    strides, out_strides = (
+        [stride // chunk for x in of for stride in x.stride()[:3]] for of in ((q, k, v), (written,))
+    )
+    table_row = 0 if table is None else table.stride(0)
     v_wide = columns(v_head_dim, v.dtype)
     constants = (
         kv_heads, group, head_dim, v_head_dim, columns(head_dim, q.dtype), v_wide, shape.rows, shape.keys,
@@ -99,19 +102,19 @@ def attention(request: Request):
     )  # fmt: skip
     optional = (partial, partial_lse, request.spans, table, request.packed, request.sinks)
     kinds = (q.dtype, q.device, *(x is None for x in optional))
+    keyed = int32((*strides, *out_strides, table_row))
     with device_guard(q):
-        launch = first.of((constants, kinds, shape.warps), (q, k, v, written, lse, *optional))
+        launch = first.of((constants, kinds, shape.warps) if keyed else None, (q, k, v, written, lse, *optional))
         launch(
             (blocks * kv_heads * request.batch, splits, 1),
             q, k, v, written, lse, *optional,
             request.scale, request.softcap or 0.0, request.window or 0, request.q_offset, q.shape[2], rows,
-            request.k_rows, blocks, splits, *[stride // chunk for x in (q, k, v) for stride in x.stride()[:3]],
-            *out_strides, 0 if table is None else table.stride(0), *constants, num_warps=shape.warps,
+            request.k_rows, blocks, splits, *strides, *out_strides, table_row, *constants, num_warps=shape.warps,
         )  # fmt: skip
         if splits > 1:
             constants = (heads, v_head_dim, v_wide, MOST_SPLITS, 8 if splits <= 8 else 32)
             optional = (request.spans, request.packed, request.sinks)
-            launch = second.of((constants, kinds), (partial, partial_lse, written, lse, *optional))
+            launch = second.of((constants, kinds) if keyed else None, (partial, partial_lse, written, lse, *optional))
             launch(
                 (request.batch * heads * rows, 1, 1),
                 partial, partial_lse, written, lse, *optional, request.q_offset, q.shape[2], rows, request.k_rows,
