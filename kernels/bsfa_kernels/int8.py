@@ -28,7 +28,6 @@ ROWS = 64  # of Q in a step
 SUMMED = 64  # rows of K in a step
 MOST_STEPS = 8  # tiles that one program takes, so that it makes its rotation once for all of them
 PROGRAMS = 1024  # enough to fill a GPU
-FRONT = 8  # key tiles of 16 in the largest query tile, 128 rows; 32 bytes, so that alignment stays
 LINE = 32  # floats of a cache line, at whose begin each part of memory lies
 
 
@@ -134,14 +133,12 @@ def plan_of(request: Request) -> Plan:
             (heads, heads // kv_heads, ROWS, *shape, unit(block)), request.shifted,
         ),
     )  # fmt: skip
-    # Behind a sliding cache a query tile may visit tiles in front of the first that has a scale; masked, but read.
-    front = FRONT if spanned else 0
     rows, planes = (batch, heads, q_rows), (batch, kv_heads)
     sizes = [(*planes, splits, wide), (*planes, head_dim), rows, (*planes, tiles), rows if request.shifted else None]
     parts, floats = [], 0
-    for size, before in zip(sizes, (0, 0, 0, front, 0), strict=True):
-        parts.append(size and (size, strides_of(size), floats + before))
-        floats += 0 if size is None else -(-(before + prod(size)) // LINE) * LINE
+    for size in sizes:
+        parts.append(size and (size, strides_of(size), floats))
+        floats += 0 if size is None else -(-prod(size) // LINE) * LINE
     integers = tuple((size, strides_of(size)) for size in ((*rows, wide), (*planes, k_rows, wide)))
     return Plan(launched, integers, floats, tuple(parts))
 

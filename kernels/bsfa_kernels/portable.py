@@ -163,9 +163,14 @@ def load_rows(x_ptr, plane, q_rows, rows, valid):
 
 
 @triton.jit
-def scale_of_first_tile(k_scale_ptr, kv_plane, k_scales, k_offset, KEYS: tl.constexpr):
-    """Where a KV head's scale of key tile 0 stands, or would stand (quantise.first_key_tile)."""
-    return k_scale_ptr + kv_plane * k_scales - tl.maximum(k_offset, 0) // KEYS
+def load_key_scale(k_scale_ptr, j, k_offset, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
+    """Key tile j's scale among a KV head's; that of the first tile that has one (quantise.first_key_tile) for those in
+    front, which a sliding cache no longer holds: with a window a query tile may visit them, all their keys masked.
+    """
+    index = j - tl.maximum(k_offset, 0) // KEYS
+    if WINDOWED:
+        index = tl.maximum(index, 0)
+    return tl.load(k_scale_ptr + index)
 
 
 @triton.jit
@@ -179,14 +184,16 @@ def find_tile(table_ptr, b, j, k_offset, KEYS: tl.constexpr):
 
 @triton.jit
 def tile_scores(
-    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D: tl.constexpr, KEYS: tl.constexpr
-):
+    q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
     """Scores of key tile j before `scale`, in float32. Those of int8 are the only ones with a q_scale."""
     k = k_desc.load([b, kv_head, j * KEYS - k_offset, 0]).reshape([KEYS, BLOCK_D])
     if q_scale is None:
         return tl.dot(q, k.T, input_precision=FLOAT32_DOT)
     else:
-        s = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * (q_scale * tl.load(k_scale_ptr + j))[:, None]
+        s = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32)
+        s *= (q_scale * load_key_scale(k_scale_ptr, j, k_offset, KEYS, WINDOWED))[:, None]
         if q_shift is not None:
             s += q_shift[:, None]
         return s
@@ -248,7 +255,7 @@ def visit_candidate(
     """One candidate: its QK product, its vote, and PV if it is kept. A gate that is None lets every tile pass."""
     b, k_offset = find_tile(table_ptr, b, j, k_offset, KEYS)
     row = j * KEYS - k_offset
-    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
+    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS, WINDOWED)
     if WINDOWED:  # the left edge
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, True)
     elif not CAUSAL:  # left of the diagonal every key is visible; right of it lies the sequence's tail
@@ -331,7 +338,7 @@ def _forward(
     q_scale, q_shift = None, None  # not from functions: in Triton 3.6 none of those can return None
     if q_scale_ptr is not None:
         q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
-        k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
+        k_scale_ptr += plane // GROUP * k_scales
     if q_shift_ptr is not None:
         q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
     if table_ptr is not None:
@@ -349,7 +356,7 @@ def _forward(
     for i in tl.range(0, diagonals + sink, num_stages=1):  # shared memory is for the main loop's stages
         j = tl.where(i < diagonals, first_diagonal + i, 0)
         page, offset = find_tile(table_ptr, b, j, k_offset, KEYS)
-        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, j, offset, BLOCK_D, KEYS)
+        s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, page, kv_head, j, offset, BLOCK_D, KEYS, WINDOWED)
         v = tile_values(v_desc, page, kv_head, j * KEYS - offset, j, length, BLOCK_V, KEYS, PADDED)
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
         if CAPPED:

@@ -18,7 +18,6 @@ from .portable import (
     load_rows,
     mask_tile,
     operands,
-    scale_of_first_tile,
     tile_scores,
     unsupported,
 )
@@ -59,7 +58,7 @@ def _visit(
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Write one tile's four numbers; returns the running maximum in log2 units."""
-    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS)
+    s = tile_scores(q, q_scale, q_shift, k_desc, k_scale_ptr, b, kv_head, j, k_offset, BLOCK_D, KEYS, WINDOWED)
     if MASKED:
         s = mask_tile(s, q_position, j * KEYS, length, window, KEYS, CAUSAL, WINDOWED)
     unit = scale
@@ -107,7 +106,7 @@ def _statistics(
     q_scale, q_shift = None, None  # not from functions: in Triton 3.6 none of those can return None
     if q_scale_ptr is not None:
         q_scale = load_rows(q_scale_ptr, plane, q_rows, rows, valid)
-        k_scale_ptr = scale_of_first_tile(k_scale_ptr, plane // GROUP, k_scales, k_offset, KEYS)
+        k_scale_ptr += plane // GROUP * k_scales
     if q_shift_ptr is not None:
         q_shift = load_rows(q_shift_ptr, plane, q_rows, rows, valid)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import whole_tiles
-from bsfa_kernels import Gate, TileShape, int8, make_spans, quantise
+from bsfa_kernels import Gate, TileShape, int8, make_spans, portable, quantise
 from bsfa_kernels.request import Request
-from kernel_cases import Case, check, check_statistics
+from kernel_cases import Case, check, check_sliding, check_statistics
+from triton.runtime import interpreter
 from whole_tiles import Prompt
 
 WIDE, TALL = TileShape(16, 32), TileShape(32, 16)
@@ -67,12 +68,32 @@ def test_preparation_of_padded_and_of_sliding_sequences(keys):
     assert made.k_scale.isfinite().all() and made.mean.isfinite().all()
 
 
-def test_tiles_in_front_of_the_first_scale_are_read_inside_the_buffer():
-    """Masked, but read: those that a sliding cache no longer holds, up to a query tile's positions before the first."""
-    q, k = drawn(16, 35, 16)
-    for spans, tiles in ((make_spans(1, 51, 32), 128 // 16), (None, 0)):
-        scales = int8.prepare(request(q, k, spans)).k_scale
-        assert scales.storage_offset() >= tiles and scales.data_ptr() % 16 == 0
+@pytest.mark.parametrize(("tile", "first"), [(WIDE, 51), (TALL, 41)], ids=str)
+def test_no_scale_is_read_in_front_of_the_first(tile, first, monkeypatch):
+    """Key tiles that a sliding cache no longer holds have none, and a query tile may visit some. What is read for them
+    is masked, so only the addresses tell.
+    """
+    scales, read = [], []
+
+    def prepare(request):
+        made = int8.prepare(request)
+        memory = torch.full((64 + made.k_scale.numel(),), torch.nan)
+        scales.append(memory[64:].view(made.k_scale.shape).copy_(made.k_scale))
+        return made._replace(k_scale=scales[-1])
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def noted(self, pointers, mask, *rest, **named):
+        read.extend(pointers.data[mask.data].ravel().tolist())
+        return load(self, pointers, mask, *rest, **named)
+
+    monkeypatch.setattr(portable, "prepare", prepare)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted)
+    check_sliding("triton", tile, 20, first, scores="int8")
+    [own] = scales
+    begin, end = own.data_ptr(), own.data_ptr() + own.nbytes
+    assert any(begin <= address < end for address in read)
+    assert not any(own.untyped_storage().data_ptr() <= address < begin for address in read)
 
 
 def test_what_is_not_finite_makes_its_own_scale_nan_and_zeros_give_zero():
