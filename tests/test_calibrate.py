@@ -124,7 +124,6 @@ def test_interrupt_says_how_to_resume(finished, tmp_path, bsfa, monkeypatch):
 
 
 def sleep():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C works, also where tests run in the background
     calibration.forward = lambda *_: time.sleep(60)
 
 

@@ -19,12 +19,9 @@ SMALL = (
 
 
 def start(model, *arguments):
-    def listen():  # a shell's background jobs are started deaf to it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     return subprocess.Popen(
         [sys.executable, "-m", "bsfa_cli", "compare", str(model), *SMALL, *map(str, arguments)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=listen,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

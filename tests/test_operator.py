@@ -184,6 +184,46 @@ def test_a_compiled_function_writes_where_it_is_told(compiler):
     assert got[5:45].ne(0).all() and not got[:5].any() and not got[45:].any()
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_function_takes_any_head_dim(dynamic):
+    torch.compiler.reset()
+
+    def layer(q, k, v, gap):
+        return block_sparse_attention(q, k, v, Gate(gap=gap), tile=TILE).out + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for head_dim in (16, 24, 32):
+        arguments = (*tensors(head_dim=head_dim), thresholds(1.0))
+        torch.testing.assert_close(compiled(*arguments), layer(*arguments))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_which_kernel_serves_a_head_dim_is_asked_for_each_when_compiled(dynamic, monkeypatch):
+    """Also where torch.compile takes the size to be dynamic: by demand, or since it met another before."""
+    torch.compiler.reset()
+    monkeypatch.setattr(backends, "_fused", lambda *given: ("hopper", "") if given[2] <= 24 else (None, "too wide"))
+
+    def layer(q):
+        backend, reason = backends.fused(q.device, q.dtype, q.shape[-1], q.shape[-1], 64, 128)
+        return (q + 1 if backend == "hopper" else q - 1), reason
+
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=dynamic)
+    for head_dim, added, said in ((16, 1, ""), (24, 1, ""), (32, -1, "too wide"), (16, 1, "")):
+        out, reason = compiled(torch.zeros(1, 1, 4, head_dim))
+        assert out.eq(added).all() and reason == said
+
+
+def test_a_head_dim_that_must_stay_dynamic_is_refused_by_torch():
+    torch.compiler.reset()
+    q = torch.zeros(1, 1, 4, 16)
+    torch._dynamo.mark_dynamic(q, 3)
+    compiled = torch.compile(
+        lambda q: q + len(backends.fused(q.device, q.dtype, q.shape[-1], 16, 64, 128)), backend="eager"
+    )
+    with pytest.raises(RuntimeError, match=r"size\(\)\[3\] as dynamic but your code specialized it"):
+        compiled(q)
+
+
 def test_the_output_lies_as_the_next_layer_reads_it():
     for backend in ("torch", "reference"):
         for scores in ("exact", "int8"):

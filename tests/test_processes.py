@@ -250,6 +250,25 @@ def test_a_second_signal_leaves_no_process_behind(again):
     assert time.monotonic() - told < 5 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_interrupts_that_are_ignored_from_the_start_stay_so_and_a_request_to_end_is_passed_on():
+    """As a shell without job control starts what runs in its background: its processes inherit that."""
+    patient = STUBBORN.replace("[signal.signal(n, signal.SIG_IGN) for n in (2, 15)]", "None")
+    assert patient != STUBBORN
+    process = subprocess.Popen(
+        [sys.executable, "-c", patient], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    for pid in (*pids, process.pid):
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    told = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "interrupted\n" and process.returncode == 0
+    assert time.monotonic() - told < 5 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_nobody_goes_on_before_all_are_here():
     store, passed = torch.distributed.HashStore(), []
 

@@ -87,7 +87,7 @@ def run(processes: int, prints: bool, replaceable: bool = True) -> None:
 
     Raises what the first one that failed says, with its exit code; MachineError where all were lost, or one that cannot
     be replaced; KeyboardInterrupt once an interrupted group has ended, or one whose parent was told to end (SIGTERM).
-    A second signal kills what has not ended by then.
+    A second signal kills what has not ended by then. A signal that this process was started to ignore stays ignored.
     """
     port, codes, group, signals = _free_port(), {}, [], Signals()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -110,7 +110,9 @@ def run(processes: int, prints: bool, replaceable: bool = True) -> None:
         finally:
             signals.raises = False  # held back again, or nobody would end the processes
     finally:
-        _stop(group, signals, interrupted=isinstance(sys.exception(), KeyboardInterrupt))
+        # Interrupts that are ignored here (in a shell's background) the processes ignore too: they have to be told.
+        interrupted = signal.SIGINT in heard and isinstance(sys.exception(), KeyboardInterrupt)
+        _stop(group, signals, interrupted)
         for number in heard:
             signal.signal(number, before[number])
     if 0 not in codes.values():

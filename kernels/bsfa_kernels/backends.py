@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from operator import index
 from types import ModuleType
 
 import torch
@@ -59,12 +60,20 @@ def fused(
     device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int, rows: int, keys: int,
     scores: str = "exact",
 ) -> tuple[str | None, str]:  # fmt: skip
-    """(the fused backend that serves such calls with tiles of rows x keys, ""), or (None, why there is none)."""
+    """(the fused backend that serves such calls with tiles of rows x keys, ""), or (None, why there is none).
+
+    torch.compile makes a graph for each head dim, also where it takes sizes to be dynamic.
+    """
+    return _constant(device, dtype, index(head_dim), index(v_head_dim), rows, keys, scores)
+
+
+def _constant(device, dtype, head_dim, v_head_dim, rows, keys, scores) -> tuple[str | None, str]:
     return _fused(device, dtype, head_dim, v_head_dim, TileShape(rows, keys), scores)
 
 
-# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds.
-fused._dynamo_marked_constant = True
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes seconds. Arguments have
+# to be constants.
+_constant._dynamo_marked_constant = True
 
 
 @cache

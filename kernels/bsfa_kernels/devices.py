@@ -14,7 +14,7 @@ def processors(device: torch.device) -> int:
     return _processors(device)
 
 
-# As backends.fused: torch.compile need not look into it. It does look into what is cached, with a warning.
+# As in backends.fused: torch.compile need not look into it. It does look into what is cached, with a warning.
 processors._dynamo_marked_constant = True
 
 
