@@ -20,7 +20,6 @@ from played_program import Barrier, Barriers, Program, running
 from triton.experimental.gluon import language as gluon_language
 
 MODULES = (hopper_kernel, hopper_pipeline, hopper_stream)
-OF_GLUON = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 
 
 class Whole(int):
@@ -212,7 +211,8 @@ def allocate(dtype, shape, layout):
 
 
 GLUON = SimpleNamespace(
-    **OF_GLUON, program_id=lambda axis: Whole(running.program.number[axis]),
+    float32=torch.float32, int32=torch.int32, int64=torch.int64,
+    program_id=lambda axis: Whole(running.program.number[axis]),
     num_programs=lambda axis: Whole(running.program.count[axis]), load=load, store=store,
     arange=lambda begin, end, layout: torch.arange(begin, end, dtype=torch.int32).as_subclass(Value),
     full=lambda shape, x, dtype, layout: torch.full(shape, x, dtype=dtype).as_subclass(Value),

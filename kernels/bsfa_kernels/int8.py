@@ -18,7 +18,7 @@ import triton
 from torch import empty_strided as empty
 
 from .int8_kernel import quantise_keys, quantise_queries, sum_keys
-from .launch import Launches, device_guard
+from .launch import Launches, device_guard, int32
 from .quantise import Prepared, columns, key_tiles, rotation_block, unit
 from .relaunch import Relaunch
 from .request import Request
@@ -145,7 +145,7 @@ def plan_of(request: Request) -> Plan:
 
 def specialised(stride: int) -> tuple[bool, bool, bool]:
     """What Triton makes another kernel for."""
-    return stride % 16 == 0, stride == 1, stride < 1 << 31
+    return stride % 16 == 0, stride == 1, int32((stride,))
 
 
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:

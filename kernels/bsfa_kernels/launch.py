@@ -46,8 +46,8 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def int32(integers: Iterable[int]) -> bool:
-    """Whether Triton takes all of them as int32. For others it makes another kernel, which one that was compiled for
-    int32 would have cut off (Triton 3.7) or refused (3.6).
+    """Whether Triton takes all of them as int32. For others it makes another kernel; one that was compiled for int32
+    is given their low half, by Triton 3.7's launcher as its source has it.
     """
     return max(integers) < 1 << 31
 

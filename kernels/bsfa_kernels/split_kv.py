@@ -90,9 +90,8 @@ def attention(request: Request):
         partial = q.new_empty(sums, v_head_dim, dtype=torch.float32)
         partial_lse = q.new_empty(sums, dtype=torch.float32)
     chunk = 16 // q.element_size()
-    strides, out_strides = (
-        [stride // chunk for x in of for stride in x.stride()[:3]] for of in ((q, k, v), (written,))
-    )
+    strides = [stride // chunk for x in (q, k, v) for stride in x.stride()[:3]]
+    out_strides = [stride // chunk for stride in written.stride()[:3]]
     table_row = 0 if table is None else table.stride(0)
     v_wide = columns(v_head_dim, v.dtype)
     constants = (
